@@ -1,0 +1,320 @@
+"""Computes where each record lies, and derives dtypes, the layout hash and the printed map from layout.pxd."""
+
+import hashlib
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from sim.cxl.memory cimport LINE_BYTES, ROLE_COUNT, AccessStatistics
+from sim.cxl.primitives cimport cxl_mutex_bytes
+
+LAYOUT_MAGIC = 0x514D4C5843  # "CXLMQ"
+LAYOUT_VERSION = 1
+POOL_STRATEGIES = ("atomic", "partitioned", "leader")
+SEGMENT_ALIGNMENT = 2 << 20
+
+
+class LayoutError(ValueError):
+    """The wanted numbers make no region that works; the message says which would."""
+
+
+def _dtypes() -> dict:
+    """A numpy dtype for every record, taken from the compiled structs themselves."""
+    import numpy
+
+    cdef Superblock a
+    cdef ControlLine b
+    cdef DirectoryLine c
+    cdef BrokerLine d
+    cdef BrokerAddress e
+    cdef PoolWishLine f
+    cdef PoolGrantLine h
+    cdef TopicLine i
+    cdef TopicName j
+    cdef TopicOrderLine k
+    cdef TopicReclaimLine l
+    cdef OffsetBrokerLine m
+    cdef OffsetSequencerLine n
+    cdef ReplicaLine o
+    cdef BatchHeader p
+    cdef BatchResult q
+    cdef OrderEntry r
+    cdef SessionLine s
+    cdef SessionProgressLine t
+    cdef CursorLine u
+    cdef CursorGrantLine v
+    cdef SegmentLine w
+    cdef DoorbellLine x
+    cdef BrokerCounters y
+    cdef SequencerCounters z
+    cdef AccessStatistics aa
+    cdef ActivityLine bb
+    cdef PoolRing cc
+    cdef LockLine dd
+    views = {
+        "Superblock": <Superblock[:1]>&a, "ControlLine": <ControlLine[:1]>&b, "DirectoryLine": <DirectoryLine[:1]>&c,
+        "ActivityLine": <ActivityLine[:1]>&bb, "BrokerLine": <BrokerLine[:1]>&d, "BrokerAddress": <BrokerAddress[:1]>&e,
+        "PoolWishLine": <PoolWishLine[:1]>&f, "PoolGrantLine": <PoolGrantLine[:1]>&h, "PoolRing": <PoolRing[:1]>&cc,
+        "TopicLine": <TopicLine[:1]>&i, "TopicName": <TopicName[:1]>&j, "TopicOrderLine": <TopicOrderLine[:1]>&k,
+        "TopicReclaimLine": <TopicReclaimLine[:1]>&l, "OffsetBrokerLine": <OffsetBrokerLine[:1]>&m,
+        "OffsetSequencerLine": <OffsetSequencerLine[:1]>&n, "ReplicaLine": <ReplicaLine[:1]>&o,
+        "BatchHeader": <BatchHeader[:1]>&p, "BatchResult": <BatchResult[:1]>&q, "OrderEntry": <OrderEntry[:1]>&r,
+        "SessionLine": <SessionLine[:1]>&s, "SessionProgressLine": <SessionProgressLine[:1]>&t,
+        "CursorLine": <CursorLine[:1]>&u, "CursorGrantLine": <CursorGrantLine[:1]>&v,
+        "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
+        "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
+        "AccessStatistics": <AccessStatistics[:1]>&aa,
+    }
+    return {name: numpy.asarray(view).dtype for name, view in views.items()}
+
+
+_DTYPES = {}
+
+
+def record_dtypes() -> dict:
+    """Map of record name to numpy dtype (fields, offsets and sizes as compiled)."""
+    if not _DTYPES:
+        _DTYPES.update(_dtypes())
+    return _DTYPES
+
+
+cdef uint64_t _round_up(uint64_t value, uint64_t to) noexcept nogil:
+    return (value + to - 1) // to * to
+
+
+cdef class Layout:
+    """Where everything lies, computed from a few numbers.
+
+    Offsets are bytes from the start of the region. `compute` raises `LayoutError` when the region is too small and
+    names the smallest that works.
+    """
+
+    @staticmethod
+    def compute(*, broker_count, region_bytes, topic_count_max, ring_slot_count, order_entry_count, session_count_max,
+                cursor_count_max, attach_slot_count, segment_bytes, message_bytes_max, batch_bytes_max,
+                pool_strategy="atomic"):
+        """Lay out a region of `region_bytes`; every number is checked before anything is computed."""
+        def require(condition, message):
+            if not condition:
+                raise LayoutError(message)
+
+        require(1 <= broker_count <= 64, f"broker_count must be 1 to 64, not {broker_count}")
+        require(1 <= topic_count_max <= 1024, f"topic_count_max must be 1 to 1024, not {topic_count_max}")
+        for name, value in (("ring_slot_count", ring_slot_count), ("order_entry_count", order_entry_count)):
+            require(16 <= value <= 32768 and value & (value - 1) == 0,
+                    f"{name} must be a power of two from 16 to 32768, not {value}")
+        require(session_count_max >= broker_count, f"session_count_max must be at least one a broker ({broker_count})")
+        require(cursor_count_max >= broker_count, f"cursor_count_max must be at least one a broker ({broker_count})")
+        require(segment_bytes >= 4096 and segment_bytes & (segment_bytes - 1) == 0,
+                f"segment_bytes must be a power of two of at least 4096, not {segment_bytes}")
+        require(pool_strategy in POOL_STRATEGIES, f"pool strategy must be one of {', '.join(POOL_STRATEGIES)}")
+        require(batch_bytes_max >= 4096, f"batch_bytes_max must be at least 4096, not {batch_bytes_max}")
+
+        cdef Layout self = Layout()
+        cdef Geometry* g = &self.g
+        g.broker_count = broker_count
+        g.topic_count_max = topic_count_max
+        g.ring_slot_count = ring_slot_count
+        g.order_entry_count = order_entry_count
+        g.sessions_per_broker = session_count_max // broker_count
+        g.session_count_max = g.sessions_per_broker * g.broker_count
+        g.cursors_per_broker = cursor_count_max // broker_count
+        g.cursor_count_max = g.cursors_per_broker * g.broker_count
+        g.attach_slot_count = attach_slot_count
+        g.segment_bytes = segment_bytes
+        g.region_bytes = region_bytes
+        g.message_bytes_max = message_bytes_max
+        g.batch_bytes_max = max(batch_bytes_max, message_bytes_max + 64)
+        g.pool_strategy = POOL_STRATEGIES.index(pool_strategy)
+        # Room for the largest batch, and for one open segment a broker beside it.
+        smallest_count = -(-g.batch_bytes_max // segment_bytes) + 2 * broker_count
+        self._place(max(smallest_count, region_bytes // segment_bytes))
+        fixed = g.segments
+        g.segment_count = (region_bytes - fixed) // segment_bytes if region_bytes > fixed else 0
+        if g.segment_count < smallest_count:
+            smallest = _round_up(fixed + smallest_count * segment_bytes, 1 << 20)
+            raise LayoutError(
+                f"a region of {region_bytes} bytes is too small: with {broker_count} brokers, {topic_count_max} topics "
+                f"and messages of up to {message_bytes_max} bytes it needs at least {smallest} bytes "
+                f"({smallest >> 20} MiB)")
+        g.region_bytes = g.segments + g.segment_count * segment_bytes
+        return self
+
+    def _place(self, uint64_t segment_count):
+        cdef Geometry* g = &self.g
+        cdef uint64_t at = sizeof(Superblock)
+        cdef uint64_t activity = _round_up(g.topic_count_max, 64)
+        self.sections = [("superblock", 0, at)]
+
+        def section(name, nbytes):
+            nonlocal at
+            start = at
+            at = _round_up(at + nbytes, LINE_BYTES)
+            self.sections.append((name, start, at - start))
+            return start
+
+        g.control = section("control", 2 * LINE_BYTES + activity)
+        g.broker_stride = (3 * LINE_BYTES + sizeof(BrokerAddress) + 2 * sizeof(PoolRing) + activity)
+        g.brokers = section("brokers", g.broker_count * g.broker_stride)
+        g.offset_stride = (2 + g.broker_count) * LINE_BYTES
+        g.topic_stride = 3 * LINE_BYTES + sizeof(TopicName) + g.broker_count * g.offset_stride
+        g.topics = section("topics", g.topic_count_max * g.topic_stride)
+        slots = g.topic_count_max * g.broker_count * g.ring_slot_count
+        g.rings = section("batch-header rings", slots * sizeof(BatchHeader))
+        g.results = section("results", slots * sizeof(BatchResult))
+        g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
+        g.sessions = section("sessions", g.session_count_max * 2 * LINE_BYTES)
+        g.cursors = section("cursors", g.cursor_count_max * 2 * LINE_BYTES)
+        g.attach_stride = LINE_BYTES * (6 + 2 * ATTACH_RING)
+        g.attach = section("attached-client slots", g.attach_slot_count * g.attach_stride)
+        g.segment_table = section("segment table", segment_count * LINE_BYTES)
+        bitmap = _round_up(self._bitmap_words(segment_count) * 8, LINE_BYTES)
+        g.segment_count = segment_count
+        g.coherent = section("coherent area", 2 * bitmap + 2 * g.broker_count * LINE_BYTES + LINE_BYTES)
+        counters = sizeof(BrokerCounters) + ROLE_COUNT * LINE_BYTES
+        g.statistics = section("statistics", g.broker_count * counters + sizeof(SequencerCounters))
+        g.segments = _round_up(at, min(SEGMENT_ALIGNMENT, g.segment_bytes))
+        self.sections.append(("segments", g.segments, 0))
+        self._bitmap_bytes = bitmap
+
+    def _bitmap_words(self, segment_count):
+        # A partitioned bitmap gives each broker whole lines of its own: 8 words each.
+        share = -(-segment_count // self.g.broker_count)
+        return self.g.broker_count * _round_up(-(-share // 64), 8)
+
+    @property
+    def numbers(self) -> dict:
+        """Every number of the geometry by name."""
+        return dict(self.g)
+
+    @property
+    def pool_strategy(self) -> str:
+        """Name of the segment pool's strategy."""
+        return POOL_STRATEGIES[self.g.pool_strategy]
+
+    def hash(self) -> int:
+        """64 bits that change when any record, section or number changes."""
+        parts = [LAYOUT_VERSION, sorted(self.numbers.items()), _record_digest()]
+        return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+    cdef uint64_t directory(self) noexcept nogil: return self.g.control + 64
+    cdef uint64_t sequencer_activity(self) noexcept nogil: return self.g.control + 128
+    cdef uint64_t broker(self, uint64_t b) noexcept nogil: return self.g.brokers + b * self.g.broker_stride
+    cdef uint64_t pool_wish(self, uint64_t b) noexcept nogil: return self.broker(b) + 64
+    cdef uint64_t pool_grant(self, uint64_t b) noexcept nogil: return self.broker(b) + 128
+    cdef uint64_t broker_address(self, uint64_t b) noexcept nogil: return self.broker(b) + 192
+    cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil: return self.broker(b) + 192 + sizeof(BrokerAddress)
+    cdef uint64_t pool_returns(self, uint64_t b) noexcept nogil: return self.pool_grants(b) + sizeof(PoolRing)
+    cdef uint64_t broker_activity(self, uint64_t b) noexcept nogil: return self.pool_returns(b) + sizeof(PoolRing)
+    cdef uint64_t topic(self, uint64_t t) noexcept nogil: return self.g.topics + t * self.g.topic_stride
+    cdef uint64_t topic_order(self, uint64_t t) noexcept nogil: return self.topic(t) + 64 + sizeof(TopicName)
+    cdef uint64_t topic_reclaim(self, uint64_t t) noexcept nogil: return self.topic(t) + 128 + sizeof(TopicName)
+
+    cdef uint64_t offset_broker(self, uint64_t t, uint64_t b) noexcept nogil:
+        return self.topic(t) + 192 + sizeof(TopicName) + b * self.g.offset_stride
+
+    cdef uint64_t offset_sequencer(self, uint64_t t, uint64_t b) noexcept nogil:
+        return self.offset_broker(t, b) + 64
+
+    cdef uint64_t replica(self, uint64_t t, uint64_t b, uint64_t r) noexcept nogil:
+        return self.offset_broker(t, b) + 128 + r * 64
+
+    cdef uint64_t ring(self, uint64_t t, uint64_t b, uint64_t slot) noexcept nogil:
+        return self.g.rings + ((t * self.g.broker_count + b) * self.g.ring_slot_count
+                               + (slot & (self.g.ring_slot_count - 1))) * sizeof(BatchHeader)
+
+    cdef uint64_t result(self, uint64_t t, uint64_t b, uint64_t slot) noexcept nogil:
+        return self.g.results + ((t * self.g.broker_count + b) * self.g.ring_slot_count
+                                 + (slot & (self.g.ring_slot_count - 1))) * sizeof(BatchResult)
+
+    cdef uint64_t order_entry(self, uint64_t t, uint64_t index) noexcept nogil:
+        return self.g.order + (t * self.g.order_entry_count
+                               + (index & (self.g.order_entry_count - 1))) * sizeof(OrderEntry)
+
+    cdef uint64_t session(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128
+    cdef uint64_t session_progress(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128 + 64
+    cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128
+    cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128 + 64
+    cdef uint64_t segment_line(self, uint64_t s) noexcept nogil: return self.g.segment_table + s * 64
+    cdef uint64_t segment(self, uint64_t s) noexcept nogil: return self.g.segments + s * self.g.segment_bytes
+    cdef uint64_t bitmap(self) noexcept nogil: return self.g.coherent
+    cdef uint64_t warm_bitmap(self) noexcept nogil: return self.g.coherent + self._bitmap_bytes
+    cdef uint64_t bitmap_words(self) noexcept nogil: return self._bitmap_bytes // 8
+
+    cdef uint64_t doorbell(self, uint64_t b, uint64_t which) noexcept nogil:
+        return self.g.coherent + 2 * self._bitmap_bytes + (2 * b + which) * 64
+
+    cdef uint64_t order_lock(self) noexcept nogil:
+        return self.g.coherent + 2 * self._bitmap_bytes + 2 * self.g.broker_count * 64
+
+    cdef uint64_t broker_counters(self, uint64_t b) noexcept nogil:
+        return self.g.statistics + b * (sizeof(BrokerCounters) + ROLE_COUNT * 64)
+
+    cdef uint64_t role_statistics(self, uint64_t b, uint64_t role) noexcept nogil:
+        return self.broker_counters(b) + sizeof(BrokerCounters) + role * 64
+
+    cdef uint64_t sequencer_counters(self) noexcept nogil: return self.broker_counters(self.g.broker_count)
+
+    def offset_of(self, record: str, *index: int) -> int:
+        """Region offset of a record, for tools and tests: `offset_of("ring", topic, broker, slot)`."""
+        places = {
+            "superblock": lambda: 0, "control": lambda: self.g.control, "directory": self._directory,
+            "broker": lambda b: self.broker(b), "broker_address": lambda b: self.broker_address(b),
+            "broker_activity": lambda b: self.broker_activity(b), "pool_wish": lambda b: self.pool_wish(b),
+            "pool_grant": lambda b: self.pool_grant(b), "topic": lambda t: self.topic(t),
+            "topic_name": lambda t: self.topic(t) + 64, "topic_order": lambda t: self.topic_order(t),
+            "topic_reclaim": lambda t: self.topic_reclaim(t), "offset_broker": lambda t, b: self.offset_broker(t, b),
+            "offset_sequencer": lambda t, b: self.offset_sequencer(t, b),
+            "replica": lambda t, b, r: self.replica(t, b, r), "ring": lambda t, b, s: self.ring(t, b, s),
+            "result": lambda t, b, s: self.result(t, b, s), "order_entry": lambda t, i: self.order_entry(t, i),
+            "session": lambda s: self.session(s), "session_progress": lambda s: self.session_progress(s),
+            "cursor": lambda c: self.cursor(c), "cursor_grant": lambda c: self.cursor_grant(c),
+            "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),
+            "bitmap": lambda: self.bitmap(), "warm_bitmap": lambda: self.warm_bitmap(),
+            "doorbell": lambda b, w: self.doorbell(b, w), "order_lock": lambda: self.order_lock(),
+            "role_statistics": lambda b, r: self.role_statistics(b, r),
+            "broker_counters": lambda b: self.broker_counters(b),
+            "sequencer_counters": lambda: self.sequencer_counters(),
+        }
+        return places[record](*index)
+
+    def _directory(self):
+        return self.directory()
+
+
+def _record_digest() -> list:
+    return [(name, dtype.itemsize, [(field, str(kind[0]), kind[1]) for field, kind in sorted(dtype.fields.items())])
+            for name, dtype in sorted(record_dtypes().items())]
+
+
+# Record -> writer role. The coherence checker and the printed map read it; layout.pxd gives the reasons.
+WRITERS = {
+    "Superblock": "admin, once", "ControlLine": "sequencer", "DirectoryLine": "admin",
+    "ActivityLine": "broker, or sequencer for its own", "BrokerLine": "broker", "BrokerAddress": "broker",
+    "PoolWishLine": "broker", "PoolGrantLine": "sequencer", "PoolRing": "sequencer (grants), broker (returns)",
+    "TopicLine": "admin", "TopicName": "admin", "TopicOrderLine": "sequencer", "TopicReclaimLine": "reclaim",
+    "OffsetBrokerLine": "delegation", "OffsetSequencerLine": "sequencer", "ReplicaLine": "replication",
+    "BatchHeader": "receiver, then delegation of the same broker", "BatchResult": "sequencer",
+    "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
+    "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
+    "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
+    "AccessStatistics": "the role that counts",
+}
+
+
+def _assert_sizes() -> None:
+    for size, lines in ((sizeof(Superblock), 8), (sizeof(ControlLine), 1), (sizeof(DirectoryLine), 1),
+                        (sizeof(ActivityLine), 1), (sizeof(BrokerLine), 1), (sizeof(BrokerAddress), 4),
+                        (sizeof(PoolWishLine), 1), (sizeof(PoolGrantLine), 1), (sizeof(PoolRing), 8),
+                        (sizeof(TopicLine), 1), (sizeof(TopicName), 2), (sizeof(TopicOrderLine), 1),
+                        (sizeof(TopicReclaimLine), 1), (sizeof(OffsetBrokerLine), 1), (sizeof(OffsetSequencerLine), 1),
+                        (sizeof(ReplicaLine), 1), (sizeof(BatchHeader), 1), (sizeof(OrderEntry), 1),
+                        (sizeof(SessionLine), 1), (sizeof(SessionProgressLine), 1), (sizeof(CursorLine), 1),
+                        (sizeof(CursorGrantLine), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
+                        (sizeof(LockLine), 1), (sizeof(BrokerCounters), 3), (sizeof(SequencerCounters), 3),
+                        (sizeof(AccessStatistics), 1)):
+        assert size == lines * LINE_BYTES, f"a record of {lines} lines has {size} bytes"
+    assert sizeof(BatchResult) == 16
+    assert cxl_mutex_bytes() <= LINE_BYTES
+
+
+_assert_sizes()
