@@ -53,6 +53,7 @@ cpdef enum CursorState:
     CURSOR_FREE = 0
     CURSOR_WANTED = 1           # waits for the reclaimer's grant
     CURSOR_LIVE = 2
+    CURSOR_PROTECTED = 3        # holds its data even while nobody reads
 
 cdef packed struct Superblock:              # 8 lines, written once by the creating broker
     uint64_t ready                          # stored last
@@ -112,23 +113,24 @@ cdef packed struct BrokerAddress:           # writer: broker, before it is ready
     char unix_address[128]
 
 cdef packed struct PoolWishLine:            # writer: broker
-    uint64_t wanted                         # segments asked of the leader so far, and segments lacking (pressure)
+    uint64_t wanted                         # runs asked of the leader so far
+    uint64_t run                            # segments in the run asked for last
     uint64_t returned                       # segments given back so far
-    uint64_t pressure                       # segments this broker lacks now: asks the reclaimer to free some
-    uint64_t run                            # length of the run of segments wanted
-    uint64_t pressure_topic
+    uint64_t pressure                       # requests to the reclaimer so far: this broker lacks segments
+    uint64_t pressure_bytes                 # how much it lacks
     uint64_t reserved[3]
 
 cdef packed struct PoolGrantLine:           # writer: sequencer (leader)
-    uint64_t granted
+    uint64_t granted                        # runs granted so far
+    uint64_t granted_segments               # segments granted so far
     uint64_t taken                          # returns taken back so far
-    uint64_t reserved[6]
+    uint64_t reserved[5]
 
 cdef packed struct PoolRing:                # 8 lines
     uint64_t segments[64]
 
 cdef packed struct TopicLine:               # writer: admin
-    uint64_t state                          # tag of generation and TopicState
+    uint64_t state                          # generation << 8 | TopicState
     uint64_t order
     uint64_t ack
     uint64_t replication_factor
@@ -240,10 +242,29 @@ cdef packed struct CursorLine:              # writer: the broker that serves the
     uint64_t start_time
     uint64_t reserved[2]
 
+cdef packed struct CursorName:              # writer: as CursorLine; empty for an unnamed cursor
+    char text[64]
+
 cdef packed struct CursorGrantLine:         # writer: reclaim
     uint64_t granted                        # request number that is granted
     uint64_t index                          # never below the reclaimed frontier
     uint64_t reserved[6]
+
+cdef packed struct ReclaimAnswerLine:       # writer: reclaim, one a broker
+    uint64_t answered                       # the last pressure request that was acted on
+    uint64_t freed_bytes
+    uint64_t holder                         # who holds the oldest data back, 0 nobody: HolderKind << 32 | number
+    uint64_t holder_topic
+    uint64_t reclaims                       # changes whenever a reclaimed frontier moved
+    uint64_t reserved[3]
+
+cpdef enum HolderKind:
+    HOLDER_NONE = 0
+    HOLDER_CURSOR = 1           # a live reader; number: its cursor
+    HOLDER_PROTECTED = 2        # a protected cursor
+    HOLDER_REPLICA = 3          # a replica that is behind; number: its broker
+    HOLDER_RETENTION = 4        # a topic that never drops; number: the topic
+    HOLDER_UNCOMMITTED = 5      # batches that wait for order; number: the topic
 
 cdef packed struct SegmentLine:             # writer: the broker that owns the segment
     uint64_t owner                          # 0 free; else broker + 1 | topic << 16 | generation << 32
@@ -351,6 +372,7 @@ cdef class Layout:
     cdef uint64_t broker_activity(self, uint64_t b) noexcept nogil
     cdef uint64_t pool_wish(self, uint64_t b) noexcept nogil
     cdef uint64_t pool_grant(self, uint64_t b) noexcept nogil
+    cdef uint64_t reclaim_answer(self, uint64_t b) noexcept nogil
     cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil
     cdef uint64_t pool_returns(self, uint64_t b) noexcept nogil
     cdef uint64_t topic(self, uint64_t t) noexcept nogil
@@ -365,6 +387,7 @@ cdef class Layout:
     cdef uint64_t session(self, uint64_t s) noexcept nogil
     cdef uint64_t session_progress(self, uint64_t s) noexcept nogil
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil
+    cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil
     cdef uint64_t segment(self, uint64_t s) noexcept nogil

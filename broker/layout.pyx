@@ -1,6 +1,7 @@
 """Computes where each record lies, and derives dtypes, the layout hash and the printed map from layout.pxd."""
 
 import hashlib
+import re
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
@@ -17,10 +18,21 @@ class LayoutError(ValueError):
     """The wanted numbers make no region that works; the message says which would."""
 
 
-def _dtypes() -> dict:
-    """A numpy dtype for every record, taken from the compiled structs themselves."""
-    import numpy
+_FIELD = re.compile(r"\^?(?:\((\d+)\))?([A-Za-z]):(\w+):")
+_FIELD_BYTES = {"B": 1, "c": 1, "s": 1, "H": 2, "I": 4, "Q": 8}
 
+
+def _fields(view) -> list:
+    """(name, type letter, count, offset) of each field, read from the buffer format that the compiler gave a struct."""
+    fields, offset = [], 0
+    for count, letter, name in _FIELD.findall(memoryview(view).format):
+        fields.append((name, letter, int(count or 1), offset))
+        offset += int(count or 1) * _FIELD_BYTES[letter]
+    assert offset == memoryview(view).itemsize
+    return fields
+
+
+def _records() -> dict:
     cdef Superblock a
     cdef ControlLine b
     cdef DirectoryLine c
@@ -44,6 +56,8 @@ def _dtypes() -> dict:
     cdef CursorGrantLine v
     cdef SegmentLine w
     cdef DoorbellLine x
+    cdef CursorName ee
+    cdef ReclaimAnswerLine ff
     cdef BrokerCounters y
     cdef SequencerCounters z
     cdef AccessStatistics aa
@@ -59,22 +73,26 @@ def _dtypes() -> dict:
         "OffsetSequencerLine": <OffsetSequencerLine[:1]>&n, "ReplicaLine": <ReplicaLine[:1]>&o,
         "BatchHeader": <BatchHeader[:1]>&p, "BatchResult": <BatchResult[:1]>&q, "OrderEntry": <OrderEntry[:1]>&r,
         "SessionLine": <SessionLine[:1]>&s, "SessionProgressLine": <SessionProgressLine[:1]>&t,
+        "CursorName": <CursorName[:1]>&ee, "ReclaimAnswerLine": <ReclaimAnswerLine[:1]>&ff,
         "CursorLine": <CursorLine[:1]>&u, "CursorGrantLine": <CursorGrantLine[:1]>&v,
         "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
         "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
         "AccessStatistics": <AccessStatistics[:1]>&aa,
     }
-    return {name: numpy.asarray(view).dtype for name, view in views.items()}
+    return {name: _fields(view) for name, view in views.items()}
 
 
-_DTYPES = {}
+RECORDS = _records()
 
 
 def record_dtypes() -> dict:
     """Map of record name to numpy dtype (fields, offsets and sizes as compiled)."""
-    if not _DTYPES:
-        _DTYPES.update(_dtypes())
-    return _DTYPES
+    import numpy
+
+    kinds = {"B": "u1", "c": "S", "s": "S", "H": "<u2", "I": "<u4", "Q": "<u8"}
+    return {record: numpy.dtype([
+        (name, f"S{count}") if letter in "cs" else (name, kinds[letter]) if count == 1 else (name, kinds[letter], count)
+        for name, letter, count, _ in fields]) for record, fields in RECORDS.items()}
 
 
 cdef uint64_t _round_up(uint64_t value, uint64_t to) noexcept nogil:
@@ -153,7 +171,7 @@ cdef class Layout:
             return start
 
         g.control = section("control", 2 * LINE_BYTES + activity)
-        g.broker_stride = (3 * LINE_BYTES + sizeof(BrokerAddress) + 2 * sizeof(PoolRing) + activity)
+        g.broker_stride = (4 * LINE_BYTES + sizeof(BrokerAddress) + 2 * sizeof(PoolRing) + activity)
         g.brokers = section("brokers", g.broker_count * g.broker_stride)
         g.offset_stride = (2 + g.broker_count) * LINE_BYTES
         g.topic_stride = 3 * LINE_BYTES + sizeof(TopicName) + g.broker_count * g.offset_stride
@@ -163,7 +181,7 @@ cdef class Layout:
         g.results = section("results", slots * sizeof(BatchResult))
         g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
         g.sessions = section("sessions", g.session_count_max * 2 * LINE_BYTES)
-        g.cursors = section("cursors", g.cursor_count_max * 2 * LINE_BYTES)
+        g.cursors = section("cursors", g.cursor_count_max * 3 * LINE_BYTES)
         g.attach_stride = LINE_BYTES * (6 + 2 * ATTACH_RING)
         g.attach = section("attached-client slots", g.attach_slot_count * g.attach_stride)
         g.segment_table = section("segment table", segment_count * LINE_BYTES)
@@ -193,7 +211,7 @@ cdef class Layout:
 
     def hash(self) -> int:
         """64 bits that change when any record, section or number changes."""
-        parts = [LAYOUT_VERSION, sorted(self.numbers.items()), _record_digest()]
+        parts = [LAYOUT_VERSION, sorted(self.numbers.items()), sorted(RECORDS.items())]
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
     cdef uint64_t directory(self) noexcept nogil: return self.g.control + 64
@@ -201,8 +219,9 @@ cdef class Layout:
     cdef uint64_t broker(self, uint64_t b) noexcept nogil: return self.g.brokers + b * self.g.broker_stride
     cdef uint64_t pool_wish(self, uint64_t b) noexcept nogil: return self.broker(b) + 64
     cdef uint64_t pool_grant(self, uint64_t b) noexcept nogil: return self.broker(b) + 128
-    cdef uint64_t broker_address(self, uint64_t b) noexcept nogil: return self.broker(b) + 192
-    cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil: return self.broker(b) + 192 + sizeof(BrokerAddress)
+    cdef uint64_t broker_address(self, uint64_t b) noexcept nogil: return self.broker(b) + 256
+    cdef uint64_t reclaim_answer(self, uint64_t b) noexcept nogil: return self.broker(b) + 192
+    cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil: return self.broker_address(b) + sizeof(BrokerAddress)
     cdef uint64_t pool_returns(self, uint64_t b) noexcept nogil: return self.pool_grants(b) + sizeof(PoolRing)
     cdef uint64_t broker_activity(self, uint64_t b) noexcept nogil: return self.pool_returns(b) + sizeof(PoolRing)
     cdef uint64_t topic(self, uint64_t t) noexcept nogil: return self.g.topics + t * self.g.topic_stride
@@ -232,8 +251,9 @@ cdef class Layout:
 
     cdef uint64_t session(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128
     cdef uint64_t session_progress(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128 + 64
-    cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128
-    cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128 + 64
+    cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192
+    cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 64
+    cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 128
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil: return self.g.segment_table + s * 64
     cdef uint64_t segment(self, uint64_t s) noexcept nogil: return self.g.segments + s * self.g.segment_bytes
     cdef uint64_t bitmap(self) noexcept nogil: return self.g.coherent
@@ -268,6 +288,7 @@ cdef class Layout:
             "result": lambda t, b, s: self.result(t, b, s), "order_entry": lambda t, i: self.order_entry(t, i),
             "session": lambda s: self.session(s), "session_progress": lambda s: self.session_progress(s),
             "cursor": lambda c: self.cursor(c), "cursor_grant": lambda c: self.cursor_grant(c),
+            "cursor_name": lambda c: self.cursor_name(c), "reclaim_answer": lambda b: self.reclaim_answer(b),
             "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),
             "bitmap": lambda: self.bitmap(), "warm_bitmap": lambda: self.warm_bitmap(),
             "doorbell": lambda b, w: self.doorbell(b, w), "order_lock": lambda: self.order_lock(),
@@ -281,11 +302,6 @@ cdef class Layout:
         return self.directory()
 
 
-def _record_digest() -> list:
-    return [(name, dtype.itemsize, [(field, str(kind[0]), kind[1]) for field, kind in sorted(dtype.fields.items())])
-            for name, dtype in sorted(record_dtypes().items())]
-
-
 # Record -> writer role. The coherence checker and the printed map read it; layout.pxd gives the reasons.
 WRITERS = {
     "Superblock": "admin, once", "ControlLine": "sequencer", "DirectoryLine": "admin",
@@ -295,7 +311,7 @@ WRITERS = {
     "OffsetBrokerLine": "delegation", "OffsetSequencerLine": "sequencer", "ReplicaLine": "replication",
     "BatchHeader": "receiver, then delegation of the same broker", "BatchResult": "sequencer",
     "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
-    "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
+    "CursorName": "delivery", "ReclaimAnswerLine": "reclaim", "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
     "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
     "AccessStatistics": "the role that counts",
 }
@@ -309,7 +325,8 @@ def _assert_sizes() -> None:
                         (sizeof(TopicReclaimLine), 1), (sizeof(OffsetBrokerLine), 1), (sizeof(OffsetSequencerLine), 1),
                         (sizeof(ReplicaLine), 1), (sizeof(BatchHeader), 1), (sizeof(OrderEntry), 1),
                         (sizeof(SessionLine), 1), (sizeof(SessionProgressLine), 1), (sizeof(CursorLine), 1),
-                        (sizeof(CursorGrantLine), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
+                        (sizeof(CursorGrantLine), 1), (sizeof(CursorName), 1),
+                        (sizeof(ReclaimAnswerLine), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
                         (sizeof(LockLine), 1), (sizeof(BrokerCounters), 3), (sizeof(SequencerCounters), 3),
                         (sizeof(AccessStatistics), 1)):
         assert size == lines * LINE_BYTES, f"a record of {lines} lines has {size} bytes"

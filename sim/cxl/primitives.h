@@ -252,6 +252,34 @@ static inline void cxl_copy_nontemporal(void *target, const void *source, uint64
     }
 }
 
+/* ---- checksum: CRC-32C (Castagnoli), by instruction where there is one ------------------------------------------------ */
+static inline uint32_t cxl_crc32c_table_step(uint32_t crc, uint8_t byte) {
+    crc ^= byte;
+    for (int i = 0; i < 8; i++) crc = (crc >> 1) ^ (0x82F63B78u & (0u - (crc & 1)));
+    return crc;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("sse4.2"))) static inline uint32_t cxl_crc32c_sse42(uint32_t crc, const uint8_t *p, uint64_t bytes) {
+    uint64_t state = crc, word;
+    for (; bytes >= 8; bytes -= 8, p += 8) { memcpy(&word, p, 8); state = _mm_crc32_u64(state, word); }
+    crc = (uint32_t)state;
+    for (; bytes; bytes--, p++) crc = _mm_crc32_u8(crc, *p);
+    return crc;
+}
+#endif
+
+static inline uint32_t cxl_crc32c(uint32_t seed, const void *data, uint64_t bytes) {
+    const uint8_t *p = (const uint8_t *)data;
+    uint32_t crc = ~seed;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("sse4.2")) return ~cxl_crc32c_sse42(crc, p, bytes);
+#endif
+    for (; bytes; bytes--, p++) crc = cxl_crc32c_table_step(crc, *p);
+    return ~crc;
+}
+
 /* ---- time, futex, pages ------------------------------------------------------------------------------------------ */
 static inline int64_t cxl_now_ns(void) {
     struct timespec t;

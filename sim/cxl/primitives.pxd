@@ -27,6 +27,7 @@ cdef extern from "primitives.h" nogil:
     int cxl_read_line(void* target, const void* line)
     int cxl_copy_kind()
     void cxl_copy_nontemporal(void* target, const void* source, uint64_t bytes, int kind, int flush_kind)
+    uint32_t cxl_crc32c(uint32_t seed, const void* data, uint64_t bytes)
     int64_t cxl_now_ns()
     int64_t cxl_wall_ns()
     int cxl_futex_wait(void* word, uint32_t expected, int64_t timeout_ns)

@@ -1,0 +1,350 @@
+"""Settings of a cluster and of a topic. The only module that reads the environment.
+
+    defaults  <  TOML file  <  environment (CXLMQ_*)  <  keyword overrides
+
+Every wrong value is a `ConfigError` that names the setting, the value and what is allowed. A `ClusterConfig` that
+exists is valid: sizes are numbers, and what depends on the size of the region is chosen.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from broker.errors import BadTopicName, BadTopicOptions, ConfigError, PermissionDenied, RegionTooSmall
+from broker.layout import Layout, LayoutError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+FOLDER_PREFIX = "cxlmq-"
+
+POOLS = ("atomic", "partitioned", "leader")
+SEQUENCER_LOCKS = ("mutex", "semaphore", "atomic")
+THREAD_PLANS = ("fused", "staged")
+WAITINGS = ("latency", "balanced", "saver")
+MEMORIES = ("mapped",)
+
+_UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB,
+          "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_CLUSTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,59}")
+_TOPIC_NAME = re.compile(r"(?!\.|__)[A-Za-z0-9._-]{1,120}")
+
+
+def parse_bytes(value: object, setting: str = "size") -> int:
+    """Bytes from 65536, "64KiB", "64K" (both 1024), "64KB" (1000). Raises `ConfigError`."""
+    allowed = "a whole number of bytes, or one with KiB, MiB, GiB, KB, MB or GB"
+    number = _quantity(value, _UNITS, setting, allowed)
+    if number != int(number):
+        raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
+    return int(number)
+
+
+def parse_duration(value: object, setting: str = "duration") -> float:
+    """Seconds from 1.5, "200ms", "30s", "5us", "2m", "1h". Raises `ConfigError`."""
+    return float(_quantity(value, _SECONDS, setting, "a number of seconds, or one with ns, us, ms, s, m, h or d"))
+
+
+def _quantity(value: object, units: Mapping[str, float], setting: str, allowed: str) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf"):
+        return value
+    if isinstance(value, str) and (match := _QUANTITY.fullmatch(value)):
+        digits, unit = match[1], match[2].lower()
+        if unit in units:
+            return (float(digits) if "." in digits else int(digits)) * units[unit]
+    raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
+
+
+# ---- sizes that follow from the size of the region ------------------------------------------------------------------
+
+_SIZED = ("topic_count_max", "ring_slot_count", "order_entry_count", "segment_bytes", "session_count_max",
+          "cursor_count_max")
+# Smallest region that a row serves, then the settings of _SIZED in order.
+_TIERS: tuple[tuple[int, tuple[int, ...]], ...] = (
+    (512 * MIB, (64, 1024, 16384, MIB, 1024, 256)),
+    (256 * MIB, (32, 512, 8192, 512 * KIB, 512, 128)),
+    (64 * MIB, (16, 256, 4096, 256 * KIB, 128, 64)),
+    (16 * MIB, (8, 128, 1024, 64 * KIB, 64, 64)),
+    (0, (4, 64, 256, 16 * KIB, 64, 64)),
+)
+_MESSAGE_BYTES_MAX = 16 * MIB
+_BATCH_BYTES_MAX = 4 * MIB
+
+
+def _chosen(region_bytes: int) -> dict[str, int]:
+    numbers = next(row for smallest, row in _TIERS if region_bytes >= smallest)
+    return {
+        **dict(zip(_SIZED, numbers, strict=True)),
+        "message_bytes_max": min(_MESSAGE_BYTES_MAX, region_bytes // 16),
+        "batch_bytes_max": max(4 * KIB, min(_BATCH_BYTES_MAX, region_bytes // 16)),
+    }
+
+
+# ---- what is allowed ------------------------------------------------------------------------------------------------
+
+_CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THREAD_PLANS, "waiting": WAITINGS,
+            "memory": MEMORIES}
+_BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes")
+_RANGES: dict[str, tuple[int, int]] = {
+    "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
+    "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
+    "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
+    "cursor_count_max": (1, 1 << 20), "attach_slot_count": (0, 4096), "heartbeat_ms": (1, 60_000),
+    "listen_port": (0, 65535),
+}
+_POWERS_OF_TWO = ("ring_slot_count", "order_entry_count", "segment_bytes")
+
+
+class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """All settings of a cluster. Settings that are 0 or None are chosen from `region_bytes` (see `_TIERS`)."""
+
+    name: str = "default"                   # names the region, the folder and the semaphore
+    brokers: int = 4
+    region_bytes: int = GIB
+    message_bytes_max: int = 0              # 16 MiB, or a sixteenth of a small region
+    batch_bytes_max: int = 0                # 4 MiB, or a sixteenth of a small region
+    topic_count_max: int = 0
+    ring_slot_count: int = 0                # batch headers per topic and broker
+    order_entry_count: int = 0              # batches per topic that readers can still find
+    segment_bytes: int = 0
+    session_count_max: int = 0
+    cursor_count_max: int = 0
+    attach_slot_count: int = 64             # clients attached to the memory at once
+    pool: str = "atomic"
+    sequencer_lock: str = "atomic"
+    scanners: int = 1                       # threads of the sequencer
+    thread_plan: str = "fused"
+    waiting: str = "balanced"
+    memory: str = "mapped"
+    session_lease_seconds: float = 30.0     # how long a gap in a session may last
+    heartbeat_ms: int = 200
+    data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
+    listen_host: str = "127.0.0.1"
+    listen_port: int = 0                    # broker b listens on listen_port + b; 0: any free port
+    runtime_directory: str = ""             # the cluster's folder with its sockets lies below
+
+    def __post_init__(self) -> None:
+        for setting in _BYTES:
+            if getattr(self, setting) is not None:
+                setattr(self, setting, parse_bytes(getattr(self, setting), setting))
+        self.session_lease_seconds = parse_duration(self.session_lease_seconds, "session_lease_seconds")
+        self._choose()
+        self._check()
+
+    def _choose(self) -> None:
+        """Fill in what depends on the size of the region."""
+        _check_range("region_bytes", self.region_bytes)
+        for setting, value in _chosen(self.region_bytes).items():
+            if getattr(self, setting) in (0, None):
+                setattr(self, setting, value)
+        if not self.runtime_directory:
+            self.runtime_directory = str(runtime_root())
+
+    def _check(self) -> None:
+        """Raise `ConfigError` for the first setting that is wrong."""
+        for setting, choices in _CHOICES.items():
+            if getattr(self, setting) not in choices:
+                _refuse(setting, getattr(self, setting), ", ".join(choices))
+        for setting in _RANGES:
+            _check_range(setting, getattr(self, setting))
+        for setting in _POWERS_OF_TWO:
+            if getattr(self, setting).bit_count() != 1:
+                _refuse(setting, getattr(self, setting), "a power of two")
+        if not isinstance(self.scanners, int) or not 1 <= self.scanners <= self.brokers:
+            _refuse("scanners", self.scanners, f"a whole number from 1 to brokers ({self.brokers})")
+        if not isinstance(self.name, str) or not _CLUSTER_NAME.fullmatch(self.name):
+            _refuse("name", self.name, "1 to 60 letters, digits, '.', '_' and '-', not starting with '.' or '-'")
+        if self.session_lease_seconds <= 0:
+            _refuse("session_lease_seconds", self.session_lease_seconds, "more than 0")
+        if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
+            _refuse("listen_host", self.listen_host, "a host name or an address")
+        if self.listen_port and self.listen_port + self.brokers - 1 > 65535:
+            _refuse("listen_port", self.listen_port, f"0, or a port with {self.brokers - 1} more above it up to 65535")
+        if len(os.fsencode(self.folder)) > 90:
+            _refuse("runtime_directory", self.runtime_directory,
+                    "a short path: unix sockets below it may have 107 bytes, the cluster's folder 90")
+
+    @property
+    def folder(self) -> Path:
+        """The cluster's own folder: sockets, logs, and replicas when no data_directory is set."""
+        return Path(os.path.abspath(self.runtime_directory)) / f"{FOLDER_PREFIX}{self.name}"
+
+    def to_json(self) -> str:
+        """The configuration on one line, for a broker's argument or pipe."""
+        return msgspec.json.encode(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "ClusterConfig":
+        """The inverse of `to_json`. Raises `ConfigError`."""
+        try:
+            values = msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"the configuration is no JSON: {error}", setting="configuration") from error
+        if not isinstance(values, dict):
+            raise ConfigError(setting="configuration", value=repr(values), allowed="a JSON object")
+        return load_config(environment={}, **values)
+
+
+def _refuse(setting: str, value: object, allowed: str) -> None:
+    raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
+
+
+def _check_range(setting: str, value: object) -> None:
+    low, high = _RANGES[setting]
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        _refuse(setting, value, f"a whole number from {low} to {high}")
+
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+# Environment variable -> setting. Few on purpose: what belongs to a machine or a shell, not to a cluster's design.
+ENVIRONMENT = {
+    "CXLMQ_NAME": "name", "CXLMQ_BROKERS": "brokers", "CXLMQ_REGION_BYTES": "region_bytes",
+    "CXLMQ_WAITING": "waiting", "CXLMQ_SEQUENCER_LOCK": "sequencer_lock", "CXLMQ_DATA_DIRECTORY": "data_directory",
+    "CXLMQ_RUNTIME_DIRECTORY": "runtime_directory", "CXLMQ_LISTEN_HOST": "listen_host",
+    "CXLMQ_LISTEN_PORT": "listen_port",
+}
+CONFIG_FILE_VARIABLE = "CXLMQ_CONFIG"
+_SETTINGS = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
+
+
+def load_config(path: str | Path | None = None, *, environment: Mapping[str, str] | None = None,
+                **overrides: Any) -> ClusterConfig:
+    """Build a configuration; later sources win, and an override of None counts as not given.
+
+    `path` is a TOML file, its settings at the top or in `[cluster]`; without it CXLMQ_CONFIG may name one.
+    Raises `ConfigError`.
+    """
+    environment = os.environ if environment is None else environment
+    path = path or environment.get(CONFIG_FILE_VARIABLE) or None
+    values: dict[str, Any] = dict(_read_toml(Path(path))) if path else {}
+    values.update({setting: environment[variable] for variable, setting in ENVIRONMENT.items()
+                   if environment.get(variable)})
+    values.update({setting: value for setting, value in overrides.items() if value is not None})
+    for setting, value in values.items():
+        if setting not in _SETTINGS:
+            _refuse(setting, value, f"one of the settings {', '.join(_SETTINGS)}")
+    return ClusterConfig(**{setting: _typed(setting, value) for setting, value in values.items()})
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}", setting="config") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the configuration file {path} is no TOML: {error}", setting="config") from error
+    inner = content.pop("cluster", {})
+    if not isinstance(inner, dict):
+        raise ConfigError(setting="cluster", value=repr(inner), allowed="a table of settings")
+    return {**content, **inner}
+
+
+def _typed(setting: str, value: Any) -> Any:
+    """Numbers that come as text (environment, command line) become numbers; sizes and times are parsed later."""
+    if _SETTINGS[setting] is int and setting not in _BYTES and isinstance(value, str):
+        try:
+            return int(value)
+        except ValueError:
+            _refuse(setting, value, "a whole number")
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if _SETTINGS[setting] is not int and setting != "session_lease_seconds" and not isinstance(value, str):
+        _refuse(setting, value, "text")
+    return value
+
+
+def runtime_root(environment: Mapping[str, str] | None = None) -> Path:
+    """Where clusters of this user keep their folders, unless they say otherwise."""
+    environment = os.environ if environment is None else environment
+    if environment.get("CXLMQ_RUNTIME_DIRECTORY"):
+        return Path(os.path.abspath(environment["CXLMQ_RUNTIME_DIRECTORY"]))
+    session = environment.get("XDG_RUNTIME_DIR")
+    if session and len(session) <= 24 and os.path.isdir(session) and os.access(session, os.W_OK):
+        return Path(os.path.abspath(session)) / "cxlmq"
+    return Path(f"/tmp/cxlmq-{os.getuid()}")
+
+
+def make_folder(config: ClusterConfig) -> Path:
+    """Create the cluster's folder, private to the user. Raises `PermissionDenied` when somebody else made it."""
+    folder = config.folder
+    for each in (folder.parent, folder):
+        try:
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PermissionDenied(
+                f"cannot create the folder {each} ({error.strerror}): set runtime_directory", what=str(each)) from error
+        if each.lstat().st_uid != os.getuid() or each.is_symlink():
+            raise PermissionDenied(f"the folder {each} belongs to another user: set runtime_directory", what=str(each))
+    return folder
+
+
+def layout_of(config: ClusterConfig) -> Layout:
+    """The layout of a cluster's region. Raises `RegionTooSmall`, which names the smallest that works."""
+    def compute(region_bytes: int) -> Layout:
+        return Layout.compute(
+            broker_count=config.brokers, region_bytes=region_bytes, topic_count_max=config.topic_count_max,
+            ring_slot_count=config.ring_slot_count, order_entry_count=config.order_entry_count,
+            session_count_max=config.session_count_max, cursor_count_max=config.cursor_count_max,
+            attach_slot_count=config.attach_slot_count, segment_bytes=config.segment_bytes,
+            message_bytes_max=config.message_bytes_max, batch_bytes_max=config.batch_bytes_max,
+            pool_strategy=config.pool)
+
+    try:
+        layout = compute(config.region_bytes)
+        # The size is rounded down to whole segments. Whoever attaches computes the layout from that size and must
+        # find the same one, so it is settled here.
+        while (settled := compute(layout.numbers["region_bytes"])).hash() != layout.hash():
+            layout = settled
+    except LayoutError as error:
+        raise RegionTooSmall(str(error), region=config.name) from error
+    return layout
+
+
+# ---- topics ---------------------------------------------------------------------------------------------------------
+
+ORDERS = (0, 1, 2, 4, 5)
+ALIAS_NOTE = "order 4 is an alias of order 5: the topic has order 5"
+
+
+class TopicConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a topic promises. `validate` before use."""
+
+    name: str
+    order: int = 5                  # 0 none, 1 per broker, 2 global, 5 global and per session (4 is an alias of 5)
+    ack: int = 1                    # 0 none, 1 ordered in memory, 2 durable on replication_factor disks
+    replication_factor: int = 1
+    retention_bytes: int = 0        # 0: while the region has room; N: drop beyond N bytes; -1: never drop
+
+    def validate(self, broker_count: int) -> tuple["TopicConfig", list[str]]:
+        """The topic as it will be, and notes for the user. Raises `BadTopicName` or `BadTopicOptions`."""
+        check_topic_name(self.name)
+        if self.order not in ORDERS:
+            self._refuse("order", self.order, "0, 1, 2, 5, or 4 as an alias of 5")
+        if self.ack not in (0, 1, 2):
+            self._refuse("ack", self.ack, "0, 1 or 2")
+        if not 1 <= self.replication_factor <= broker_count:
+            self._refuse("replication_factor", self.replication_factor, f"1 to the number of brokers ({broker_count})")
+        if self.ack == 2 and self.replication_factor < 2:
+            self._refuse("replication_factor", self.replication_factor,
+                         f"2 to {broker_count} for ack 2, or use ack 1" if broker_count > 1
+                         else "none for ack 2 with one broker: use ack 1")
+        if not -1 <= self.retention_bytes < 1 << 62:
+            self._refuse("retention_bytes", self.retention_bytes,
+                         "0 (while there is room), a number of bytes, or -1 (never drop)")
+        if self.order == 4:
+            return msgspec.structs.replace(self, order=5), [ALIAS_NOTE]
+        return self, []
+
+    def _refuse(self, option: str, value: object, allowed: str) -> None:
+        raise BadTopicOptions(topic=self.name, option=option, value=value, allowed=allowed)
+
+
+def check_topic_name(name: str) -> None:
+    """Raise `BadTopicName` unless a topic may be called so."""
+    if not isinstance(name, str) or not _TOPIC_NAME.fullmatch(name):
+        raise BadTopicName(topic=name)

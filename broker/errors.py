@@ -1,0 +1,328 @@
+"""Every error of the product, under `CxlmqError`: a code, a message that says what to do, and details.
+
+    broker raises ──► to_metadata ──► gRPC trailers ──► from_metadata ──► the client raises the same error
+                      cxlmq-error: code     cxlmq-details: JSON
+
+A class states its gRPC status and the template of its message; details fill the template and are attributes of the
+error (`PoolFull(holder="replica 2").holder`). Status names are plain strings: only the gRPC adapters import grpc.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+ERROR_KEY = "cxlmq-error"
+DETAILS_KEY = "cxlmq-details"
+
+
+class _Known(dict[str, object]):
+    """Fills a template; what is not known reads as '?'. An error about an error helps nobody."""
+
+    def __missing__(self, key: str) -> str:
+        return "?"
+
+
+class CxlmqError(Exception):
+    """Base of all errors. `code` is stable, for programs; `message` is for people; `details` hold the numbers."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[str] = "INTERNAL"
+    template: ClassVar[str] = "internal error"
+
+    def __init__(self, message: str | None = None, /, **details: object) -> None:
+        self.details: dict[str, object] = details
+        self.message = self.template.format_map(_Known(details)) if message is None else message
+        super().__init__(self.message)
+
+    def __getattr__(self, name: str) -> Any:
+        details = self.__dict__.get("details", {})
+        if name in details:
+            return details[name]
+        raise AttributeError(f"{type(self).__name__} has no {name!r}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.code, self.message, self.details)
+
+
+class ConfigError(CxlmqError):
+    """A setting has a wrong value; details: setting, value, allowed."""
+
+    code = "config"
+    status = "INVALID_ARGUMENT"
+    template = "setting {setting} cannot be {value}: allowed is {allowed}"
+
+
+class RegionError(CxlmqError):
+    """Something is wrong with the shared region; details: region."""
+
+    code = "region"
+    status = "FAILED_PRECONDITION"
+    template = "region {region} cannot be used"
+
+
+class RegionTooSmall(RegionError):
+    """The numbers do not fit into the region; the message names the smallest that works."""
+
+    code = "region-too-small"
+    status = "INVALID_ARGUMENT"
+    template = "the region is too small: make region_bytes larger"
+
+
+class RegionStale(RegionError):
+    """The region is of another version, layout or run."""
+
+    code = "region-stale"
+    template = "region {region} is stale ({reason}): remove it with `cxlmq region gc`, or attach to the current run"
+
+
+class RegionForeign(RegionError):
+    """The file is no region of ours, or the name belongs to a cluster that runs."""
+
+    code = "region-foreign"
+    template = "region {region} is not ours ({reason}): choose another cluster name"
+
+
+class RegionMissing(RegionError):
+    """There is no region of this name, or it did not become ready in time."""
+
+    code = "region-missing"
+    status = "NOT_FOUND"
+    template = "there is no region {region}: start the cluster with `cxlmq cluster up`"
+
+
+class TmpfsTooSmall(RegionError):
+    """tmpfs has no room for the region; details: wanted_bytes, free_bytes."""
+
+    code = "tmpfs-too-small"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("the region needs {wanted_bytes} bytes and /dev/shm has {free_bytes} free: make region_bytes smaller, "
+                "remove leftovers with `cxlmq region gc`, or enlarge /dev/shm")
+
+
+class TopicError(CxlmqError):
+    """Something is wrong with a topic; details: topic."""
+
+    code = "topic"
+    status = "INVALID_ARGUMENT"
+    template = "topic {topic} cannot be used"
+
+
+class UnknownTopic(TopicError):
+    """No topic of this name exists."""
+
+    code = "unknown-topic"
+    status = "NOT_FOUND"
+    template = "there is no topic {topic}: create it with `cxlmq topic create {topic}`"
+
+
+class DuplicateTopic(TopicError):
+    """A topic of this name exists already."""
+
+    code = "duplicate-topic"
+    status = "ALREADY_EXISTS"
+    template = "topic {topic} exists already: choose another name, or delete it first"
+
+
+class BadTopicName(TopicError):
+    """The name is not allowed."""
+
+    code = "bad-topic-name"
+    template = ("{topic!r} is no topic name: use 1 to 120 letters, digits, '.', '_' and '-', "
+                "and do not start with '.' or '__'")
+
+
+class BadTopicOptions(TopicError):
+    """Order, ack, replication factor or retention are wrong or do not fit together."""
+
+    code = "bad-topic-options"
+    template = "{option} of topic {topic} cannot be {value}: allowed is {allowed}"
+
+
+class TopicTableFull(TopicError):
+    """The region has no place for another topic; details: topic_count_max."""
+
+    code = "topic-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = "all {topic_count_max} places for topics are taken: delete one, or raise topic_count_max"
+
+
+class SessionError(CxlmqError):
+    """Something is wrong with a publisher's session."""
+
+    code = "session"
+    status = "FAILED_PRECONDITION"
+    template = "the session cannot be used: open a new one"
+
+
+class SessionTableFull(SessionError):
+    """No place for another session; details: broker, session_count."""
+
+    code = "session-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all {session_count} places for sessions of broker {broker} are taken: close publishers, "
+                "or raise session_count_max")
+
+
+class SessionFenced(SessionError):
+    """A newer session of the same client took over, or this one's gap lasted too long; details: committed, reason."""
+
+    code = "session-fenced"
+    status = "ABORTED"
+    template = "the session is fenced ({reason}): everything below batch {committed} is in the log; open a new session"
+
+
+class SessionUnknown(SessionError):
+    """The broker knows no such session."""
+
+    code = "session-unknown"
+    status = "NOT_FOUND"
+    template = "the broker knows no session {session}: open a new one, it resumes from what is committed"
+
+
+class MessageTooBig(CxlmqError):
+    """A message is larger than the cluster takes; details: message_bytes, message_bytes_max."""
+
+    code = "message-too-big"
+    status = "INVALID_ARGUMENT"
+    template = ("a message of {message_bytes} bytes is too big: at most {message_bytes_max} are allowed; "
+                "split it, or raise message_bytes_max of the cluster")
+
+
+class PoolFull(CxlmqError):
+    """No segment is free; details: holder (who keeps segments from being reclaimed)."""
+
+    code = "pool-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("no segment is free; {holder} holds the oldest: let it catch up or close it, set a retention, "
+                "or make region_bytes larger")
+
+
+class BufferFull(CxlmqError):
+    """The publisher's own memory is full; details: buffer_bytes."""
+
+    code = "buffer-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("the publisher already holds {buffer_bytes} bytes that are not acknowledged: wait with flush(), "
+                "raise buffer_bytes, or choose another policy for a full buffer")
+
+
+class DeliveryTimeout(CxlmqError):
+    """No acknowledgement came in time; details: timeout_seconds. The message may be in the log, once."""
+
+    code = "delivery-timeout"
+    status = "DEADLINE_EXCEEDED"
+    template = ("no acknowledgement within {timeout_seconds} s: the message may be in the log or not; "
+                "publish through the same session to have it there once, or raise delivery_timeout")
+
+
+class PositionLost(CxlmqError):
+    """The wanted messages are reclaimed; details: position, first_available."""
+
+    code = "position-lost"
+    status = "OUT_OF_RANGE"
+    template = "position {position} is gone, the first available is {first_available}: seek there, or use a cursor"
+
+
+class BrokerUnavailable(CxlmqError):
+    """A broker does not answer; details: address."""
+
+    code = "broker-unavailable"
+    status = "UNAVAILABLE"
+    template = "no broker answers at {address}: is the cluster up (`cxlmq cluster status`)?"
+
+
+class BadBatch(CxlmqError):
+    """A batch contradicts itself; details: reason."""
+
+    code = "bad-batch"
+    status = "INVALID_ARGUMENT"
+    template = "the batch is malformed ({reason}): nothing of it was taken; send it as the contract says"
+
+
+class PortTaken(CxlmqError):
+    """Another process listens there; details: address."""
+
+    code = "port-taken"
+    status = "ALREADY_EXISTS"
+    template = "{address} is in use: choose another listen_port, or 0 for any that is free"
+
+
+class PermissionDenied(CxlmqError):
+    """The caller may not do this; details: what."""
+
+    code = "permission-denied"
+    status = "PERMISSION_DENIED"
+    template = "not allowed: {what} belongs to another user"
+
+
+class ClosedError(CxlmqError):
+    """The object was closed; details: what."""
+
+    code = "closed"
+    status = "CANCELLED"
+    template = "{what} is closed: open a new one"
+
+
+def _all_errors(base: type[CxlmqError]) -> list[type[CxlmqError]]:
+    return [base, *(each for child in base.__subclasses__() for each in _all_errors(child))]
+
+
+ERRORS: dict[str, type[CxlmqError]] = {each.code: each for each in _all_errors(CxlmqError)}
+
+# What a bare gRPC status means when no trailers came: gRPC itself raised it, or something between.
+STATUS_ERRORS: dict[str, type[CxlmqError]] = {
+    "CANCELLED": ClosedError,
+    "INVALID_ARGUMENT": BadBatch,
+    "DEADLINE_EXCEEDED": DeliveryTimeout,
+    "NOT_FOUND": UnknownTopic,
+    "ALREADY_EXISTS": DuplicateTopic,
+    "PERMISSION_DENIED": PermissionDenied,
+    "UNAUTHENTICATED": PermissionDenied,
+    "RESOURCE_EXHAUSTED": MessageTooBig,
+    "FAILED_PRECONDITION": SessionError,
+    "ABORTED": SessionFenced,
+    "OUT_OF_RANGE": PositionLost,
+    "UNAVAILABLE": BrokerUnavailable,
+}
+
+
+def status_of(error: BaseException) -> str:
+    """The gRPC status name for an error; "INTERNAL" for what is not ours."""
+    return error.status if isinstance(error, CxlmqError) else "INTERNAL"
+
+
+def from_code(code: str, message: str, /, **details: object) -> CxlmqError:
+    """Rebuild an error; a code that this version does not know gives a `CxlmqError` that still carries it."""
+    kind = ERRORS.get(code)
+    if kind is not None:
+        return kind(message, **details)
+    return CxlmqError(message, **{**details, "unknown_code": code})
+
+
+def from_status(status: str, message: str) -> CxlmqError:
+    """The nearest error for a bare gRPC status."""
+    return STATUS_ERRORS.get(status, CxlmqError)(message)
+
+
+def to_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """The trailers that carry an error's code and details, in ASCII; the message is gRPC's own status message."""
+    if not isinstance(error, CxlmqError):
+        return ((ERROR_KEY, CxlmqError.code),)
+    return (ERROR_KEY, error.code), (DETAILS_KEY, json.dumps(error.details, default=str))
+
+
+def from_metadata(status: str, message: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> CxlmqError:
+    """The error that a failed call stands for: from its trailers, or else from its status."""
+    values = {key: value.decode() if isinstance(value, bytes) else value for key, value in metadata or ()
+              if key in (ERROR_KEY, DETAILS_KEY)}
+    if ERROR_KEY not in values:
+        return from_status(status, message)
+    try:
+        details = dict(json.loads(values.get(DETAILS_KEY, "{}")))
+    except (ValueError, TypeError):
+        details = {}
+    return _rebuild(values[ERROR_KEY], message, details)
+
+
+def _rebuild(code: str, message: str, details: dict[str, object]) -> CxlmqError:
+    return from_code(code, message, **details)

@@ -1,0 +1,83 @@
+"""One broker's side of its topics' logs: ring slots, room in segments, and what may be reused."""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from broker.layout cimport BatchHeader, BrokerCounters, Layout
+from broker.segments cimport SegmentPool
+from sim.cxl.memory cimport Memory
+
+cdef enum:
+    DIRTY_WORDS = 16            # 1024 topics
+
+cpdef enum ReserveStatus:
+    RESERVED = 0
+    RESERVE_RING_FULL = 1
+    RESERVE_POOL_EMPTY = 2
+    RESERVE_TOO_BIG = 3
+    RESERVE_TOPIC_CLOSED = 4
+
+cdef struct Slot:
+    uint64_t first_ordinal      # segments that the batch touches
+    uint64_t last_ordinal
+    uint32_t bytes
+    uint32_t messages
+
+cdef struct OpenSegment:
+    uint64_t segment
+    uint64_t last_slot          # sequence of the last batch in it
+    uint64_t end_position       # messages below it are those that the segment holds
+
+cdef struct TopicLog:
+    # Invariant: released_to <= tail <= delegated <= head, and head - tail <= ring slots.
+    uint64_t generation         # 0 while the topic is closed here
+    uint64_t opened             # the generation of this log, kept while the topic is being deleted
+    uint64_t filling            # reserved and not yet completed
+    uint64_t order
+    uint64_t replication_factor
+    uint64_t message_bytes_max
+    uint64_t head               # next slot sequence
+    uint64_t tail               # slots below are resolved and free for reuse
+    uint64_t delegated          # slots below are visible to the sequencer
+    uint64_t written
+    uint64_t written_bytes
+    uint64_t cursor             # next free byte of the current run
+    uint64_t end                # end of the current run
+    uint64_t run_start
+    uint64_t run_ordinal        # ordinal of the segment at run_start
+    uint64_t segments_head      # ordinals: [segments_tail, segments_head) are held
+    uint64_t segments_tail
+    uint64_t damaged
+    Slot* slots
+    OpenSegment* segments
+
+cdef struct DirtySet:
+    uint64_t words[16]
+
+cdef void dirty_add(DirtySet* dirty, uint64_t topic) noexcept nogil
+cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil
+
+cdef class BrokerLog:
+    cdef readonly Layout layout
+    cdef Memory memory                  # role: receiver
+    cdef readonly SegmentPool pool
+    cdef readonly int broker
+    cdef TopicLog* topics
+    cdef uint64_t segment_ring          # capacity of each topic's list of segments, a power of two
+    cdef DirtySet to_delegate
+    cdef DirtySet to_release
+    cdef BrokerCounters* counters
+    cdef uint64_t lock_words[16]
+    cdef uint64_t pressure_sent
+    cdef readonly uint64_t pressure_bytes
+
+    cdef void lock(self) noexcept nogil
+    cdef void unlock(self) noexcept nogil
+    cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
+                     uint64_t* slot, uint64_t* offset) noexcept nogil
+    cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil
+    cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil
+    cdef void press(self, uint64_t nbytes) noexcept nogil
+    cdef int open_topic(self, uint64_t topic, uint64_t generation) except -1
+    cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil
+    cdef void close_topic(self, uint64_t topic) noexcept nogil
+    cdef bint warm_one(self) noexcept nogil

@@ -1,0 +1,248 @@
+"""One broker's side of its topics' logs: ring slots, room in segments, and what may be reused.
+
+Receivers reserve, copy the payload, and complete; delegation makes the headers visible; release takes back resolved
+slots and reclaimed segments. Everything here is this broker's own: other brokers learn of it only through memory.
+"""
+
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from broker.layout cimport (
+    BatchHeader, BrokerCounters, Layout, SegmentLine, TopicLine, make_tag,
+)
+from broker.segments cimport SegmentPool
+from sim.cxl.memory cimport LINE_BYTES, Memory
+from sim.cxl.primitives cimport (
+    cxl_count, cxl_fetch_add, cxl_load_acquire, cxl_fetch_or, cxl_fetch_and, cxl_load_relaxed, cxl_mutex_init, cxl_mutex_lock,
+    cxl_mutex_unlock, cxl_store_release, cxl_wall_ns,
+)
+
+
+cdef void dirty_add(DirtySet* dirty, uint64_t topic) noexcept nogil:
+    cdef uint64_t bit = <uint64_t>1 << (topic % 64)
+    if not cxl_load_acquire(&dirty.words[topic // 64]) & bit:
+        cxl_fetch_or(&dirty.words[topic // 64], bit)
+
+
+cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil:
+    if not cxl_load_relaxed(&dirty.words[word]):
+        return 0
+    return cxl_fetch_and(&dirty.words[word], 0)
+
+
+cdef class BrokerLog:
+    """The logs of all topics at one broker.
+
+    `memory` is the receiver's door; `counters_offset` is where this broker's counters lie in the region.
+    """
+
+    def __cinit__(self):
+        self.topics = NULL
+
+    def __init__(self, Memory memory, Layout layout, SegmentPool pool, int broker):
+        self.layout = layout
+        self.memory = memory
+        self.pool = pool
+        self.broker = broker
+        self.topics = <TopicLog*>calloc(layout.g.topic_count_max, sizeof(TopicLog))
+        if self.topics == NULL:
+            raise MemoryError
+        self.segment_ring = 1
+        while self.segment_ring < layout.g.segment_count + 1:
+            self.segment_ring *= 2
+        self.counters = <BrokerCounters*>memory.coherent_area(layout.broker_counters(broker))
+        cxl_mutex_init(self.lock_words)
+
+    def __dealloc__(self):
+        cdef uint64_t t
+        if self.topics != NULL:
+            for t in range(self.layout.g.topic_count_max):
+                free(self.topics[t].slots)
+                free(self.topics[t].segments)
+            free(self.topics)
+
+    cdef void lock(self) noexcept nogil:
+        cxl_mutex_lock(self.lock_words)
+
+    cdef void unlock(self) noexcept nogil:
+        cxl_mutex_unlock(self.lock_words)
+
+    cdef int open_topic(self, uint64_t topic, uint64_t generation) except -1:
+        """Begin the log of a topic that became active. Its lines were wiped by whoever created it."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef TopicLine line
+        cdef uint64_t at = self.layout.offset_broker(topic, self.broker)
+        if log.slots == NULL:
+            log.slots = <Slot*>calloc(self.layout.g.ring_slot_count, sizeof(Slot))
+            log.segments = <OpenSegment*>calloc(self.segment_ring, sizeof(OpenSegment))
+            if log.slots == NULL or log.segments == NULL:
+                raise MemoryError
+        self.memory.invalidate(self.layout.topic(topic), 64)
+        self.memory.read_line(self.layout.topic(topic), &line)
+        log.head = log.tail = log.delegated = log.written = log.written_bytes = 0
+        log.cursor = log.end = log.run_start = log.run_ordinal = 0
+        log.segments_head = log.segments_tail = log.damaged = 0
+        log.order = line.order
+        log.replication_factor = line.replication_factor
+        log.message_bytes_max = line.message_bytes_max
+        self.memory.store(at + 40, self.layout.ring(topic, self.broker, 0))
+        self.memory.store(at + 48, generation)
+        self.memory.flush(at, 64)
+        self.memory.fence()
+        log.opened = generation
+        cxl_store_release(&log.generation, generation)
+        return 0
+
+    cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil:
+        """Take no more batches; True once none is being filled, which is then told to the head."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t at = self.layout.offset_broker(topic, self.broker)
+        self.lock()
+        cxl_store_release(&log.generation, 0)
+        self.unlock()
+        if cxl_load_acquire(&log.filling):
+            return False
+        self.memory.store(at + 48, 0)
+        self.memory.flush(at, 64)
+        self.memory.fence()
+        return True
+
+    cdef void close_topic(self, uint64_t topic) noexcept nogil:
+        """Give every segment back. All brokers have quiesced: nobody reads or fills them any more."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t ordinal
+        self.lock()
+        for ordinal in range(log.segments_tail, log.segments_head):
+            self.pool.release(log.segments[ordinal % self.segment_ring].segment)
+            cxl_count(&self.counters.segments_released, 1)
+        log.segments_tail = log.segments_head
+        log.cursor = log.end = 0
+        self.unlock()
+
+    cdef void press(self, uint64_t nbytes) noexcept nogil:
+        """Ask the reclaimer for room, once until it has answered."""
+        cdef uint64_t wish = self.layout.pool_wish(self.broker), answer = self.layout.reclaim_answer(self.broker)
+        self.pressure_bytes = nbytes
+        self.memory.invalidate(answer, 64)
+        if self.memory.load(answer) == self.pressure_sent:
+            self.pressure_sent += 1
+            self.memory.store(wish + 32, nbytes)
+            self.memory.store(wish + 24, self.pressure_sent)
+            self.memory.flush(wish, 64)
+            self.memory.fence()
+
+    cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil:
+        """Make room for `nbytes`: the segments right behind the current run when free, a new run otherwise."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t size = self.layout.g.segment_bytes, run, i, next_segment
+        cdef int64_t first = -1
+        cdef OpenSegment* entry
+        cdef SegmentLine line
+        if log.end:
+            run = (log.cursor + nbytes - log.end + size - 1) // size
+            next_segment = (log.end - self.layout.g.segments) // size
+            if self.pool.claim(next_segment, run):
+                first = next_segment
+                log.end += run * size
+        if first < 0:
+            run = (nbytes + size - 1) // size
+            first = self.pool.allocate(run)
+            if first < 0:
+                return False
+            log.run_start = log.cursor = self.layout.segment(first)
+            log.end = log.cursor + run * size
+            log.run_ordinal = log.segments_head
+        memset(&line, 0, sizeof(line))
+        line.owner = (self.broker + 1) | topic << 16 | log.generation << 32
+        line.opened_ns = cxl_wall_ns()
+        for i in range(run):
+            entry = &log.segments[log.segments_head % self.segment_ring]
+            entry.segment = first + i
+            entry.last_slot = 0
+            entry.end_position = 0
+            log.segments_head += 1
+            self.memory.write_line(self.layout.segment_line(first + i), &line)
+            self.memory.flush(self.layout.segment_line(first + i), 64)
+        cxl_count(&self.counters.segments_allocated, run)
+        self.counters.segments_cold = self.pool.cold
+        return True
+
+    cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
+                     uint64_t* slot, uint64_t* offset) noexcept nogil:
+        """Reserve a ring slot and room for a payload; a `ReserveStatus`. What is reserved must be completed."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t need = (nbytes + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
+        cdef Slot* record
+        cdef int status = RESERVED
+        cdef uint64_t ordinal
+        if nbytes > self.layout.g.batch_bytes_max:
+            return RESERVE_TOO_BIG
+        self.lock()
+        if log.generation == 0:
+            status = RESERVE_TOPIC_CLOSED
+        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count:
+            cxl_count(&self.counters.ring_full, 1)
+            status = RESERVE_RING_FULL
+        elif log.cursor + need > log.end and not self.extend(topic, need):
+            cxl_count(&self.counters.pool_empty, 1)
+            self.press(need)
+            dirty_add(&self.to_release, topic)
+            status = RESERVE_POOL_EMPTY
+        else:
+            slot[0] = log.head
+            offset[0] = log.cursor
+            record = &log.slots[log.head & (self.layout.g.ring_slot_count - 1)]
+            record.first_ordinal = log.run_ordinal + (log.cursor - log.run_start) // self.layout.g.segment_bytes
+            log.cursor += need
+            record.last_ordinal = log.run_ordinal + (max(log.cursor, 1) - 1 - log.run_start) // self.layout.g.segment_bytes
+            record.bytes = nbytes
+            record.messages = messages
+            for ordinal in range(record.first_ordinal, record.last_ordinal + 1):
+                log.segments[ordinal % self.segment_ring].last_slot = log.head
+            log.written += messages
+            log.written_bytes += nbytes
+            cxl_fetch_add(&log.filling, 1)
+            cxl_store_release(&log.head, log.head + 1)
+        self.unlock()
+        return status
+
+    cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil:
+        """Publish the header of a reserved slot inside this host. The payload is already fenced."""
+        header.complete = make_tag(self.topics[topic].opened, slot)
+        self.memory.write_line(self.layout.ring(topic, self.broker, slot), header)
+        cxl_fetch_add(&self.topics[topic].filling, <uint64_t>-1)
+        dirty_add(&self.to_delegate, topic)
+        cxl_count(&self.counters.batches_received, 1)
+        cxl_count(&self.counters.messages_received, header.message_count)
+        cxl_count(&self.counters.bytes_received, header.payload_bytes)
+
+    cdef bint warm_one(self) noexcept nogil:
+        """Make one cold free segment's pages present, ahead of use; False when none is left or tmpfs is full."""
+        cdef int64_t segment
+        cdef int result
+        self.lock()
+        segment = self.pool.take_cold()
+        self.unlock()
+        if segment < 0:
+            return False
+        result = self.memory.touch(self.layout.segment(segment), self.layout.g.segment_bytes)
+        self.lock()
+        self.pool.give_warm(segment, result == 0)
+        self.unlock()
+        cxl_count(&self.counters.pages_touched, self.layout.g.segment_bytes // 4096)
+        return result == 0
+
+    def warm_segment(self) -> bool:
+        """Touch one cold free segment ahead of use, without the GIL; False when none is left."""
+        cdef bint more
+        with nogil:
+            more = self.warm_one()
+        return more
+
+    def topic_state(self, uint64_t topic) -> dict:
+        """This broker's view of a topic's log, for tests and tools."""
+        cdef TopicLog* log = &self.topics[topic]
+        return {"generation": log.generation, "head": log.head, "tail": log.tail, "delegated": log.delegated,
+                "written": log.written, "segments": log.segments_head - log.segments_tail}

@@ -1,0 +1,23 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from broker.layout cimport Layout, OrderEntry
+from sim.cxl.memory cimport Memory
+
+cpdef enum ReadStatus:
+    READ_OK = 1
+    READ_NOTHING = 0
+    READ_LOST = -1          # reclaimed before it was read
+    READ_CLOSED = -2        # the topic is gone
+    READ_DAMAGED = -3
+
+cdef class OrderReader:
+    cdef readonly Memory memory
+    cdef readonly Layout layout
+    cdef readonly uint64_t topic
+    cdef readonly uint64_t generation
+    cdef readonly uint64_t index
+
+    cdef int peek(self, uint64_t index, OrderEntry* entry) noexcept nogil
+    cdef uint64_t committed_index(self) noexcept nogil
+    cdef uint64_t committed_position(self) noexcept nogil
+    cdef uint64_t reclaimed_index(self) noexcept nogil

@@ -1,0 +1,160 @@
+"""Reads one topic in the total order: the order index and nothing else says what is there."""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport int64_t, uint8_t, uint64_t
+
+from broker.layout cimport TOPIC_ACTIVE, Layout, OrderEntry, make_tag
+from broker.wire cimport BATCH_HEADER_BYTES, write_batch_header
+from sim.cxl.memory cimport Memory
+
+cdef enum:
+    FRAME_ENTRIES = 256
+
+
+class ReadError(Exception):
+    """`status` is a ReadStatus below zero, `index` the order entry, `position` where it was expected."""
+
+    def __init__(self, status, index, message):
+        super().__init__(message)
+        self.status = status
+        self.index = index
+
+
+cdef class OrderReader:
+    """A place in one topic's order index. Positions count messages, indexes count batches."""
+
+    def __init__(self, Memory memory, Layout layout, uint64_t topic, uint64_t generation, uint64_t index=0):
+        self.memory = memory
+        self.layout = layout
+        self.topic = topic
+        self.generation = generation
+        self.index = index
+
+    cdef uint64_t committed_index(self) noexcept nogil:
+        self.memory.invalidate(self.layout.topic_order(self.topic), 64)
+        return self.memory.load(self.layout.topic_order(self.topic))
+
+    cdef uint64_t committed_position(self) noexcept nogil:
+        self.memory.invalidate(self.layout.topic_order(self.topic), 64)
+        return self.memory.load(self.layout.topic_order(self.topic) + 8)
+
+    cdef uint64_t reclaimed_index(self) noexcept nogil:
+        self.memory.invalidate(self.layout.topic_reclaim(self.topic), 64)
+        return self.memory.load(self.layout.topic_reclaim(self.topic))
+
+    cdef int peek(self, uint64_t index, OrderEntry* entry) noexcept nogil:
+        """Read entry `index` if it is committed; a ReadStatus. What is read is checked before it is followed."""
+        cdef uint64_t at = self.layout.order_entry(self.topic, index)
+        self.memory.invalidate(self.layout.topic(self.topic), 64)
+        if self.memory.load(self.layout.topic(self.topic)) != (self.generation << 8 | TOPIC_ACTIVE):
+            return READ_CLOSED
+        if index >= self.committed_index():
+            return READ_NOTHING
+        if index < self.reclaimed_index():
+            return READ_LOST
+        self.memory.invalidate(at, 64)
+        if not self.memory.read_line(at, entry) or entry.commit != make_tag(self.generation, index):
+            return READ_LOST if index < self.reclaimed_index() else READ_DAMAGED
+        if (entry.payload_offset < self.layout.g.segments or entry.payload_bytes > self.layout.g.batch_bytes_max
+                or entry.payload_offset + entry.payload_bytes > self.layout.g.region_bytes):
+            return READ_DAMAGED
+        return READ_OK
+
+    def move_to(self, uint64_t index) -> None:
+        """Go to order entry `index`."""
+        self.index = index
+
+    def frontiers(self) -> dict:
+        """committed_index, committed_position, reclaimed_index, reclaimed_position of the topic, now."""
+        return {"committed_index": self.committed_index(), "committed_position": self.committed_position(),
+                "reclaimed_index": self.reclaimed_index(),
+                "reclaimed_position": self.memory.load(self.layout.topic_reclaim(self.topic) + 8)}
+
+    def has_news(self) -> bool:
+        """Whether there is a committed entry at our place, or the topic is gone."""
+        cdef OrderEntry entry
+        return self.peek(self.index, &entry) != READ_NOTHING
+
+    def find(self, uint64_t position) -> int:
+        """Index of the entry that holds `position`: the first kept when it is gone, the end when it is to come."""
+        cdef uint64_t low = self.reclaimed_index(), high = self.committed_index(), middle
+        cdef OrderEntry entry
+        while low < high:
+            middle = (low + high) // 2
+            if self.peek(middle, &entry) != READ_OK:
+                low = max(middle + 1, self.reclaimed_index())       # reclaimed while we looked
+            elif entry.position + entry.message_count <= position:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def find_time(self, uint64_t wall_ns) -> int:
+        """Index of the first kept entry published at or after a time."""
+        cdef uint64_t at = self.reclaimed_index(), end = self.committed_index()
+        cdef OrderEntry entry
+        while at < end:
+            if self.peek(at, &entry) == READ_OK and entry.wall_ns >= wall_ns:
+                return at
+            at += 1
+        return end
+
+    def find_batch(self, uint64_t client, uint64_t session_epoch, uint64_t sequence):
+        """(position, index) of a client's batch among the kept entries, searched from the end; None when not there."""
+        cdef uint64_t low = self.reclaimed_index(), at = self.committed_index()
+        cdef OrderEntry entry
+        cdef bint found = False
+        with nogil:
+            while at > low:
+                at -= 1
+                if (self.peek(at, &entry) == READ_OK and entry.client_id == client
+                        and entry.session_epoch == session_epoch and entry.batch_sequence == sequence):
+                    found = True
+                    break
+        return (entry.position, at) if found else None
+
+    def read_frame(self, uint64_t bytes_max):
+        """The next batches as an encoded SubscribeResponse of about `bytes_max`, at least one; b"" when none is there.
+
+        Moves our place behind them. Raises ReadError when the data was reclaimed, is damaged, or the topic is gone.
+        """
+        cdef OrderEntry entries[FRAME_ENTRIES]
+        cdef uint64_t count = 0, total = 0, i
+        cdef int status = READ_OK
+        cdef uint8_t* at
+        with nogil:
+            while count < FRAME_ENTRIES:
+                status = self.peek(self.index + count, &entries[count])
+                if status != READ_OK:
+                    break
+                if count and total + BATCH_HEADER_BYTES + entries[count].payload_bytes > bytes_max:
+                    break
+                total += BATCH_HEADER_BYTES + entries[count].payload_bytes
+                count += 1
+        if count == 0:
+            if status == READ_NOTHING:
+                return b""
+            raise self.error(status)
+        frame = PyBytes_FromStringAndSize(NULL, total)
+        at = <uint8_t*>PyBytes_AS_STRING(frame)
+        with nogil:
+            for i in range(count):
+                write_batch_header(at, entries[i].position, entries[i].message_count, entries[i].broker,
+                                   entries[i].wall_ns, entries[i].payload_bytes)
+                # A payload written around the cache may have a stale cached copy here.
+                self.memory.invalidate(entries[i].payload_offset, entries[i].payload_bytes)
+                self.memory.copy_out(at + BATCH_HEADER_BYTES, entries[i].payload_offset, entries[i].payload_bytes)
+                at += BATCH_HEADER_BYTES + entries[i].payload_bytes
+        if self.index < self.reclaimed_index():
+            raise self.error(READ_LOST)         # it may have been overwritten while we copied
+        self.index += count
+        return frame
+
+    def error(self, int status):
+        """The ReadError for a status."""
+        first = self.memory.load(self.layout.topic_reclaim(self.topic) + 8)
+        text = {READ_LOST: f"this data was reclaimed; the first position kept is {first}",
+                READ_CLOSED: "the topic was deleted",
+                READ_DAMAGED: f"order entry {self.index} of topic {self.topic} is damaged; "
+                              "run 'cxlmq region inspect' for what is intact"}[status]
+        return ReadError(status, self.index, text)

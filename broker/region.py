@@ -1,0 +1,669 @@
+"""The region of a cluster: created, attached to, looked into, and removed when its owners are dead.
+
+    create    zeros ──► superblock (ready = 0) ──► prepare ──► ready = 1
+    attach    magic ──► version ──► ready ──► size ──► layout hash ──► run id
+
+Its owners are its creator and the brokers in its broker table, each as (pid, start time), on the host that the
+superblock names. A region whose owners are all dead is a leftover. Nothing else is ever removed.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+
+from broker.config import ClusterConfig, layout_of, make_folder, runtime_root
+from broker.errors import PermissionDenied, RegionError, RegionForeign, RegionMissing, RegionStale, TmpfsTooSmall
+from broker.layout import (
+    LAYOUT_MAGIC,
+    LAYOUT_VERSION,
+    POOL_STRATEGIES,
+    WRITERS,
+    BrokerState,
+    CursorState,
+    HolderKind,
+    Layout,
+    LayoutError,
+    SessionState,
+    TopicState,
+    record_dtypes,
+)
+from sim.cxl import region as files
+from sim.cxl.memory import MappedMemory, Memory, Role
+
+DTYPES: dict[str, numpy.dtype] = record_dtypes()
+LINE_BYTES = 64
+SUPERBLOCK_BYTES = DTYPES["Superblock"].itemsize
+# A creator writes the superblock within a millisecond. A file that is still blank after this long lost its creator.
+UNFINISHED_SECONDS = 60.0
+_POLL_SECONDS = 0.002
+_LAYOUT_NUMBERS = ("broker_count", "region_bytes", "topic_count_max", "ring_slot_count", "order_entry_count",
+                   "session_count_max", "cursor_count_max", "attach_slot_count", "segment_bytes", "message_bytes_max",
+                   "batch_bytes_max")
+ROLES = {role.name.removeprefix("ROLE_").lower(): int(role) for role in Role if role.name != "ROLE_COUNT"}
+
+
+def file_name_of(name: str) -> str:
+    """The region file of a cluster."""
+    return f"{files.REGION_PREFIX}{name}"
+
+
+def semaphore_name_of(name: str) -> str:
+    """The named semaphore that the sequencer lock "semaphore" uses; sem_open(3) wants a '/' before it."""
+    return f"{files.REGION_PREFIX}{name}-order"
+
+
+class Region:
+    """A mapped region. Memory objects handed out keep the mapping alive after `close`."""
+
+    def __init__(self, name: str, mapping: Any, layout: Layout, superblock: dict[str, Any], writable: bool,
+                 folder_root: Path) -> None:
+        self.name = name
+        self.mapping = mapping
+        self.layout = layout
+        self.superblock = superblock
+        self.writable = writable
+        self._folder_root = folder_root
+
+    @property
+    def run_id(self) -> int:
+        """Tells this run of the cluster from every other."""
+        return int(self.superblock["run_id"])
+
+    @property
+    def file_name(self) -> str:
+        """Name of the file in /dev/shm."""
+        return file_name_of(self.name)
+
+    @property
+    def semaphore_name(self) -> str:
+        """Name of the cluster's named semaphore."""
+        return semaphore_name_of(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """The cluster's folder (sockets, logs, private replicas)."""
+        return Path(self.superblock["folder"])
+
+    def memory(self, role: int = Role.ROLE_ADMIN, statistics_offset: int = 0) -> Memory:
+        """A door to the region for a role; 0 counts its accesses privately."""
+        return MappedMemory(self.mapping, int(role), True, statistics_offset)
+
+    def close(self) -> None:
+        """Unmap, once no Memory of ours is left."""
+        with contextlib.suppress(BufferError):      # a Memory lives: the mapping goes with the last of them
+            self.mapping.close()
+
+    def unlink(self) -> bool:
+        """Remove the region file, its semaphore and its folder; False when this run is no longer there."""
+        with files.locked_region_file(self.file_name) as same:
+            if not same or _superblock_of(self.file_name).get("run_id") != self.run_id:
+                return False
+            _remove(self.file_name, self.superblock, self._folder_root)
+        return True
+
+    def __enter__(self) -> "Region":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+# ---- create and attach -------------------------------------------------------------------------------------------
+
+
+def create_region(config: ClusterConfig, layout: Layout | None = None,
+                  prepare: Callable[[Region], None] | None = None) -> Region:
+    """Create the region of a cluster, its folder, and its semaphore if the configuration asks for one.
+
+    `prepare` runs before the region is ready, for what must be there when others attach (locks). A leftover of the
+    same name is removed first. Raises `RegionForeign` (name taken), `TmpfsTooSmall`, `RegionTooSmall`,
+    `PermissionDenied`. Nothing is left behind when it raises.
+    """
+    layout = layout or layout_of(config)
+    if _layout_from(_numbers_of(layout)).hash() != layout.hash():
+        raise RegionError("the layout is not settled: take it from layout_of(config)", region=config.name)
+    mapping = _create_file(config, layout.numbers["region_bytes"])
+    superblock = _new_superblock(config, layout)
+    region = Region(config.name, mapping, layout, superblock, True, Path(config.folder.parent))
+    try:
+        _write_superblock(region.memory(), superblock)
+        make_folder(config)
+        if config.sequencer_lock == "semaphore":
+            files.remove_semaphore(region.semaphore_name)
+            files.create_semaphore(region.semaphore_name).close()
+        if prepare is not None:
+            prepare(region)
+        superblock["ready"] = 1
+        _store_ready(region.memory())
+    except BaseException:
+        region.unlink()
+        region.close()
+        raise
+    return region
+
+
+def _create_file(config: ClusterConfig, nbytes: int) -> Any:
+    """The new file's mapping; what dead clusters left is removed where it is in the way."""
+    name, collected = config.name, False
+    while True:
+        try:
+            if not _remove_leftover(file_name_of(name), config.folder.parent):
+                raise RegionForeign(region=name, reason="a cluster that runs, or another user, has this name")
+            return files.create_region_file(file_name_of(name), nbytes)
+        except files.RegionFileExists:
+            continue                        # somebody was faster: judge his
+        except files.TmpfsFull as error:
+            if collected or not collect_garbage(folder_root=config.folder.parent):
+                raise TmpfsTooSmall(
+                    region=name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from error
+            collected = True
+        except files.RegionFileDenied as error:
+            raise PermissionDenied(what=f"region {name}") from error
+
+
+def attach_region(name: str, writable: bool = True, *, run_id: int | None = None,
+                  timeout_seconds: float = 0.0) -> Region:
+    """Map the region of a running or dead cluster, after checking that it is what this process understands.
+
+    Waits up to `timeout_seconds` for it to exist and be ready. Raises `RegionMissing`, `RegionStale` (another
+    version, layout or run), `RegionForeign` (no region, or truncated), `PermissionDenied`.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return _attach_once(name, writable, run_id)
+        except RegionMissing:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(_POLL_SECONDS)
+
+
+def _attach_once(name: str, writable: bool, run_id: int | None) -> Region:
+    try:
+        mapping = files.map_region_file(file_name_of(name), writable)
+    except files.RegionFileMissing as error:
+        raise RegionMissing(region=name) from error
+    except files.RegionFileDenied as error:
+        raise PermissionDenied(what=f"region {name}") from error
+    except files.RegionFileError as error:
+        raise RegionMissing(f"region {name} is not ready: it is empty", region=name) from error
+    try:
+        superblock, layout = _check_superblock(name, mapping, run_id)
+    except BaseException:
+        mapping.close()
+        raise
+    return Region(name, mapping, layout, superblock, writable, runtime_root())
+
+
+def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict[str, Any], Layout]:
+    superblock = _read_superblock(mapping)
+    if _is_blank(superblock):
+        raise RegionMissing(f"region {name} is not ready: its creator has not written it yet", region=name)
+    if superblock.get("magic") != LAYOUT_MAGIC:
+        raise RegionForeign(region=name, reason="the file has not our magic number")
+    if superblock["version"] != LAYOUT_VERSION:
+        raise RegionStale(region=name, reason=f"layout version {superblock['version']}, here it is {LAYOUT_VERSION}")
+    if run_id is not None and superblock["run_id"] != run_id:
+        raise RegionStale(region=name, reason="it belongs to another run of the cluster")
+    if not superblock["ready"]:
+        raise RegionMissing(f"region {name} is not ready: its creator is still at work, or died", region=name)
+    if len(mapping) != superblock["region_bytes"]:
+        raise RegionForeign(region=name, reason=f"the file has {len(mapping)} bytes, its superblock says "
+                                                f"{superblock['region_bytes']}: truncated")
+    try:
+        layout = _layout_from(superblock)
+    except (LayoutError, IndexError, OverflowError, ZeroDivisionError) as error:
+        raise RegionStale(region=name, reason=f"its superblock is damaged: {error}") from error
+    if layout.hash() != superblock["layout_hash"]:
+        raise RegionStale(region=name, reason="it was laid out by another build")
+    return superblock, layout
+
+
+def _numbers_of(layout: Layout) -> dict[str, int]:
+    return {key: int(value) for key, value in layout.numbers.items()}
+
+
+def _layout_from(numbers: dict[str, Any]) -> Layout:
+    """The layout that a superblock's numbers describe."""
+    strategy = POOL_STRATEGIES[numbers["pool_strategy"]]
+    return Layout.compute(pool_strategy=strategy, **{key: numbers[key] for key in _LAYOUT_NUMBERS})
+
+
+# ---- superblock --------------------------------------------------------------------------------------------------
+
+
+def _new_superblock(config: ClusterConfig, layout: Layout) -> dict[str, Any]:
+    numbers = _numbers_of(layout)
+    return {
+        "ready": 0, "magic": LAYOUT_MAGIC, "version": LAYOUT_VERSION, "layout_hash": layout.hash(),
+        "run_id": secrets.randbits(62) + 1, "created_wall_ns": time.time_ns(),
+        **{key: numbers[key] for key in (*_LAYOUT_NUMBERS, "segment_count", "pool_strategy")},
+        "owner_pid": os.getpid(), "owner_start": files.process_start_time(), "boot_id": files.host_identity(),
+        "name": config.name, "folder": str(config.folder),
+    }
+
+
+def _write_superblock(memory: Memory, superblock: dict[str, Any]) -> None:
+    record = numpy.zeros(1, DTYPES["Superblock"])
+    for key, value in superblock.items():
+        record[key] = value.encode() if isinstance(value, str) else value
+    raw = record.tobytes()
+    # Line 0 holds the magic number and is written last: a file with our magic has its owner filled in.
+    for start in range(SUPERBLOCK_BYTES - LINE_BYTES, -1, -LINE_BYTES):
+        memory.write_line_bytes(start, raw[start:start + LINE_BYTES])
+    memory.flush_range(0, SUPERBLOCK_BYTES)
+    memory.store_fence()
+
+
+def _store_ready(memory: Memory) -> None:
+    memory.store_word(0, 1)
+    memory.flush_range(0, LINE_BYTES)
+    memory.store_fence()
+
+
+def _read_superblock(mapping: Any) -> dict[str, Any]:
+    """The superblock as Python values; empty for a file too short to have one."""
+    if len(mapping) < SUPERBLOCK_BYTES:
+        return {}
+    return _decode(_table(MappedMemory(mapping), "Superblock", 0, 1)[0])
+
+
+def _superblock_of(file_name: str) -> dict[str, Any]:
+    """The superblock of a file; empty when it has none or is not readable."""
+    try:
+        mapping = files.map_region_file(file_name, writable=False)
+    except files.RegionFileError:
+        return {}
+    try:
+        return _read_superblock(mapping)
+    finally:
+        mapping.close()
+
+
+def _is_blank(superblock: dict[str, Any]) -> bool:
+    return not any(superblock.values())
+
+
+# ---- find and collect --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RegionSummary:
+    """A region file of this user, and whether it is in use."""
+
+    name: str
+    bytes: int
+    brokers_alive: int
+    brokers_dead: int
+    age_seconds: float
+    live: bool          # False only when every owner is known to be dead
+    reason: str         # why it counts as live or dead, for people
+
+
+def find_regions() -> list[RegionSummary]:
+    """All region files of this user. Files of other users are left out."""
+    found = []
+    for file in files.list_region_files():
+        if file.user_id == os.geteuid():
+            with contextlib.suppress(files.RegionFileMissing):      # gone while we looked
+                found.append(_judge(file))
+    return found
+
+
+def collect_garbage(dry_run: bool = False, folder_root: Path | None = None) -> list[RegionSummary]:
+    """Remove the regions whose owners are all dead, with their semaphores and folders; return what was (or would be).
+
+    A folder is removed only when it lies right below `folder_root` (default: the user's runtime directory), is a
+    folder of this user and has the region's name.
+    """
+    removed = []
+    for summary in find_regions():
+        if not summary.live and (dry_run or _remove_leftover(file_name_of(summary.name), folder_root)):
+            removed.append(summary)
+    return removed
+
+
+def _remove_leftover(file_name: str, folder_root: Path | None = None) -> bool:
+    """Remove a region unless it is live; True when the name is free now."""
+    try:
+        with files.locked_region_file(file_name) as same:
+            if not same:
+                return True
+            file = files.region_file(file_name)
+            if file.user_id != os.geteuid() or _judge(file).live:
+                return False
+            _remove(file_name, _superblock_of(file_name), folder_root or runtime_root())
+    except files.RegionFileMissing:
+        return True
+    except files.RegionFileDenied:
+        return False
+    return True
+
+
+def _remove(file_name: str, superblock: dict[str, Any], folder_root: Path) -> None:
+    """Remove the folder, the semaphore, and last the file, so that an interrupted removal is found again."""
+    folder = Path(superblock.get("folder") or "/")
+    with contextlib.suppress(OSError):
+        if (folder.parent == folder_root and folder.name == file_name and folder.is_dir() and not folder.is_symlink()
+                and folder.stat().st_uid == os.geteuid()):
+            shutil.rmtree(folder, ignore_errors=True)
+    files.remove_semaphore(semaphore_name_of(file_name.removeprefix(files.REGION_PREFIX)))
+    files.remove_region_file(file_name)
+
+
+def _judge(file: files.RegionFile) -> RegionSummary:
+    """Say whether a region is in use. In doubt it is."""
+    alive, dead, age = 0, 0, file.age_seconds
+
+    def summary(live: bool, reason: str) -> RegionSummary:
+        name = file.file_name.removeprefix(files.REGION_PREFIX)
+        return RegionSummary(name, file.bytes, alive, dead, age, live, reason)
+
+    superblock = _superblock_of(file.file_name)
+    if _is_blank(superblock):
+        if not _is_unwritten(file):
+            return summary(True, "not a region of ours: left alone")
+        live = age < UNFINISHED_SECONDS or bool(files.processes_mapping(file.file_name))
+        return summary(live, "its creator is at work" if live else "its creator died before it was written")
+    if superblock["magic"] != LAYOUT_MAGIC:
+        return summary(True, "not a region of ours: left alone")
+    if superblock["version"] != LAYOUT_VERSION:
+        users = files.processes_mapping(file.file_name)
+        return summary(bool(users), f"another version, mapped by {len(users)} processes")
+    age = max(0.0, time.time() - superblock["created_wall_ns"] / 1e9)
+    host = superblock["boot_id"]
+    brokers = _broker_owners(file, superblock)
+    if brokers is None:
+        users = files.processes_mapping(file.file_name)
+        return summary(bool(users), f"another layout, or damaged; mapped by {len(users)} processes")
+    states = [files.process_alive(pid, start, host) for pid, start in brokers]
+    alive, dead = sum(states), len(states) - sum(states)
+    creator = files.process_alive(superblock["owner_pid"], superblock["owner_start"], host)
+    if alive or creator:
+        return summary(True, f"{alive} brokers run" if alive else "its creator runs")
+    return summary(False, "all owners are dead")
+
+
+def _is_unwritten(file: files.RegionFile) -> bool:
+    """Whether nobody ever wrote a byte: at most its first page exists (we have just read that), and it is zero."""
+    if file.bytes == 0:
+        return True
+    if file.allocated_bytes > 4096:
+        return False
+    mapping = files.map_region_file(file.file_name, writable=False)
+    try:
+        return not any(mapping[:4096])
+    finally:
+        mapping.close()
+
+
+def _broker_owners(file: files.RegionFile, superblock: dict[str, Any]) -> list[tuple[int, int]] | None:
+    """(pid, start time) of every broker that ever registered; None when the layout is not ours to read."""
+    try:
+        layout = _layout_from(superblock)
+        if layout.hash() != superblock["layout_hash"] or file.bytes != superblock["region_bytes"]:
+            return None
+        mapping = files.map_region_file(file.file_name, writable=False)
+    except (LayoutError, IndexError, OverflowError, ZeroDivisionError, files.RegionFileError):
+        return None
+    try:
+        lines = _indexed(MappedMemory(mapping), layout, "BrokerLine", "broker", layout.numbers["broker_count"])
+        return [(int(line["pid"]), int(line["start_time"])) for line in lines if line["pid"]]
+    finally:
+        mapping.close()
+
+
+# ---- decode ------------------------------------------------------------------------------------------------------
+
+
+def _table(memory: Memory, record: str, offset: int, count: int, stride: int = 0) -> NDArray[Any]:
+    """`count` records, `stride` bytes apart, read through the door in one copy."""
+    dtype = DTYPES[record]
+    stride = stride or dtype.itemsize
+    nbytes = (count - 1) * stride + dtype.itemsize
+    memory.invalidate_range(offset, nbytes)
+    return numpy.ndarray((count,), dtype, buffer=memory.read_bytes(offset, nbytes), strides=(stride,))
+
+
+def _indexed(memory: Memory, layout: Layout, record: str, place: str, count: int, *before: int) -> NDArray[Any]:
+    """The records at `layout.offset_of(place, *before, i)` for i below `count`."""
+    first = layout.offset_of(place, *before, 0)
+    return _table(memory, record, first, count, layout.offset_of(place, *before, 1) - first)
+
+
+def _one(memory: Memory, layout: Layout, record: str, place: str, *index: int) -> dict[str, Any]:
+    return _decode(_table(memory, record, layout.offset_of(place, *index), 1)[0])
+
+
+def _decode(row: Any) -> dict[str, Any]:
+    """A record as Python values: integers, text, lists; without what is reserved."""
+    values = {name: row[name].item() if row[name].ndim == 0 else row[name].tolist()
+              for name in row.dtype.names if name != "reserved"}
+    return {name: value.decode(errors="replace") if isinstance(value, bytes) else value
+            for name, value in values.items()}
+
+
+def _state_name(kind: Any, value: int) -> str:
+    """BROKER_READY as "ready"; a value that no one should have written is shown as it is."""
+    try:
+        return str(kind(value).name).partition("_")[2].lower()
+    except ValueError:
+        return f"damaged ({value})"
+
+
+def region_statistics(region: Region) -> dict[str, Any]:
+    """Every counter of a region: brokers, sequencer, and the accesses by role (summed, and by broker)."""
+    memory, layout = region.memory(), region.layout
+    brokers = range(layout.numbers["broker_count"])
+    by_broker = [{role: _one(memory, layout, "AccessStatistics", "role_statistics", b, number)
+                  for role, number in ROLES.items()} for b in brokers]
+    counters = DTYPES["AccessStatistics"].names or ()
+    roles = {role: {key: sum(each[role][key] for each in by_broker) for key in counters} for role in ROLES}
+    return {
+        "brokers": [_one(memory, layout, "BrokerCounters", "broker_counters", b) for b in brokers],
+        "sequencer": _one(memory, layout, "SequencerCounters", "sequencer_counters"),
+        "roles": roles,
+        "roles_by_broker": by_broker,
+        "total": {key: sum(each[key] for each in roles.values()) for key in counters},
+    }
+
+
+def inspect_region(region: Region) -> dict[str, Any]:
+    """What a region holds: brokers, topics with their frontiers, sessions, cursors, pool. Works on a dead one."""
+    memory, layout = region.memory(), region.layout
+    topics = list(_inspect_topics(memory, layout))
+    return {
+        "name": region.name,
+        "superblock": region.superblock,
+        "control": _one(memory, layout, "ControlLine", "control"),
+        "brokers": _inspect_brokers(memory, region),
+        "topics": topics,
+        "sessions": _inspect_sessions(memory, layout),
+        "cursors": _inspect_cursors(memory, layout),
+        "pool": _inspect_pool(memory, layout, topics),
+    }
+
+
+def _inspect_brokers(memory: Memory, region: Region) -> list[dict[str, Any]]:
+    layout, count = region.layout, region.layout.numbers["broker_count"]
+    found = []
+    for number, line in enumerate(_indexed(memory, layout, "BrokerLine", "broker", count)):
+        values = _decode(line)
+        found.append({
+            "broker": number, **values, "state": _state_name(BrokerState, values["state"]),
+            "alive": files.process_alive(values["pid"], values["start_time"], region.superblock["boot_id"]),
+            **_one(memory, layout, "BrokerAddress", "broker_address", number),
+        })
+    return found
+
+
+def topic_state(word: int) -> tuple[int, str]:
+    """(generation, state) of a topic line's commit word."""
+    return word >> 48, _state_name(TopicState, word & 0xFFFF)
+
+
+def _inspect_topics(memory: Memory, layout: Layout) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(
+            _indexed(memory, layout, "TopicLine", "topic", layout.numbers["topic_count_max"])):
+        line = _decode(row)
+        generation, state = topic_state(line.pop("state"))
+        if state == "free":
+            continue
+        reclaim = _one(memory, layout, "TopicReclaimLine", "topic_reclaim", number)
+        yield {
+            "topic": number, "name": _one(memory, layout, "TopicName", "topic_name", number)["text"],
+            "generation": generation, "state": state, **line,
+            "retention_bytes": _signed(line["retention_bytes"]),
+            **_one(memory, layout, "TopicOrderLine", "topic_order", number),
+            **reclaim, "holder": _holder(reclaim["holder"]),
+            "brokers": [_inspect_offsets(memory, layout, number, b) for b in range(layout.numbers["broker_count"])],
+        }
+
+
+def _inspect_offsets(memory: Memory, layout: Layout, topic: int, broker: int) -> dict[str, Any]:
+    """One offset entry of a TInode: what a broker delegated, what the sequencer did with it, and its replicas."""
+    replicas = _indexed(memory, layout, "ReplicaLine", "replica", layout.numbers["broker_count"], topic, broker)
+    return {
+        "broker": broker,
+        **_one(memory, layout, "OffsetBrokerLine", "offset_broker", topic, broker),
+        **_one(memory, layout, "OffsetSequencerLine", "offset_sequencer", topic, broker),
+        "replicas": [{"replica": number, **_decode(row)} for number, row in enumerate(replicas)
+                     if any(_decode(row).values())],
+    }
+
+
+def _inspect_sessions(memory: Memory, layout: Layout) -> list[dict[str, Any]]:
+    count = layout.numbers["session_count_max"]
+    lines = _indexed(memory, layout, "SessionLine", "session", count)
+    progress = _indexed(memory, layout, "SessionProgressLine", "session_progress", count)
+    found = []
+    for number in numpy.nonzero(lines["state"])[0].tolist():
+        line, seen = _decode(lines[number]), _decode(progress[number])
+        seen["sequencer_generation"], seen["sequencer_state"] = _versioned(SessionState, seen.pop("state"))
+        generation, state = _versioned(SessionState, line.pop("state"))
+        found.append({"session": number, "generation": generation, "state": state, **line, **seen,
+                      "topic": line["topic"] & 0xFFFF, "topic_generation": line["topic"] >> 16})
+    return found
+
+
+def _inspect_cursors(memory: Memory, layout: Layout) -> list[dict[str, Any]]:
+    count = layout.numbers["cursor_count_max"]
+    lines = _indexed(memory, layout, "CursorLine", "cursor", count)
+    found = []
+    for number in numpy.nonzero(lines["state"] & 0xFF)[0].tolist():
+        line = _decode(lines[number])
+        request, state = _versioned(CursorState, line.pop("state"))
+        grant = _one(memory, layout, "CursorGrantLine", "cursor_grant", number)
+        found.append({"cursor": number, "request": request, "state": state, **line,
+                      "name": _one(memory, layout, "CursorName", "cursor_name", number)["text"],
+                      "granted": grant["granted"], "granted_index": grant["index"],
+                      "topic": line["topic"] & 0xFFFF, "topic_generation": line["topic"] >> 16})
+    return found
+
+
+def _inspect_pool(memory: Memory, layout: Layout, topics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Usage from the bitmaps, owners from the segment table, and what keeps each topic's oldest data."""
+    numbers = layout.numbers
+    used, warm = _count_bits(memory, layout, "bitmap"), _count_bits(memory, layout, "warm_bitmap")
+    owners = _indexed(memory, layout, "SegmentLine", "segment_line", numbers["segment_count"])["owner"]
+    values, counts = numpy.unique(owners[owners != 0], return_counts=True)
+    return {
+        "strategy": layout.pool_strategy, "segment_bytes": numbers["segment_bytes"],
+        "segments": numbers["segment_count"], "used": used, "free": numbers["segment_count"] - used, "warm": warm,
+        "owners": [{"broker": (owner & 0xFFFF) - 1, "topic": owner >> 16 & 0xFFFF, "generation": owner >> 32,
+                    "segments": count} for owner, count in zip(values.tolist(), counts.tolist(), strict=True)],
+        "holders": [{"topic": topic["name"], "holder": topic["holder"], "holder_index": topic["holder_index"]}
+                    for topic in topics],
+    }
+
+
+def _count_bits(memory: Memory, layout: Layout, place: str) -> int:
+    offset = layout.offset_of(place)
+    nbytes = layout.offset_of("warm_bitmap") - layout.offset_of("bitmap")
+    memory.invalidate_range(offset, nbytes)
+    return int.from_bytes(memory.read_bytes(offset, nbytes), "little").bit_count()
+
+
+def _versioned(kind: Any, word: int) -> tuple[int, str]:
+    return word >> 8, _state_name(kind, word & 0xFF)
+
+
+def _holder(word: int) -> str:
+    kind = _state_name(HolderKind, word >> 32)
+    return kind if kind == "none" else f"{kind} {word & 0xFFFFFFFF}"
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+# ---- the printed map ---------------------------------------------------------------------------------------------
+
+_STRUCT = re.compile(r"cdef packed struct (\w+):(?:\s*#\s*(.*))?")
+_MEMBER = re.compile(r"\s+\w+ (\w+)(?:\[\d+\])?(?:\s*#\s*(.*))?$")
+_TYPES = {"u": "uint", "S": "text", "V": "bytes"}
+
+
+def _comments() -> dict[tuple[str, str], str]:
+    """The comments in the declarations: (record, field) -> text; the record's own under field ""."""
+    root, found = Path(__file__).parent.parent, {}
+    for path in (root / "broker/layout.pxd", root / "sim/cxl/memory.pxd"):
+        record = ""
+        for line in path.read_text().splitlines():
+            if match := _STRUCT.match(line):
+                record = match[1]
+                found[record, ""] = match[2] or ""
+            elif record and (match := _MEMBER.match(line)):
+                found[record, match[1]] = match[2] or ""
+            elif line.strip():
+                record = ""
+    return found
+
+
+def data_structures_markdown(layout: Layout) -> str:
+    """The page memory-bank/dataStructures.md: sections of this layout, then every record, field by field."""
+    numbers, comments = layout.numbers, _comments()
+    lines = [
+        "# Data structures in the region", "",
+        "Generated from broker/layout.pxd by `data_structures_markdown`; do not edit.", "",
+        f"## Sections ({numbers['broker_count']} brokers, {numbers['topic_count_max']} topics, "
+        f"{numbers['region_bytes'] >> 20} MiB, {numbers['segment_count']} segments of "
+        f"{numbers['segment_bytes'] >> 10} KiB)", "",
+        "| section | offset | bytes |", "|---|---:|---:|",
+    ]
+    for name, offset, nbytes in layout.sections:
+        lines.append(f"| {name} | {offset} | {nbytes or numbers['region_bytes'] - offset} |")
+    lines += ["", "## Tags", "",
+              "A tag is `(generation << 48) | (sequence + 1)`. It stands in the commit word (word 0) of a line that is "
+              "reused, is stored last and loaded first. The generation tells a deleted topic's leftovers, the sequence "
+              "another lap's; zeroed memory never matches, because sequence 0 is tagged 1.", "", "## Records"]
+    for record, dtype in DTYPES.items():
+        lines += ["", f"### {record}", "", f"{_size_text(dtype.itemsize)}; writer: {WRITERS[record]}."]
+        if (comment := comments.get((record, ""), "")) not in ("", f"writer: {WRITERS[record]}"):
+            lines[-1] += f" Declared as: {comment}."
+        lines += ["", "| field | offset | bytes | type | meaning |", "|---|---:|---:|---|---|"]
+        for field, (kind, offset, *_) in (dtype.fields or {}).items():
+            lines.append(f"| {field} | {offset} | {kind.itemsize} | {_type_text(kind)} | "
+                         f"{comments.get((record, field), '')} |")
+    return "\n".join(lines) + "\n"
+
+
+def _size_text(nbytes: int) -> str:
+    count = nbytes / LINE_BYTES
+    return "1 line" if count == 1 else f"{count:g} lines" if count > 1 else f"{nbytes} bytes"
+
+
+def _type_text(kind: numpy.dtype) -> str:
+    base, shape = kind.base, kind.shape
+    text = "text" if base.kind == "S" else f"{_TYPES[base.kind]}{base.itemsize * 8}"
+    return f"{text} x {shape[0]}" if shape else text

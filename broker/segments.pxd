@@ -1,0 +1,56 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from broker.layout cimport Layout
+from sim.cxl.memory cimport Memory
+
+cdef class SegmentPool:
+    cdef Memory memory
+    cdef Layout layout
+    cdef readonly int broker
+    cdef uint64_t share             # segments of one broker's part of the bitmap
+    cdef uint64_t share_words
+    cdef uint64_t hint              # next-fit: where this broker looks first
+    cdef readonly uint64_t allocated
+    cdef readonly uint64_t released
+    cdef readonly uint64_t cold     # allocations that had to take a segment nobody had touched
+
+    cdef int64_t allocate(self, uint64_t run) noexcept nogil
+    cdef bint claim(self, uint64_t segment, uint64_t run) noexcept nogil
+    cdef void release(self, uint64_t segment) noexcept nogil
+    cdef void poll(self) noexcept nogil
+    cdef bint take_bit(self, uint64_t segment) noexcept nogil
+    cdef void give_bit(self, uint64_t segment) noexcept nogil
+    cdef uint64_t word_of(self, uint64_t segment) noexcept nogil
+    cdef uint64_t bit_of(self, uint64_t segment) noexcept nogil
+    cdef bint is_warm(self, uint64_t segment) noexcept nogil
+    cdef void mark_warm(self, uint64_t segment) noexcept nogil
+    cdef bint valid(self, uint64_t segment) noexcept nogil
+    cdef uint64_t search_shares(self) noexcept nogil
+    cdef int64_t allocate_one(self, uint64_t part, bint warm) noexcept nogil
+    cdef int64_t allocate_run(self, uint64_t part, uint64_t run) noexcept nogil
+    cdef void opened(self, uint64_t segment) noexcept nogil
+    cdef int64_t take_cold(self) noexcept nogil
+    cdef void give_warm(self, uint64_t segment, bint warm) noexcept nogil
+
+cdef class AtomicPool(SegmentPool):
+    pass
+
+cdef class PartitionedPool(SegmentPool):
+    pass
+
+cdef class LeaderPool(SegmentPool):
+    cdef uint64_t* mine             # segments granted to this broker and free, one bit each
+    cdef uint64_t wanted
+    cdef uint64_t collected         # granted segments taken from the grant ring
+    cdef uint64_t returned
+    cdef uint64_t granted_runs
+
+cdef class PoolLeader:
+    cdef Memory memory
+    cdef Layout layout
+    cdef AtomicPool pool            # the leader is the only one who touches the bitmap
+    cdef uint64_t* granted_runs
+    cdef uint64_t* granted_segments
+    cdef uint64_t* taken
+
+    cdef int64_t step(self) noexcept nogil

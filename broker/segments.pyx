@@ -1,0 +1,379 @@
+"""The segment pool: one interface, three strategies for three kinds of hardware.
+
+    atomic       all brokers fetch-or one bitmap: coherent memory, a coherent area, or device atomics
+    partitioned  each broker owns whole lines of the bitmap and uses plain stores: no atomics anywhere
+    leader       the head owns the bitmap; brokers ask and give back through single-writer lines
+
+Segment s belongs to part s // share of the bitmap; a broker looks in its own part first, from where it stopped last
+(next-fit), so brokers drift to different words. Warm segments (touched before) are preferred to cold ones.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from broker.layout cimport Layout, POOL_RING, PoolWishLine, PoolGrantLine
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_popcount
+
+
+cdef class SegmentPool:
+    """Allocates runs of segments for one broker. Not thread-safe: the log's lock is held around it."""
+
+    def __init__(self, Memory memory, Layout layout, int broker):
+        self.memory = memory
+        self.layout = layout
+        self.broker = broker
+        self.share = (layout.g.segment_count + layout.g.broker_count - 1) // layout.g.broker_count
+        self.share_words = layout.bitmap_words() // layout.g.broker_count
+        self.hint = 0
+
+    cdef uint64_t word_of(self, uint64_t segment) noexcept nogil:
+        return (segment // self.share * self.share_words + segment % self.share // 64) * 8
+
+    cdef uint64_t bit_of(self, uint64_t segment) noexcept nogil:
+        return <uint64_t>1 << (segment % self.share % 64)
+
+    cdef bint valid(self, uint64_t segment) noexcept nogil:
+        return segment < self.layout.g.segment_count
+
+    cdef bint is_warm(self, uint64_t segment) noexcept nogil:
+        return (self.memory.load(self.layout.warm_bitmap() + self.word_of(segment)) & self.bit_of(segment)) != 0
+
+    cdef void mark_warm(self, uint64_t segment) noexcept nogil:
+        if not self.is_warm(segment):
+            self.memory.fetch_or(self.layout.warm_bitmap() + self.word_of(segment), self.bit_of(segment))
+
+    cdef bint take_bit(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t bit = self.bit_of(segment)
+        return (self.memory.fetch_or(self.layout.bitmap() + self.word_of(segment), bit) & bit) == 0
+
+    cdef void give_bit(self, uint64_t segment) noexcept nogil:
+        self.memory.fetch_and(self.layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
+
+    cdef uint64_t search_shares(self) noexcept nogil:
+        # How many parts of the bitmap this strategy may take from.
+        return self.layout.g.broker_count
+
+    cdef void opened(self, uint64_t segment) noexcept nogil:
+        self.allocated += 1
+        if not self.is_warm(segment):
+            self.cold += 1
+            self.mark_warm(segment)
+
+    cdef int64_t allocate_one(self, uint64_t part, bint warm) noexcept nogil:
+        cdef uint64_t words = self.share_words, start = self.hint // 64 if part == <uint64_t>self.broker else 0
+        cdef uint64_t i, w, free_bits, base, bit, segment
+        for i in range(words + 1):
+            w = (start + i) % words
+            base = (part * words + w) * 8
+            free_bits = ~self.memory.load(self.layout.bitmap() + base)
+            if warm:
+                free_bits &= self.memory.load(self.layout.warm_bitmap() + base)
+            if i == 0 and part == <uint64_t>self.broker:
+                free_bits &= <uint64_t>-1 << (self.hint % 64)
+            while free_bits:
+                bit = cxl_count_trailing_zeros(free_bits)
+                free_bits &= free_bits - 1
+                segment = part * self.share + w * 64 + bit
+                if w * 64 + bit >= self.share or not self.valid(segment):
+                    break
+                if self.take_bit(segment):
+                    if part == <uint64_t>self.broker:
+                        self.hint = w * 64 + bit
+                    return <int64_t>segment
+        return -1
+
+    cdef int64_t allocate_run(self, uint64_t part, uint64_t run) noexcept nogil:
+        cdef uint64_t at, first = part * self.share, length = 0, i
+        for at in range(first, first + self.share):
+            if not self.valid(at):
+                break
+            if self.memory.load(self.layout.bitmap() + self.word_of(at)) & self.bit_of(at):
+                length = 0
+                continue
+            length += 1
+            if length == run:
+                if self.claim(at + 1 - run, run):
+                    for i in range(run):
+                        self.allocated -= 1     # claim counted them, allocate will
+                    return <int64_t>(at + 1 - run)
+                length = 0
+        return -1
+
+    cdef bint claim(self, uint64_t segment, uint64_t run) noexcept nogil:
+        """Take exactly this run, or nothing."""
+        cdef uint64_t i, k
+        if not self.valid(segment + run - 1):
+            return False
+        if self.search_shares() == 1 and (segment // self.share != <uint64_t>self.broker
+                                          or (segment + run - 1) // self.share != <uint64_t>self.broker):
+            return False
+        for i in range(run):
+            if not self.take_bit(segment + i):
+                for k in range(i):
+                    self.give_bit(segment + k)
+                return False
+        for i in range(run):
+            self.opened(segment + i)
+        return True
+
+    cdef int64_t allocate(self, uint64_t run) noexcept nogil:
+        """First segment of a free run, or -1."""
+        cdef uint64_t i, part, count = self.search_shares(), brokers = self.layout.g.broker_count
+        cdef int64_t found = -1
+        cdef int warm
+        if run > 1:
+            for i in range(count):
+                found = self.allocate_run((self.broker + i) % brokers, run)
+                if found >= 0:
+                    self.allocated += run
+                    return found
+            return -1
+        for warm in range(1, -1, -1):
+            for i in range(count):
+                found = self.allocate_one((self.broker + i) % brokers, warm == 1)
+                if found >= 0:
+                    self.opened(found)
+                    return found
+        return -1
+
+    cdef void release(self, uint64_t segment) noexcept nogil:
+        self.released += 1
+        self.give_bit(segment)
+
+    cdef void poll(self) noexcept nogil:
+        """Take in grants; nothing to do where the bitmap is reached directly."""
+        pass
+
+    def allocate_segments(self, uint64_t run=1) -> int:
+        """First segment of a run, or -1 when no run of that length is free."""
+        return self.allocate(run)
+
+    def claim_segments(self, uint64_t segment, uint64_t run=1) -> bool:
+        """Take exactly these segments, or none of them."""
+        return self.claim(segment, run)
+
+    def release_segment(self, uint64_t segment) -> None:
+        """Give one segment back."""
+        self.release(segment)
+
+    def poll_grants(self) -> None:
+        """Take in what the leader granted."""
+        self.poll()
+
+    cdef int64_t take_cold(self) noexcept nogil:
+        """Take one free segment that nobody has touched yet, so that its pages can be made present; -1 when none."""
+        cdef uint64_t segment, first = self.broker * self.share
+        for segment in range(first, first + self.share):
+            if self.valid(segment) and not self.is_warm(segment) and self.take_bit(segment):
+                return <int64_t>segment
+        return -1
+
+    cdef void give_warm(self, uint64_t segment, bint warm) noexcept nogil:
+        if warm:
+            self.mark_warm(segment)
+        self.give_bit(segment)
+
+    def free_count(self) -> int:
+        """Free segments as this broker sees them, in the parts it may take from."""
+        cdef uint64_t s, count = 0
+        for s in range(self.layout.g.segment_count):
+            if self.search_shares() == 1 and s // self.share != <uint64_t>self.broker:
+                continue
+            if not self.memory.load(self.layout.bitmap() + self.word_of(s)) & self.bit_of(s):
+                count += 1
+        return count
+
+
+cdef class AtomicPool(SegmentPool):
+    """All brokers share one bitmap by fetch-or."""
+
+
+cdef class PartitionedPool(SegmentPool):
+    """Each broker owns a part of the bitmap, whole lines of it: plain stores, flushed, no atomics."""
+
+    cdef uint64_t search_shares(self) noexcept nogil:
+        return 1
+
+    cdef bint take_bit(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t offset = self.layout.bitmap() + self.word_of(segment), bit = self.bit_of(segment)
+        cdef uint64_t word = self.memory.load(offset)
+        if word & bit:
+            return False
+        self.memory.store(offset, word | bit)
+        self.memory.flush(offset, 8)
+        return True
+
+    cdef void give_bit(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t offset = self.layout.bitmap() + self.word_of(segment)
+        self.memory.store(offset, self.memory.load(offset) & ~self.bit_of(segment))
+        self.memory.flush(offset, 8)
+
+    cdef void mark_warm(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t offset = self.layout.warm_bitmap() + self.word_of(segment)
+        self.memory.store(offset, self.memory.load(offset) | self.bit_of(segment))
+
+
+cdef class LeaderPool(SegmentPool):
+    """Asks the head for runs and keeps what it was granted in a private bitmap."""
+
+    def __init__(self, Memory memory, Layout layout, int broker):
+        SegmentPool.__init__(self, memory, layout, broker)
+        self.mine = <uint64_t*>calloc(layout.bitmap_words(), 8)
+        if self.mine == NULL:
+            raise MemoryError
+        # A restarted broker goes on counting where its lines stand.
+        self.wanted = memory.load(layout.pool_grant(broker))
+        self.collected = memory.load(layout.pool_grant(broker) + 8)
+        self.returned = memory.load(layout.pool_wish(broker) + 16)
+
+    def __dealloc__(self):
+        free(self.mine)
+
+    cdef bint take_bit(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t word = self.word_of(segment) // 8, bit = self.bit_of(segment)
+        if not self.mine[word] & bit:
+            return False
+        self.mine[word] &= ~bit
+        return True
+
+    cdef void give_bit(self, uint64_t segment) noexcept nogil:
+        self.mine[self.word_of(segment) // 8] |= self.bit_of(segment)
+
+    cdef bint claim(self, uint64_t segment, uint64_t run) noexcept nogil:
+        cdef uint64_t i, k
+        if not self.valid(segment + run - 1):
+            return False
+        for i in range(run):
+            if not self.take_bit(segment + i):
+                for k in range(i):
+                    self.give_bit(segment + k)
+                return False
+        for i in range(run):
+            self.opened(segment + i)
+        return True
+
+    cdef int64_t allocate(self, uint64_t run) noexcept nogil:
+        cdef uint64_t words = self.layout.bitmap_words(), w, bit, segment, at, length = 0
+        cdef uint64_t wish = self.layout.pool_wish(self.broker)
+        self.poll()
+        if run == 1:
+            for w in range(words):
+                if self.mine[w]:
+                    bit = cxl_count_trailing_zeros(self.mine[w])
+                    segment = w // self.share_words * self.share + w % self.share_words * 64 + bit
+                    self.take_bit(segment)
+                    self.opened(segment)
+                    return <int64_t>segment
+        else:
+            for at in range(self.layout.g.segment_count):
+                length = length + 1 if self.mine[self.word_of(at) // 8] & self.bit_of(at) else 0
+                if length == run and self.claim(at + 1 - run, run):
+                    return <int64_t>(at + 1 - run)
+        if self.wanted == self.memory.load(self.layout.pool_grant(self.broker)):
+            # One wish at a time: run first, then the count that makes it visible.
+            self.wanted += 1
+            self.memory.store(wish + 8, run)
+            self.memory.store(wish, self.wanted)
+            self.memory.flush(wish, 64)
+            self.memory.fence()
+        return -1
+
+    cdef void release(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t wish = self.layout.pool_wish(self.broker), slot
+        cdef uint64_t grant = self.layout.pool_grant(self.broker)
+        self.released += 1
+        self.memory.invalidate(grant, 64)
+        if self.returned - self.memory.load(grant + 16) >= POOL_RING:
+            self.give_bit(segment)          # the way back is full: keep it for our own use
+            return
+        slot = self.layout.pool_returns(self.broker) + self.returned % POOL_RING * 8
+        self.memory.store(slot, segment)
+        self.memory.flush(slot, 8)
+        self.memory.fence()
+        self.returned += 1
+        self.memory.store(wish + 16, self.returned)
+        self.memory.flush(wish, 64)
+        self.memory.fence()
+
+    cdef void poll(self) noexcept nogil:
+        cdef uint64_t grant = self.layout.pool_grant(self.broker), ring = self.layout.pool_grants(self.broker), granted
+        self.memory.invalidate(grant, 64)
+        granted = self.memory.load(grant + 8)
+        while self.collected < granted:
+            self.memory.invalidate(ring + self.collected % POOL_RING * 8, 8)
+            self.give_bit(self.memory.load(ring + self.collected % POOL_RING * 8))
+            self.collected += 1
+
+    def free_count(self) -> int:
+        return sum(cxl_popcount(self.mine[w]) for w in range(self.layout.bitmap_words()))
+
+    cdef int64_t take_cold(self) noexcept nogil:
+        return -1
+
+
+cdef class PoolLeader:
+    """The head's side of the leader strategy: answers wishes, takes returns."""
+
+    def __init__(self, Memory memory, Layout layout, int broker):
+        cdef uint64_t b, brokers = layout.g.broker_count
+        self.memory = memory
+        self.layout = layout
+        self.pool = AtomicPool(memory, layout, broker)
+        self.granted_runs = <uint64_t*>calloc(3 * brokers, 8)
+        if self.granted_runs == NULL:
+            raise MemoryError
+        self.granted_segments = self.granted_runs + brokers
+        self.taken = self.granted_segments + brokers
+        for b in range(brokers):
+            self.granted_runs[b] = memory.load(layout.pool_grant(b))
+            self.granted_segments[b] = memory.load(layout.pool_grant(b) + 8)
+            self.taken[b] = memory.load(layout.pool_grant(b) + 16)
+
+    def __dealloc__(self):
+        free(self.granted_runs)
+
+    cdef int64_t step(self) noexcept nogil:
+        cdef uint64_t b, wish, grant, run, i, returned, slot
+        cdef int64_t first, work = 0
+        for b in range(self.layout.g.broker_count):
+            wish = self.layout.pool_wish(b)
+            grant = self.layout.pool_grant(b)
+            self.memory.invalidate(wish, 64)
+            returned = self.memory.load(wish + 16)
+            while self.taken[b] < returned:
+                slot = self.layout.pool_returns(b) + self.taken[b] % POOL_RING * 8
+                self.memory.invalidate(slot, 8)
+                self.pool.release(self.memory.load(slot))
+                self.taken[b] += 1
+                self.memory.store(grant + 16, self.taken[b])
+                work += 1
+            if self.memory.load(wish) > self.granted_runs[b]:
+                run = self.memory.load(wish + 8)
+                first = self.pool.allocate(run) if 0 < run <= POOL_RING else -1
+                if first < 0:
+                    continue
+                for i in range(run):
+                    slot = self.layout.pool_grants(b) + (self.granted_segments[b] + i) % POOL_RING * 8
+                    self.memory.store(slot, first + i)
+                    self.memory.flush(slot, 8)
+                self.memory.fence()
+                self.granted_segments[b] += run
+                self.granted_runs[b] += 1
+                self.memory.store(grant + 8, self.granted_segments[b])
+                self.memory.store(grant, self.granted_runs[b])
+                work += 1
+            if work:
+                self.memory.flush(grant, 64)
+                self.memory.fence()
+        return work
+
+    def step_once(self) -> int:
+        """Answer what is asked now; the amount of work done."""
+        return self.step()
+
+
+def make_pool(Memory memory, Layout layout, int broker) -> SegmentPool:
+    """The pool that the layout's strategy asks for."""
+    kinds = {"atomic": AtomicPool, "partitioned": PartitionedPool, "leader": LeaderPool}
+    return kinds[layout.pool_strategy](memory, layout, broker)

@@ -1,0 +1,49 @@
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+
+from broker.layout cimport Layout
+from broker.log cimport BrokerLog
+from broker.notifier cimport Notifier
+from broker.stages.stage cimport Stage
+from sim.cxl.memory cimport Memory
+
+cdef enum:
+    STREAM_BATCHES = 1024       # batches of one stream that may wait for their ack
+    STREAM_COUNT = 1024
+
+cdef struct Waiting:
+    uint64_t sequence
+    uint64_t slot
+    uint64_t messages
+
+cdef struct Ack:
+    uint64_t sequence
+    uint64_t position
+    uint64_t status
+
+cdef struct AckStream:
+    # Invariant: acks_tail <= acks_head, waiting_tail <= waiting_head; one thread writes each of the four.
+    uint64_t active             # 0 free, 1 open, 2 closing
+    uint64_t topic
+    uint64_t generation
+    uint64_t level
+    uint64_t replication_factor
+    uint64_t waiting_head       # the receiver's
+    uint64_t waiting_tail       # the stage's
+    uint64_t acks_head          # the stage's
+    uint64_t acks_tail          # the event loop's
+    Waiting* waiting
+    Ack* acks
+
+cdef class AckStage(Stage):
+    cdef Memory memory
+    cdef Layout layout
+    cdef BrokerLog log
+    cdef Notifier notifier
+    cdef int broker
+    cdef AckStream* streams
+    cdef uint64_t stream_limit          # streams at and above were never opened
+
+    cdef int64_t poll_stream(self, AckStream* stream) noexcept nogil
+    cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil
+    cdef bint expect(self, uint64_t number, uint64_t sequence, uint64_t slot, uint64_t messages) noexcept nogil
+    cdef uint64_t room(self, uint64_t number) noexcept nogil

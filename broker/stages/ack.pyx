@@ -1,0 +1,167 @@
+"""Acks: follows the results of each publish stream's batches and says when their level is reached.
+
+Level 1 is reached when the batch lies below the topic's committed frontier; level 2 when every replica's durable
+frontier has passed it as well. A stream's batches are settled in the order in which they came: only the first waiting
+one is polled, so a step costs one look per stream, not per batch.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, make_tag
+from broker.log cimport BrokerLog
+from broker.notifier cimport Notifier
+from broker.stages.stage cimport Stage
+from broker.wire cimport encode_acks
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_load_relaxed, cxl_store_release
+
+cdef enum:
+    STEP_ACKS = 64
+
+cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
+
+
+cdef class AckStage(Stage):
+    """The ack stage of one broker, for all its publish streams."""
+
+    def __cinit__(self):
+        self.streams = NULL
+
+    def __init__(self, Memory memory, BrokerLog log, Notifier notifier):
+        self.memory = memory
+        self.layout = log.layout
+        self.log = log
+        self.broker = log.broker
+        self.notifier = notifier
+        self.streams = <AckStream*>calloc(STREAM_COUNT, sizeof(AckStream))
+        if self.streams == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        cdef int i
+        if self.streams != NULL:
+            for i in range(STREAM_COUNT):
+                free(self.streams[i].waiting)
+                free(self.streams[i].acks)
+            free(self.streams)
+
+    cdef int64_t step(self) noexcept nogil:
+        cdef uint64_t i
+        cdef int64_t work = 0
+        cdef AckStream* stream
+        for i in range(cxl_load_acquire(&self.stream_limit)):
+            stream = &self.streams[i]
+            if cxl_load_acquire(&stream.active) == 0:
+                continue
+            if cxl_load_relaxed(&stream.active) == 2:
+                cxl_store_release(&stream.active, 0)
+            elif stream.waiting_tail != cxl_load_acquire(&stream.waiting_head):
+                work += self.poll_stream(stream)
+        if work:
+            self.notifier.notify()
+        return work
+
+    cdef int64_t poll_stream(self, AckStream* stream) noexcept nogil:
+        cdef uint64_t head = cxl_load_acquire(&stream.waiting_head)
+        cdef int64_t done = 0
+        while stream.waiting_tail < head and done < STEP_ACKS:
+            if stream.acks_head - cxl_load_acquire(&stream.acks_tail) >= STREAM_BATCHES:
+                break                       # the event loop has not taken the earlier ones yet
+            if not self.settled(stream, &stream.waiting[stream.waiting_tail % STREAM_BATCHES],
+                                &stream.acks[stream.acks_head % STREAM_BATCHES]):
+                break
+            cxl_store_release(&stream.waiting_tail, stream.waiting_tail + 1)
+            cxl_store_release(&stream.acks_head, stream.acks_head + 1)
+            done += 1
+        cxl_count(&self.log.counters.acks_sent, done)
+        return done
+
+    cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil:
+        """Whether this batch's result is final for the stream's level; then `ack` says what it is."""
+        cdef uint64_t at = self.layout.result(stream.topic, self.broker, waiting.slot), state, end, k, replica, order
+        self.memory.invalidate(at, 16)
+        state = self.memory.load(at)
+        if state & ~STATUS_MASK != make_tag(stream.generation, waiting.slot):
+            return False
+        ack.sequence = waiting.sequence
+        ack.status = state >> 40 & 0xFF
+        ack.position = self.memory.load(at + 8)
+        if ack.status != RESULT_COMMITTED and ack.status != RESULT_DUPLICATE:
+            return True
+        end = ack.position + (waiting.messages if ack.status == RESULT_COMMITTED else 0)
+        order = self.layout.topic_order(stream.topic)
+        self.memory.invalidate(order, 64)
+        if self.memory.load(order + 8) < end:
+            return False
+        if stream.level == 2:
+            for k in range(1, stream.replication_factor):
+                replica = self.layout.replica(stream.topic, self.broker,
+                                              (self.broker + k) % self.layout.g.broker_count)
+                self.memory.invalidate(replica, 64)
+                if self.memory.load(replica + 8) < end:
+                    return False
+        return True
+
+    cdef uint64_t room(self, uint64_t number) noexcept nogil:
+        """How many more batches the stream may have waiting."""
+        cdef AckStream* stream = &self.streams[number]
+        return STREAM_BATCHES - (stream.waiting_head - cxl_load_acquire(&stream.waiting_tail))
+
+    cdef bint expect(self, uint64_t number, uint64_t sequence, uint64_t slot, uint64_t messages) noexcept nogil:
+        """Note a batch that waits for its ack. Called by the receiver of that stream only."""
+        cdef AckStream* stream = &self.streams[number]
+        cdef Waiting* waiting = &stream.waiting[stream.waiting_head % STREAM_BATCHES]
+        if self.room(number) == 0:
+            return False
+        waiting.sequence = sequence
+        waiting.slot = slot
+        waiting.messages = messages
+        cxl_store_release(&stream.waiting_head, stream.waiting_head + 1)
+        return True
+
+    def open_stream(self, uint64_t topic, uint64_t generation, uint64_t level, uint64_t replication_factor) -> int:
+        """Register a publish stream; its number. Raises RuntimeError when all are in use."""
+        cdef uint64_t i
+        cdef AckStream* stream
+        for i in range(STREAM_COUNT):
+            stream = &self.streams[i]
+            if cxl_load_acquire(&stream.active):
+                continue
+            if stream.waiting == NULL:
+                stream.waiting = <Waiting*>calloc(STREAM_BATCHES, sizeof(Waiting))
+                stream.acks = <Ack*>calloc(STREAM_BATCHES, sizeof(Ack))
+                if stream.waiting == NULL or stream.acks == NULL:
+                    raise MemoryError
+            stream.topic = topic
+            stream.generation = generation
+            stream.level = level
+            stream.replication_factor = replication_factor
+            stream.waiting_head = stream.waiting_tail = stream.acks_head = stream.acks_tail = 0
+            cxl_store_release(&stream.active, 1)
+            if i >= self.stream_limit:
+                cxl_store_release(&self.stream_limit, i + 1)
+            return i
+        raise RuntimeError(f"this broker serves {STREAM_COUNT} publish streams already")
+
+    def close_stream(self, uint64_t number) -> None:
+        """Forget a stream; what it has in memory is ordered all the same."""
+        cxl_store_release(&self.streams[number].active, 2)
+
+    def has_acks(self, uint64_t number) -> bool:
+        """Whether settled batches wait to be taken."""
+        return cxl_load_acquire(&self.streams[number].acks_head) != self.streams[number].acks_tail
+
+    def waiting_count(self, uint64_t number) -> int:
+        """Batches of the stream that are not settled yet."""
+        return STREAM_BATCHES - self.room(number)
+
+    def take_acks(self, uint64_t number, uint64_t epoch) -> bytes:
+        """The settled batches as an encoded PublishResponse; empty when there is none."""
+        cdef AckStream* stream = &self.streams[number]
+        cdef uint64_t head = cxl_load_acquire(&stream.acks_head)
+        if head == stream.acks_tail:
+            return b""
+        response = encode_acks(stream.acks, STREAM_BATCHES, stream.acks_tail, head, epoch)
+        cxl_store_release(&stream.acks_tail, head)
+        return response

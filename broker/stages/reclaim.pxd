@@ -1,0 +1,35 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport Layout
+from broker.segments cimport PoolLeader
+from broker.stages.sequencer cimport OrderState, TopicOrder
+from broker.stages.stage cimport Stage
+from sim.cxl.memory cimport Memory
+
+cdef class Reclaim(Stage):
+    cdef Memory memory
+    cdef Layout layout
+    cdef OrderState state
+    cdef PoolLeader leader
+    cdef uint64_t* cursors_seen
+    cdef uint64_t* answered
+    cdef uint64_t* retention            # by topic; read when its generation is new
+    cdef uint64_t* replication
+    cdef uint64_t* generations
+    cdef uint64_t* reclaimed_bytes
+    cdef uint64_t* reclaimed_position
+    cdef uint64_t holder
+    cdef uint64_t holder_topic
+    cdef uint64_t reclaims
+    cdef list doorbell_objects
+    cdef void** doorbells
+
+    cdef int64_t grant_cursors(self, uint64_t broker) noexcept nogil
+    cdef bint know(self, uint64_t topic) noexcept nogil
+    cdef uint64_t limit(self, uint64_t topic) noexcept nogil
+    cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil
+    cdef int64_t answer_pressure(self, uint64_t broker) noexcept nogil
+    cdef int64_t keep_retention(self, uint64_t topic) noexcept nogil
+    cdef void ring(self, uint64_t broker) noexcept nogil
+    cdef void tell_brokers(self) noexcept nogil

@@ -1,0 +1,260 @@
+"""Reclaim: decides, at the head, which part of each topic's log may be forgotten.
+
+The frontier moves only when room is needed (a broker lacks segments, an order index fills up) or a topic's retention
+asks for it, and never past the slowest of: committed order, replicas, live readers, protected cursors. Readers ask for
+a grant before they read: one writer decides, so no reader can slip below a frontier that is just moving.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport (
+    BROKER_READY, BROKER_STARTING, CURSOR_FREE, CURSOR_LIVE, CURSOR_PROTECTED, CURSOR_WANTED, CursorGrantLine,
+    CursorLine, HOLDER_CURSOR, HOLDER_NONE, HOLDER_PROTECTED, HOLDER_REPLICA, HOLDER_RETENTION, HOLDER_UNCOMMITTED,
+    Layout, OrderEntry, ReclaimAnswerLine, TopicLine, TopicReclaimLine,
+)
+from broker.segments cimport PoolLeader
+from broker.stages.sequencer cimport OrderState, TopicOrder
+from broker.stages.stage cimport Stage
+from libc.string cimport memset
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_load_acquire, cxl_load_relaxed, cxl_store_release
+
+cdef enum:
+    STEP_ENTRIES = 4096
+
+cdef uint64_t KEEP_ALL = <uint64_t>-1
+
+
+cdef class Reclaim(Stage):
+    """The head's reclaim stage, for all topics; with the leader strategy it also answers the brokers' wishes."""
+
+    def __init__(self, Memory memory, OrderState state, doorbells, PoolLeader leader=None):
+        cdef uint64_t topics = state.layout.g.topic_count_max, brokers = state.layout.g.broker_count, b
+        self.memory = memory
+        self.state = state
+        self.layout = state.layout
+        self.leader = leader
+        self.doorbell_objects = list(doorbells)
+        self.cursors_seen = <uint64_t*>calloc(2 * brokers, 8)
+        self.retention = <uint64_t*>calloc(5 * topics, 8)
+        self.doorbells = <void**>calloc(brokers, sizeof(void*))
+        if self.cursors_seen == NULL or self.retention == NULL or self.doorbells == NULL:
+            raise MemoryError
+        self.answered = self.cursors_seen + brokers
+        self.replication = self.retention + topics
+        self.generations = self.retention + 2 * topics
+        self.reclaimed_bytes = self.retention + 3 * topics
+        self.reclaimed_position = self.retention + 4 * topics
+        for b in range(brokers):
+            self.doorbells[b] = <void*>self.doorbell_objects[b]
+            self.answered[b] = memory.load(self.layout.reclaim_answer(b))
+
+    def __dealloc__(self):
+        free(self.cursors_seen)
+        free(self.retention)
+        free(self.doorbells)
+
+    cdef void ring(self, uint64_t broker) noexcept nogil:
+        (<Doorbell>self.doorbells[broker]).ring()
+
+    cdef int64_t step(self) noexcept nogil:
+        cdef uint64_t b, topic, line
+        cdef int64_t work = 0, moved = 0
+        cdef TopicOrder* order
+        for b in range(self.layout.g.broker_count):
+            line = self.layout.broker(b)
+            self.memory.invalidate(line, 64)
+            if self.memory.load(line + 48) != self.cursors_seen[b]:
+                self.cursors_seen[b] = self.memory.load(line + 48)
+                work += self.grant_cursors(b)
+        for topic in range(self.layout.g.topic_count_max):
+            order = &self.state.topics[topic]
+            if cxl_load_relaxed(&order.generation) and self.know(topic):
+                moved += self.keep_retention(topic)
+        if self.leader is not None:
+            work += self.leader.step()
+        for b in range(self.layout.g.broker_count):
+            line = self.layout.pool_wish(b)
+            self.memory.invalidate(line, 64)
+            if self.memory.load(line + 24) != self.answered[b]:
+                moved += self.answer_pressure(b)
+        if moved:
+            self.tell_brokers()
+        return work + moved
+
+    cdef bint know(self, uint64_t topic) noexcept nogil:
+        """Read a topic's options when it is new. False while it is being deleted."""
+        cdef uint64_t generation = cxl_load_acquire(&self.state.topics[topic].generation)
+        cdef TopicLine line
+        if generation == 0:
+            return False
+        if self.generations[topic] != generation:
+            self.memory.invalidate(self.layout.topic(topic), 64)
+            self.memory.read_line(self.layout.topic(topic), &line)
+            self.retention[topic] = line.retention_bytes
+            self.replication[topic] = line.replication_factor
+            self.reclaimed_bytes[topic] = self.reclaimed_position[topic] = 0
+            self.generations[topic] = generation
+        return True
+
+    cdef int64_t grant_cursors(self, uint64_t broker) noexcept nogil:
+        cdef uint64_t first = broker * self.layout.g.cursors_per_broker, c, topic
+        cdef CursorLine line
+        cdef CursorGrantLine grant
+        cdef int64_t work = 0
+        memset(&grant, 0, sizeof(grant))
+        for c in range(first, first + self.layout.g.cursors_per_broker):
+            self.memory.invalidate(self.layout.cursor(c), 64)
+            self.memory.read_line(self.layout.cursor(c), &line)
+            if line.state & 0xFF != CURSOR_WANTED:
+                continue
+            if self.memory.load(self.layout.cursor_grant(c)) == line.state >> 8:
+                continue
+            topic = line.topic & 0xFFFF
+            grant.index = max(line.index, self.state.topics[topic].reclaimed_index)
+            grant.granted = line.state >> 8
+            self.memory.write_line(self.layout.cursor_grant(c), &grant)
+            self.memory.flush(self.layout.cursor_grant(c), 64)
+            work += 1
+        self.memory.fence()
+        self.ring(broker)
+        return work
+
+    cdef uint64_t limit(self, uint64_t topic) noexcept nogil:
+        """The first order entry that somebody still needs; sets who that is."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef uint64_t lowest = cxl_load_acquire(&order.committed_index), c, b, k, r, at, index, kind
+        cdef uint64_t wanted = order.generation << 16 | topic
+        cdef CursorLine line
+        self.holder = <uint64_t>HOLDER_UNCOMMITTED << 32 | topic
+        self.holder_topic = topic
+        if self.retention[topic] == KEEP_ALL:
+            self.holder = <uint64_t>HOLDER_RETENTION << 32 | topic
+            return order.reclaimed_index
+        for c in range(self.layout.g.cursor_count_max):
+            at = self.layout.cursor(c)
+            self.memory.invalidate(at, 64)
+            if self.memory.load(at) & 0xFF == CURSOR_FREE:
+                continue
+            self.memory.read_line(at, &line)
+            kind = line.state & 0xFF
+            if kind == CURSOR_FREE or line.topic != wanted:
+                continue
+            index = line.index
+            if kind == CURSOR_WANTED:
+                if self.memory.load(self.layout.cursor_grant(c)) != line.state >> 8:
+                    continue                # not granted yet: it will be granted above the frontier
+                index = max(index, self.memory.load(self.layout.cursor_grant(c) + 8))
+            if index < lowest:
+                lowest = index
+                self.holder = <uint64_t>(HOLDER_PROTECTED if kind == CURSOR_PROTECTED else HOLDER_CURSOR) << 32 | c
+        for k in range(1, self.replication[topic]):
+            for b in range(self.layout.g.broker_count):
+                r = (b + k) % self.layout.g.broker_count
+                at = self.layout.replica(topic, b, r)
+                self.memory.invalidate(at, 64)
+                index = self.memory.load(at) if self.memory.load(at + 24) == order.generation else 0
+                if index < lowest:
+                    lowest = index
+                    self.holder = <uint64_t>HOLDER_REPLICA << 32 | r
+        return lowest
+
+    cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil:
+        """Move the frontier over at least so many bytes and entries, as far as it is allowed; entries moved."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef uint64_t index = order.reclaimed_index, end = self.limit(topic), freed = 0, at
+        cdef uint64_t first = index
+        cdef OrderEntry entry
+        cdef TopicReclaimLine line
+        while index < end and (freed < nbytes or index - first < entries) and index - first < STEP_ENTRIES:
+            at = self.layout.order_entry(topic, index)
+            self.memory.read_line(at, &entry)
+            freed += (entry.payload_bytes + 63) // 64 * 64
+            self.reclaimed_position[topic] = entry.position + entry.message_count
+            index += 1
+        if index == first:
+            return 0
+        self.reclaimed_bytes[topic] += freed
+        line.reclaimed_index = index
+        line.reclaimed_position = self.reclaimed_position[topic]
+        line.reclaimed_bytes = self.reclaimed_bytes[topic]
+        line.holder = self.holder
+        line.holder_index = end
+        at = self.layout.topic_reclaim(topic)
+        self.memory.write_line(at, &line)
+        self.memory.flush(at, 64)
+        self.memory.fence()
+        # Readers are told before anything is reused: the sequencer and the brokers act only on what is fenced.
+        cxl_store_release(&order.reclaimed_index, index)
+        return <int64_t>(index - first)
+
+    cdef int64_t keep_retention(self, uint64_t topic) noexcept nogil:
+        """Retention by bytes, and room in the order index."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef uint64_t entries = self.layout.g.order_entry_count
+        cdef uint64_t used = cxl_load_acquire(&order.committed_index) - order.reclaimed_index
+        cdef uint64_t kept = order.committed_bytes - self.reclaimed_bytes[topic], retention = self.retention[topic]
+        if used > entries - entries // 8:
+            return self.reclaim_bytes(topic, 0, used - (entries - entries // 4))
+        if retention and retention != KEEP_ALL and kept > retention + retention // 16:
+            return self.reclaim_bytes(topic, kept - retention, 0)
+        return 0
+
+    cdef int64_t answer_pressure(self, uint64_t broker) noexcept nogil:
+        """A broker lacks segments: forget the oldest part of the topic that keeps most."""
+        cdef uint64_t line = self.layout.pool_wish(broker), request = self.memory.load(line + 24), topic, kept, most = 0
+        cdef uint64_t chosen = 0, holder = 0, holder_topic = 0, step
+        cdef ReclaimAnswerLine answer
+        cdef int64_t moved = 0
+        cdef TopicOrder* order
+        cdef int tries
+        for topic in range(self.layout.g.topic_count_max):
+            order = &self.state.topics[topic]
+            if not cxl_load_relaxed(&order.generation) or not self.know(topic):
+                continue
+            kept = order.committed_bytes - self.reclaimed_bytes[topic]
+            if kept == 0:
+                continue
+            step = max(2 * self.layout.g.segment_bytes * self.layout.g.broker_count, kept // 16)
+            step = max(step, self.memory.load(line + 32) * self.layout.g.broker_count)
+            if kept > most:
+                # Largest first; one that cannot move is passed over for the next.
+                if self.limit(topic) > order.reclaimed_index:
+                    most = kept
+                    chosen = topic + 1
+                elif holder == 0:
+                    holder = self.holder
+                    holder_topic = topic
+        if chosen:
+            topic = chosen - 1
+            kept = most
+            step = max(2 * self.layout.g.segment_bytes * self.layout.g.broker_count, kept // 16)
+            step = max(step, self.memory.load(line + 32) * self.layout.g.broker_count)
+            moved = self.reclaim_bytes(topic, step, 0)
+            if holder == 0:
+                holder = self.holder
+                holder_topic = topic
+        memset(&answer, 0, sizeof(answer))
+        answer.answered = request
+        answer.holder = holder
+        answer.holder_topic = holder_topic
+        answer.reclaims = self.reclaims
+        self.answered[broker] = request
+        self.memory.write_line(self.layout.reclaim_answer(broker), &answer)
+        self.memory.flush(self.layout.reclaim_answer(broker), 64)
+        self.memory.fence()
+        self.ring(broker)
+        return moved
+
+    cdef void tell_brokers(self) noexcept nogil:
+        cdef uint64_t b, line
+        self.reclaims += 1
+        for b in range(self.layout.g.broker_count):
+            line = self.layout.reclaim_answer(b)
+            self.memory.store(line + 32, self.reclaims)
+            self.memory.flush(line, 64)
+        self.memory.fence()
+        for b in range(self.layout.g.broker_count):
+            self.ring(b)

@@ -1,0 +1,16 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from broker.layout cimport Layout
+from broker.log cimport BrokerLog
+from broker.stages.stage cimport Stage
+from sim.cxl.memory cimport Memory
+
+cdef class Release(Stage):
+    cdef Memory memory
+    cdef Layout layout
+    cdef BrokerLog log
+    cdef int broker
+    cdef uint64_t reclaims_seen
+
+    cdef int64_t release_slots(self, uint64_t topic) noexcept nogil
+    cdef int64_t release_segments(self, uint64_t topic) noexcept nogil

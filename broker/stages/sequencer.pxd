@@ -1,0 +1,128 @@
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport BatchHeader, Layout, SequencerCounters
+from broker.order_lock cimport OrderLock
+from broker.stages.stage cimport Stage
+from sim.cxl.clock cimport Clock
+from sim.cxl.memory cimport Memory
+
+cdef enum:
+    WINDOW = 256                # batches a session may have in flight beyond the one expected next
+
+cdef struct Held:
+    uint64_t sequence_and_one   # 0: empty
+    uint32_t broker
+    uint64_t slot
+
+cdef struct Session:
+    uint64_t state              # generation << 8 | SessionState
+    uint64_t client_id
+    uint64_t epoch
+    uint64_t topic
+    uint64_t expected           # every lower sequence is in the log
+    uint64_t claimed            # a scanner is changing this session (lock-free order)
+    uint64_t messages
+    uint64_t position
+    uint64_t predecessor_expected
+    uint64_t predecessor_epoch
+    int64_t gap_since
+    uint64_t held_count
+    uint64_t touched            # its progress line has to be written
+    Held* held                  # by sequence % WINDOW; also the set of what is in the log beyond `expected`
+
+cdef struct TopicOrder:
+    # Invariant: reclaimed_index <= committed_index <= assigned index <= reclaimed_index + order entries.
+    uint64_t generation
+    uint64_t order
+    int64_t lease_ns
+    uint64_t assigned           # index << 48 | position: both move with one fetch-add
+    uint64_t committed_index
+    uint64_t committed_position
+    uint64_t committed_bytes
+    uint64_t reclaimed_index
+    uint64_t advancing          # a scanner is moving the committed frontier
+    uint64_t stalled            # held batches wait for room in the order index
+    uint64_t* done              # index + 1 once that entry is fenced, by index % entries
+    uint64_t* done_batch        # messages << 32 | bytes of that entry
+
+cdef struct ScanPlace:
+    uint64_t scanned
+    uint64_t generation
+    uint64_t messages
+    uint64_t nbytes
+    uint64_t address
+
+cdef class OrderState:
+    cdef readonly Layout layout
+    cdef Memory memory
+    cdef readonly OrderLock lock
+    cdef readonly int head_broker
+    cdef TopicOrder* topics
+    cdef Session* sessions
+    cdef SequencerCounters* counters
+    cdef readonly uint64_t epoch
+    cdef readonly int scanners
+    cdef uint64_t gaps                  # sessions with a gap
+    cdef uint64_t topics_open
+    cdef uint64_t activity_claimed
+    cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
+
+    cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil
+    cdef void close_topic(self, uint64_t topic) noexcept nogil
+    cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil
+    cdef bint has_room(self, TopicOrder* order) noexcept nogil
+
+cdef struct Fresh:
+    uint64_t topic
+    uint64_t index
+
+cdef class Scanner(Stage):
+    cdef readonly OrderState state
+    cdef Memory memory
+    cdef Layout layout
+    cdef Clock clock
+    cdef list doorbell_objects
+    cdef void** doorbells               # one a broker
+    cdef readonly int number
+    cdef uint64_t broker_mask           # the brokers that this scanner reads
+    cdef ScanPlace* places              # topic * brokers + broker
+    cdef uint64_t* seen_activity        # words, broker * words + word
+    cdef uint64_t* pending              # topics to look at, broker * words + word
+    cdef uint64_t activity_words
+    cdef uint64_t pending_words
+    cdef uint64_t* sessions_seen        # sessions_version of each broker
+    cdef Fresh* fresh                   # entries written in this step
+    cdef uint64_t fresh_count
+    cdef uint64_t answered              # brokers that got results in this step
+    cdef uint64_t result_line           # a result line not flushed yet, 0 none
+    cdef int64_t next_gap_check
+    cdef uint64_t in_step
+    cdef uint64_t steps
+    cdef uint64_t* touched_sessions
+    cdef uint64_t touched_count
+    cdef uint64_t* touched_topics
+
+    cdef int64_t look_for_news(self, uint64_t broker) noexcept nogil
+    cdef int64_t scan(self, uint64_t topic, uint64_t broker) noexcept nogil
+    cdef bint classify(self, uint64_t topic, uint64_t broker, uint64_t slot, BatchHeader* header) noexcept nogil
+    cdef bint classify_session(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
+                               BatchHeader* header, Session* session) noexcept nogil
+    cdef bint commit(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
+                     BatchHeader* header, Session* session) noexcept nogil
+    cdef void commit_held(self, TopicOrder* order, uint64_t topic, Session* session) noexcept nogil
+    cdef void answer(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t status,
+                     uint64_t position) noexcept nogil
+    cdef void claim(self, Session* session) noexcept nogil
+    cdef void unclaim(self, Session* session) noexcept nogil
+    cdef void touch(self, Session* session) noexcept nogil
+    cdef void finish(self) noexcept nogil
+    cdef void advance(self, uint64_t topic) noexcept nogil
+    cdef void write_progress(self, uint64_t number) noexcept nogil
+    cdef int64_t look_at_sessions(self, uint64_t broker) noexcept nogil
+    cdef void open_session(self, uint64_t number, uint64_t state) noexcept nogil
+    cdef void fence_session(self, uint64_t number, uint64_t new_state) noexcept nogil
+    cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil
+    cdef int64_t check_gaps(self) noexcept nogil
+    cdef int64_t retry_stalled(self) noexcept nogil
+    cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil

@@ -1,0 +1,662 @@
+"""The sequencer: one scanner per broker gives every batch its place in the one total order.
+
+A scanner follows a broker's delegated frontier, classifies each batch by its session, takes an order number (under
+the global lock, or by one fetch-add), writes the order entry and the batch's result, and fences. Only then does the
+committed frontier of the topic move, over a contiguous prefix: readers and acks follow the frontier, so a hole left by
+a crash is never passed. Held batches take no number and keep their ring slot.
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport (
+    BATCH_VOID, BatchHeader, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
+    RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
+    SequencerCounters, SessionLine, SessionProgressLine, TopicLine, make_tag,
+)
+from broker.order_lock cimport LOCK_ATOMIC, OrderLock
+from broker.stages.stage cimport Stage
+from sim.cxl.clock cimport Clock
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport (
+    cxl_compare_and_swap, cxl_count_trailing_zeros, cxl_fetch_add, cxl_full_fence, cxl_load_acquire, cxl_load_relaxed,
+    cxl_pause, cxl_store_release, cxl_yield,
+)
+
+cdef enum:
+    STEP_BATCHES = 64               # a scanner looks at so many batches of one topic and broker at a time
+    POSITION_BITS = 48
+    GAP_CHECK_NS = 1000000
+
+cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
+
+
+cdef class OrderState:
+    """What the scanners of one sequencer share: counters of order, sessions, the lock.
+
+    `memory` is the sequencer's door. All of it can be rebuilt from memory; nothing here is the only copy.
+    """
+
+    def __cinit__(self):
+        self.topics = NULL
+        self.sessions = NULL
+
+    def __init__(self, Memory memory, Layout layout, int head_broker, int lock_mode, int scanners, uint64_t epoch=1,
+                 semaphore_name=None):
+        self.memory = memory
+        self.layout = layout
+        self.head_broker = head_broker
+        self.epoch = epoch
+        self.scanners = scanners
+        self.topics = <TopicOrder*>calloc(layout.g.topic_count_max, sizeof(TopicOrder))
+        self.sessions = <Session*>calloc(layout.g.session_count_max, sizeof(Session))
+        if self.topics == NULL or self.sessions == NULL:
+            raise MemoryError
+        self.counters = <SequencerCounters*>memory.coherent_area(layout.sequencer_counters())
+        self.lock = OrderLock.make(lock_mode, memory.coherent_area(layout.order_lock()), self.counters,
+                                   semaphore_name, True)
+
+    def __dealloc__(self):
+        cdef uint64_t i
+        if self.topics != NULL:
+            for i in range(self.layout.g.topic_count_max):
+                free(self.topics[i].done)
+                free(self.topics[i].done_batch)
+            free(self.topics)
+        if self.sessions != NULL:
+            for i in range(self.layout.g.session_count_max):
+                free(self.sessions[i].held)
+            free(self.sessions)
+
+    cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil:
+        cdef TopicOrder* order = &self.topics[topic]
+        cdef TopicLine line
+        cdef uint64_t entries = self.layout.g.order_entry_count
+        if order.done == NULL:
+            order.done = <uint64_t*>calloc(entries, 8)
+            order.done_batch = <uint64_t*>calloc(entries, 8)
+        memset(order.done, 0, entries * 8)
+        self.memory.invalidate(self.layout.topic(topic), 64)
+        self.memory.read_line(self.layout.topic(topic), &line)
+        order.order = line.order
+        order.lease_ns = line.lease_ns
+        order.assigned = 0
+        order.committed_index = order.committed_position = order.committed_bytes = 0
+        order.reclaimed_index = order.advancing = order.stalled = 0
+        self.topics_open += 1
+        cxl_store_release(&order.generation, generation)
+
+    cdef void close_topic(self, uint64_t topic) noexcept nogil:
+        if self.topics[topic].generation:
+            self.topics_open -= 1
+        cxl_store_release(&self.topics[topic].generation, 0)
+
+    cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil:
+        """Change the topic's byte of the activity line. Eight topics share a word: one scanner at a time."""
+        cdef uint64_t at = self.layout.sequencer_activity() + topic // 8 * 8
+        while not cxl_compare_and_swap(&self.activity_claimed, 0, 1):
+            cxl_pause()
+        (<uint8_t*>&self.activity[0])[topic] += 1
+        memory.store(at, self.activity[topic // 8])
+        memory.flush(at, 8)
+        cxl_store_release(&self.activity_claimed, 0)
+
+    cdef bint has_room(self, TopicOrder* order) noexcept nogil:
+        # Each scanner may be between this check and its fetch-add: leave a place for every one of them.
+        cdef uint64_t low = cxl_load_relaxed(&order.assigned) >> POSITION_BITS
+        cdef uint64_t used = <uint16_t>(low - <uint16_t>cxl_load_acquire(&order.reclaimed_index))
+        return used + self.scanners < self.layout.g.order_entry_count
+
+    def session_state(self, uint64_t number) -> dict:
+        """A session as the sequencer sees it, for tests."""
+        cdef Session* s = &self.sessions[number]
+        return {"state": s.state & 0xFF, "expected": s.expected, "held": s.held_count, "epoch": s.epoch}
+
+
+cdef class Scanner(Stage):
+    """One scanner: reads the brokers of `brokers`, shares `state` with the others.
+
+    `doorbells` has one doorbell a broker, rung when that broker has results or waits for commits.
+    """
+
+    def __init__(self, OrderState state, Memory memory, Clock clock, int number, brokers, doorbells):
+        cdef uint64_t b, count = state.layout.g.broker_count, topics = state.layout.g.topic_count_max
+        self.state = state
+        self.memory = memory
+        self.layout = state.layout
+        self.clock = clock
+        self.number = number
+        for b in brokers:
+            self.broker_mask |= <uint64_t>1 << b
+        self.doorbell_objects = list(doorbells)
+        self.activity_words = (topics + 7) // 8
+        self.pending_words = (topics + 63) // 64
+        self.places = <ScanPlace*>calloc(topics * count, sizeof(ScanPlace))
+        self.seen_activity = <uint64_t*>calloc(count * self.activity_words, 8)
+        self.pending = <uint64_t*>calloc(count * self.pending_words, 8)
+        self.sessions_seen = <uint64_t*>calloc(count, 8)
+        self.doorbells = <void**>calloc(count, sizeof(void*))
+        self.fresh = <Fresh*>calloc(65536, sizeof(Fresh))
+        self.touched_sessions = <uint64_t*>calloc(state.layout.g.session_count_max, 8)
+        self.touched_topics = <uint64_t*>calloc(self.pending_words, 8)
+        if (self.places == NULL or self.seen_activity == NULL or self.pending == NULL or self.fresh == NULL
+                or self.sessions_seen == NULL or self.doorbells == NULL or self.touched_sessions == NULL
+                or self.touched_topics == NULL):
+            raise MemoryError
+        for b in range(count):
+            self.doorbells[b] = <void*>self.doorbell_objects[b]
+
+    def __dealloc__(self):
+        free(self.places)
+        free(self.seen_activity)
+        free(self.pending)
+        free(self.sessions_seen)
+        free(self.doorbells)
+        free(self.fresh)
+        free(self.touched_sessions)
+        free(self.touched_topics)
+
+    # ---- one step ------------------------------------------------------------------------------------------------
+
+    cdef int64_t step(self) noexcept nogil:
+        cdef uint64_t b, word, bits, topic
+        cdef int64_t work = 0
+        cxl_store_release(&self.in_step, 1)
+        cxl_full_fence()
+        for b in range(self.layout.g.broker_count):
+            if not self.broker_mask >> b & 1:
+                continue
+            work += self.look_for_news(b)
+            for word in range(self.pending_words):
+                bits = self.pending[b * self.pending_words + word]
+                while bits:
+                    topic = word * 64 + cxl_count_trailing_zeros(bits)
+                    bits &= bits - 1
+                    work += self.scan(topic, b)
+        if self.state.gaps and self.number == 0:
+            work += self.check_gaps()
+        if work:
+            work += self.retry_stalled()
+            self.finish()
+        elif self.state.counters.order_full:
+            work = self.retry_stalled()
+            if work:
+                self.finish()
+        self.steps += 1
+        cxl_store_release(&self.in_step, 0)
+        return work
+
+    cdef void prepare_to_sleep(self) noexcept nogil:
+        cdef uint64_t b, t
+        for t in range(self.layout.g.topic_count_max):
+            if cxl_load_relaxed(&self.state.topics[t].generation):
+                for b in range(self.layout.g.broker_count):
+                    self.pending[b * self.pending_words + t // 64] |= <uint64_t>1 << (t % 64)
+
+    cdef int64_t look_for_news(self, uint64_t broker) noexcept nogil:
+        """Read the broker's activity line and session count; mark the topics that changed."""
+        cdef uint64_t line = self.layout.broker_activity(broker), word, now, changed, i, topic
+        cdef uint64_t* seen = &self.seen_activity[broker * self.activity_words]
+        cdef uint64_t version
+        self.memory.invalidate(line, self.activity_words * 8)
+        for word in range(self.activity_words):
+            now = self.memory.load(line + word * 8)
+            changed = now ^ seen[word]
+            if changed:
+                seen[word] = now
+                for i in range(8):
+                    if changed >> (8 * i) & 0xFF:
+                        topic = word * 8 + i
+                        self.pending[broker * self.pending_words + topic // 64] |= <uint64_t>1 << (topic % 64)
+        self.memory.invalidate(self.layout.broker(broker), 64)
+        version = self.memory.load(self.layout.broker(broker) + 40)
+        if version != self.sessions_seen[broker]:
+            self.sessions_seen[broker] = version
+            return self.look_at_sessions(broker)
+        return 0
+
+    cdef int64_t scan(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        """Look at this broker's next batches of one topic. Clears its pending mark when it saw all of them."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
+        cdef uint64_t line = self.layout.offset_broker(topic, broker), delegated, at
+        cdef uint64_t generation = cxl_load_acquire(&order.generation)
+        cdef BatchHeader header
+        cdef int64_t done = 0
+        if generation and place.generation != generation:
+            self.open_place(topic, broker, generation)
+        if generation == 0:
+            self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
+            return 0
+        self.memory.invalidate(line, 64)
+        delegated = self.memory.load(line)
+        while place.scanned < delegated and done < STEP_BATCHES:
+            at = self.layout.ring(topic, broker, place.scanned)
+            self.memory.invalidate(at, 64)
+            if not self.memory.read_line(at, &header) or header.complete != make_tag(generation, place.scanned):
+                # The frontier says it is there: a damaged line, or one of a topic that is being deleted.
+                self.state.counters.damaged += 1
+                break
+            if not self.classify(topic, broker, place.scanned, &header):
+                break                       # no room in the order index: try again later
+            place.scanned += 1
+            done += 1
+        if place.scanned >= delegated:
+            self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
+        if done:
+            self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
+            at = self.layout.offset_sequencer(topic, broker)
+            self.memory.store(at, place.scanned)
+            self.memory.store(at + 8, place.messages)
+            self.memory.store(at + 16, place.nbytes)
+            self.memory.store(at + 24, place.address)
+            self.memory.flush(at, 64)
+        return done
+
+    cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil:
+        cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
+        memset(place, 0, sizeof(ScanPlace))
+        place.generation = generation
+
+    # ---- classification ----------------------------------------------------------------------------------------------
+
+    cdef bint classify(self, uint64_t topic, uint64_t broker, uint64_t slot, BatchHeader* header) noexcept nogil:
+        """Give one batch its result, now or (held) later; False when the order index has no room for it."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef Session* session
+        cdef bint done
+        if header.flags & BATCH_VOID:
+            self.state.counters.voids += 1
+            self.answer(topic, broker, slot, RESULT_VOID, 0)
+            return True
+        if (header.payload_offset < self.layout.g.segments or header.payload_offset % 64
+                or header.payload_bytes > self.layout.g.batch_bytes_max or header.message_count == 0
+                or header.payload_offset + header.payload_bytes > self.layout.g.region_bytes
+                or header.session_slot >= self.layout.g.session_count_max):
+            self.state.counters.damaged += 1
+            self.answer(topic, broker, slot, RESULT_DAMAGED, 0)
+            return True
+        session = &self.state.sessions[header.session_slot]
+        if self.state.lock.mode == LOCK_ATOMIC:
+            self.claim(session)
+            done = self.classify_session(order, topic, broker, slot, header, session)
+            self.unclaim(session)
+        else:
+            self.state.lock.acquire()
+            done = self.classify_session(order, topic, broker, slot, header, session)
+            self.state.lock.release()
+        return done
+
+    cdef bint classify_session(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
+                               BatchHeader* header, Session* session) noexcept nogil:
+        cdef uint64_t sequence = header.batch_sequence, state = session.state & 0xFF
+        cdef Held* held
+        if session.client_id != header.client_id or session.epoch != header.session_epoch or state == SESSION_FREE:
+            self.state.counters.refused += 1
+            self.answer(topic, broker, slot, RESULT_FENCED, 0)
+            return True
+        if sequence < session.expected:
+            self.state.counters.duplicates += 1
+            self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
+            return True
+        if state != SESSION_OPEN:
+            self.state.counters.refused += 1
+            self.answer(topic, broker, slot, RESULT_FENCED, 0)
+            return True
+        if sequence - session.expected >= WINDOW:
+            self.state.counters.refused += 1
+            self.answer(topic, broker, slot, RESULT_REFUSED, 0)
+            return True
+        held = &session.held[sequence % WINDOW]
+        if held.sequence_and_one == sequence + 1:
+            self.state.counters.duplicates += 1
+            if order.order == 5:
+                # The first copy is still held; this one needs no result of its own kind: resend until it commits.
+                self.answer(topic, broker, slot, RESULT_REFUSED, 0)
+            else:
+                self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
+            return True
+        if order.order == 5 and sequence > session.expected:
+            held.sequence_and_one = sequence + 1
+            held.broker = broker
+            held.slot = slot
+            self.state.counters.held_now += 1
+            self.state.counters.held_peak = max(self.state.counters.held_peak, self.state.counters.held_now)
+            session.held_count += 1
+            if session.gap_since == 0:
+                session.gap_since = self.clock.now_ns()
+                cxl_fetch_add(&self.state.gaps, 1)
+            self.touch(session)
+            return True
+        if not self.commit(order, topic, broker, slot, header, session):
+            return False
+        if order.order == 5:
+            session.expected += 1
+            self.commit_held(order, topic, session)
+        else:
+            held.sequence_and_one = sequence + 1
+            while session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1:
+                session.expected += 1
+        self.touch(session)
+        return True
+
+    cdef void commit_held(self, TopicOrder* order, uint64_t topic, Session* session) noexcept nogil:
+        """Commit what waited for the batch that just came, as far as it is contiguous."""
+        cdef Held* held
+        cdef BatchHeader header
+        cdef bint moved = False
+        while session.held_count:
+            held = &session.held[session.expected % WINDOW]
+            if held.sequence_and_one != session.expected + 1:
+                break
+            self.memory.read_line(self.layout.ring(topic, held.broker, held.slot), &header)
+            if not self.commit(order, topic, held.broker, held.slot, &header, session):
+                cxl_store_release(&order.stalled, 1)
+                break
+            held.sequence_and_one = 0
+            session.held_count -= 1
+            self.state.counters.held_now -= 1
+            session.expected += 1
+            moved = True
+        if session.gap_since:
+            if session.held_count == 0:
+                session.gap_since = 0
+                cxl_fetch_add(&self.state.gaps, <uint64_t>-1)
+            else:
+                session.gap_since = self.clock.now_ns()     # the expected sequence advanced: the clock starts anew
+
+    cdef bint commit(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
+                     BatchHeader* header, Session* session) noexcept nogil:
+        """Take an order number and write the entry and the result; False when the index is full."""
+        cdef uint64_t taken, index, base, at
+        cdef OrderEntry entry
+        cdef ScanPlace* place
+        if self.fresh_count >= 65536 or not self.state.has_room(order):
+            self.state.counters.order_full += 1
+            return False
+        taken = (<uint64_t>1 << POSITION_BITS) + header.message_count
+        if self.state.lock.mode == LOCK_ATOMIC:
+            taken = cxl_fetch_add(&order.assigned, taken)
+        else:
+            order.assigned += taken
+            taken = order.assigned - taken
+        # Only 16 bits of the index travel in the word; the committed one is at most 32,768 behind.
+        base = cxl_load_acquire(&order.committed_index)
+        index = base + <uint16_t>((taken >> POSITION_BITS) - <uint16_t>base)
+        entry.commit = make_tag(order.generation, index)
+        entry.position = taken & POSITION_MASK
+        entry.payload_offset = header.payload_offset
+        entry.payload_bytes = header.payload_bytes
+        entry.message_count = header.message_count
+        entry.client_id = header.client_id
+        entry.batch_sequence = header.batch_sequence
+        entry.session_epoch = header.session_epoch
+        entry.broker = broker
+        entry.epoch = self.state.epoch
+        entry.wall_ns = header.received_wall_ns
+        at = self.layout.order_entry(topic, index)
+        self.memory.write_line(at, &entry)
+        self.memory.flush(at, 64)
+        order.done_batch[index & (self.layout.g.order_entry_count - 1)] = (
+            <uint64_t>header.message_count << 32 | header.payload_bytes)
+        self.fresh[self.fresh_count].topic = topic
+        self.fresh[self.fresh_count].index = index
+        self.fresh_count += 1
+        session.messages += header.message_count
+        session.position = entry.position + header.message_count
+        place = &self.places[topic * self.layout.g.broker_count + broker]
+        place.messages += header.message_count
+        place.nbytes += header.payload_bytes
+        place.address = header.payload_offset
+        self.state.counters.batches_ordered += 1
+        self.state.counters.messages_ordered += header.message_count
+        self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
+        self.answer(topic, broker, slot, RESULT_COMMITTED, entry.position)
+        return True
+
+    cdef void answer(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t status,
+                     uint64_t position) noexcept nogil:
+        """Write a batch's result. Four share a line: it is flushed when another line begins."""
+        cdef uint64_t at = self.layout.result(topic, broker, slot), line = at & ~<uint64_t>63
+        cdef uint64_t generation = self.state.topics[topic].generation
+        self.memory.store(at + 8, position)
+        self.memory.store(at, make_tag(generation, slot) | status << 40)
+        if self.result_line and self.result_line != line:
+            self.memory.flush(self.result_line, 64)
+        self.result_line = line
+        self.answered |= <uint64_t>1 << broker
+
+    cdef void claim(self, Session* session) noexcept nogil:
+        # Two scanners meet here only when one session's batches arrive by two brokers at the same moment.
+        cdef int tries = 0
+        while not cxl_compare_and_swap(&session.claimed, 0, 1):
+            tries += 1
+            if tries == 1:
+                self.state.counters.lock_contended += 1
+            if tries < 32:
+                cxl_pause()
+            else:
+                cxl_yield()
+        self.state.counters.lock_acquisitions += 1
+
+    cdef void unclaim(self, Session* session) noexcept nogil:
+        cxl_store_release(&session.claimed, 0)
+
+    cdef void touch(self, Session* session) noexcept nogil:
+        # Claimed by this scanner: its progress line is written at the end of the step.
+        if not session.touched:
+            session.touched = 1
+            self.touched_sessions[self.touched_count] = session - self.state.sessions
+            self.touched_count += 1
+
+    # ---- the end of a step -----------------------------------------------------------------------------------------
+
+    cdef void finish(self) noexcept nogil:
+        """Fence what was written, then move the committed frontiers, then wake whom it concerns."""
+        cdef uint64_t i, word, bits, b, interested = self.answered
+        cdef TopicOrder* order
+        if self.result_line:
+            self.memory.flush(self.result_line, 64)
+            self.result_line = 0
+        self.memory.fence()
+        # Entries and results are in memory: now, and not before, the frontier may pass them.
+        for i in range(self.fresh_count):
+            order = &self.state.topics[self.fresh[i].topic]
+            cxl_store_release(&order.done[self.fresh[i].index & (self.layout.g.order_entry_count - 1)],
+                              self.fresh[i].index + 1)
+        self.fresh_count = 0
+        for word in range(self.pending_words):
+            bits = self.touched_topics[word]
+            self.touched_topics[word] = 0
+            while bits:
+                self.advance(word * 64 + cxl_count_trailing_zeros(bits))
+                bits &= bits - 1
+        for i in range(self.touched_count):
+            self.write_progress(self.touched_sessions[i])
+        self.touched_count = 0
+        self.memory.full_fence()
+        for b in range(self.layout.g.broker_count):
+            if interested >> b & 1 or self.memory.load(self.layout.broker(b) + 32):
+                (<Doorbell>self.doorbells[b]).ring_fenced()
+        self.answered = 0
+
+    cdef void advance(self, uint64_t topic) noexcept nogil:
+        """Move the committed frontier over every entry that is fenced, in order. One scanner at a time."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef uint64_t mask = self.layout.g.order_entry_count - 1, index, start, line, word, batch
+        while True:
+            if not cxl_compare_and_swap(&order.advancing, 0, 1):
+                return                      # whoever advances looks again after letting go
+            start = index = order.committed_index
+            while cxl_load_acquire(&order.done[index & mask]) == index + 1:
+                batch = order.done_batch[index & mask]
+                order.committed_position += batch >> 32
+                order.committed_bytes += <uint32_t>batch
+                index += 1
+            if index != start:
+                cxl_store_release(&order.committed_index, index)
+                line = self.layout.topic_order(topic)
+                self.memory.store(line + 8, order.committed_position)
+                self.memory.store(line + 16, self.state.epoch)
+                self.memory.store(line + 24, order.committed_bytes)
+                self.memory.store(line, index)
+                self.memory.flush(line, 64)
+                self.state.count_activity(self.memory, topic)
+            cxl_store_release(&order.advancing, 0)
+            cxl_full_fence()
+            if cxl_load_acquire(&order.done[index & mask]) != index + 1:
+                return
+
+    cdef void write_progress(self, uint64_t number) noexcept nogil:
+        cdef Session* session = &self.state.sessions[number]
+        cdef SessionProgressLine line
+        cdef uint64_t at = self.layout.session_progress(number)
+        cdef bint shared = self.state.scanners > 1      # then another scanner may change the session meanwhile
+        if shared and self.state.lock.mode == LOCK_ATOMIC:
+            self.claim(session)
+        elif shared:
+            self.state.lock.acquire()
+        session.touched = 0
+        line.state = session.state
+        line.expected = session.expected
+        line.committed_messages = session.messages
+        line.committed_position = session.position
+        line.predecessor_expected = session.predecessor_expected
+        line.predecessor_epoch = session.predecessor_epoch
+        line.gap_since_ns = session.gap_since
+        line.held = session.held_count
+        self.memory.write_line(at, &line)
+        self.memory.flush(at, 64)
+        if shared and self.state.lock.mode == LOCK_ATOMIC:
+            self.unclaim(session)
+        elif shared:
+            self.state.lock.release()
+
+    # ---- sessions ----------------------------------------------------------------------------------------------------
+
+    cdef int64_t look_at_sessions(self, uint64_t broker) noexcept nogil:
+        """A session line of this broker changed: open, close, or renew what differs."""
+        cdef uint64_t first = broker * self.layout.g.sessions_per_broker, number, state
+        cdef Session* session
+        cdef int64_t work = 0
+        for number in range(first, first + self.layout.g.sessions_per_broker):
+            self.memory.invalidate(self.layout.session(number), 64)
+            state = self.memory.load(self.layout.session(number))
+            session = &self.state.sessions[number]
+            if state >> 8 != session.state >> 8 and state & 0xFF == SESSION_OPEN:
+                self.open_session(number, state)
+                work += 1
+            elif state >> 8 == session.state >> 8 and state & 0xFF == SESSION_CLOSING and \
+                    session.state & 0xFF != SESSION_CLOSED:
+                self.fence_session(number, SESSION_CLOSED)
+                work += 1
+        return work
+
+    cdef void open_session(self, uint64_t number, uint64_t state) noexcept nogil:
+        """Begin a session; an earlier one of the same client and topic is fenced and tells where it ended."""
+        cdef Session* session = &self.state.sessions[number]
+        cdef Session* other
+        cdef SessionLine line
+        cdef uint64_t i
+        self.memory.read_line(self.layout.session(number), &line)
+        if session.held == NULL:
+            session.held = <Held*>calloc(WINDOW, sizeof(Held))
+        memset(session.held, 0, WINDOW * sizeof(Held))
+        session.predecessor_expected = session.predecessor_epoch = 0
+        session.expected = session.messages = session.position = session.held_count = 0
+        session.gap_since = 0
+        session.epoch = line.session_epoch
+        session.topic = line.topic
+        session.client_id = line.client_id
+        session.state = state
+        for i in range(self.layout.g.session_count_max):
+            other = &self.state.sessions[i]
+            if i == number or other.client_id != line.client_id or other.topic != line.topic:
+                continue
+            if other.epoch > line.session_epoch and other.state & 0xFF == SESSION_OPEN:
+                session.state = (state & ~<uint64_t>0xFF) | SESSION_FENCED     # an old epoch comes late
+            elif other.epoch < line.session_epoch:
+                if other.state & 0xFF == SESSION_OPEN:
+                    self.fence_session(i, SESSION_FENCED)
+                if other.epoch >= session.predecessor_epoch:
+                    session.predecessor_epoch = other.epoch
+                    session.predecessor_expected = other.expected
+        self.write_progress(number)
+        self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
+
+    cdef void fence_session(self, uint64_t number, uint64_t new_state) noexcept nogil:
+        """End a session: first its high-water mark is in memory, then what it held is dropped."""
+        cdef Session* session = &self.state.sessions[number]
+        session.state = (session.state & ~<uint64_t>0xFF) | new_state
+        if new_state == SESSION_FENCED:
+            self.state.counters.fenced_sessions += 1
+        self.write_progress(number)
+        self.memory.fence()
+        self.drop_held(session, RESULT_FENCED)
+        self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
+
+    cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil:
+        cdef uint64_t i, topic = session.topic & 0xFFFF
+        cdef Held* held
+        if session.held == NULL or self.state.topics[topic].order != 5:
+            return
+        for i in range(WINDOW):
+            held = &session.held[i]
+            if held.sequence_and_one:
+                self.answer(topic, held.broker, held.slot, status, 0)
+                held.sequence_and_one = 0
+                self.state.counters.held_now -= 1
+        session.held_count = 0
+        if session.gap_since:
+            session.gap_since = 0
+            cxl_fetch_add(&self.state.gaps, <uint64_t>-1)
+
+    cdef int64_t check_gaps(self) noexcept nogil:
+        """Fence the sessions whose gap outlived their lease; nothing else fences."""
+        cdef int64_t now = self.clock.now_ns(), work = 0
+        cdef uint64_t i
+        cdef Session* session
+        if now < self.next_gap_check:
+            return 0
+        self.next_gap_check = now + GAP_CHECK_NS
+        for i in range(self.layout.g.session_count_max):
+            session = &self.state.sessions[i]
+            if session.gap_since == 0 or now - session.gap_since < self.state.topics[session.topic & 0xFFFF].lease_ns:
+                continue
+            if self.state.lock.mode == LOCK_ATOMIC:
+                self.claim(session)
+                session.state = (session.state & ~<uint64_t>0xFF) | SESSION_FENCED
+                self.unclaim(session)
+            self.fence_session(i, SESSION_FENCED)
+            work += 1
+        return work
+
+    cdef int64_t retry_stalled(self) noexcept nogil:
+        """Held batches that found the order index full are committed once there is room again."""
+        cdef uint64_t topic, i
+        cdef TopicOrder* order
+        cdef Session* session
+        cdef int64_t work = 0
+        for topic in range(self.layout.g.topic_count_max):
+            order = &self.state.topics[topic]
+            if not cxl_load_relaxed(&order.stalled) or not self.state.has_room(order):
+                continue
+            order.stalled = 0
+            for i in range(self.layout.g.session_count_max):
+                session = &self.state.sessions[i]
+                if session.held_count == 0 or session.topic & 0xFFFF != topic:
+                    continue
+                if self.state.lock.mode == LOCK_ATOMIC:
+                    self.claim(session)
+                    self.commit_held(order, topic, session)
+                    self.touch(session)
+                    self.unclaim(session)
+                else:
+                    self.state.lock.acquire()
+                    self.commit_held(order, topic, session)
+                    self.touch(session)
+                    self.state.lock.release()
+                work += 1
+        return work

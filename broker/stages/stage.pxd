@@ -1,0 +1,5 @@
+from libc.stdint cimport int64_t
+
+cdef class Stage:
+    cdef int64_t step(self) noexcept nogil
+    cdef void prepare_to_sleep(self) noexcept nogil

@@ -1,0 +1,28 @@
+"""What every stage is: a step that does a bounded amount and never waits."""
+
+from libc.stdint cimport int64_t
+
+
+cdef class Stage:
+    """A stage of the pipeline. It owns no thread and no clock; a loop outside decides how to wait.
+
+    `step` does a bounded amount of work and returns how much. `prepare_to_sleep` is called before the loop sleeps:
+    the next step must look everywhere, not only where a hint says that there is news.
+    """
+
+    cdef int64_t step(self) noexcept nogil:
+        return 0
+
+    cdef void prepare_to_sleep(self) noexcept nogil:
+        pass
+
+    def step_once(self) -> int:
+        """Do one step; the amount of work done."""
+        cdef int64_t work
+        with nogil:
+            work = self.step()
+        return work
+
+    def look_everywhere(self) -> None:
+        """Make the next step ignore its hints."""
+        self.prepare_to_sleep()

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Makes the checkout ready to run: .venv, dependencies, native build. Quiet and quick when nothing has changed.
+# Call it, or source it: it leaves the shell's options alone, and sets CXLMQ_ROOT and CXLMQ_PYTHON.
+#
+#   CXLMQ_BOOTSTRAP_PYTHON   the Python to make .venv with (default: the first of at least 3.11 on the PATH)
+#   CC                       the C compiler (default: cc, gcc or clang)
+
+CXLMQ_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+CXLMQ_PYTHON="$CXLMQ_ROOT/.venv/bin/python"
+
+CXLMQ_PYTHON_CHECK='
+import ensurepip, os, sys, sysconfig, venv
+sys.exit(sys.version_info < (3, 11) or not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))'
+
+cxlmq_find_python() {
+    local candidate path
+    for candidate in "${CXLMQ_BOOTSTRAP_PYTHON:-python3}" python3 python3.14 python3.13 python3.12 python3.11; do
+        path="$(command -v "$candidate")" || continue
+        if "$path" -c "$CXLMQ_PYTHON_CHECK" 2>/dev/null; then
+            echo "$path"
+            return 0
+        fi
+    done
+    echo "cxlmq: no Python >= 3.11 with venv and its headers found." \
+         "Install python3.11 (or newer), python3-venv and python3-dev, or set CXLMQ_BOOTSTRAP_PYTHON to one." >&2
+    return 1
+}
+
+cxlmq_find_compiler() {
+    local candidate
+    # CC may hold arguments ("ccache gcc"): the first word must be a command.
+    for candidate in "${CC:-cc}" gcc clang; do
+        if command -v "${candidate%% *}" >/dev/null; then
+            echo "$candidate"
+            return 0
+        fi
+    done
+    echo "cxlmq: no C compiler found. Install gcc or clang (on Debian and Ubuntu: apt-get install gcc libc6-dev)," \
+         "or set CC to one." >&2
+    return 1
+}
+
+# Everything that an installed checkout depends on, in one hash.
+cxlmq_stamp() {
+    (
+        cd "$CXLMQ_ROOT" || exit 1
+        { echo "$CXLMQ_ROOT"
+          find sim broker client -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \) -print0
+          printf '%s\0' pyproject.toml setup.py
+        } | LC_ALL=C sort -z | xargs -0 sha256sum 2>/dev/null | sha256sum | cut -d' ' -f1
+    )
+}
+
+cxlmq_is_ready() {
+    [ -x "$CXLMQ_PYTHON" ] && [ "$(cat "$CXLMQ_ROOT/.venv/cxlmq-stamp" 2>/dev/null)" = "$1" ] && cxlmq_has_modules
+}
+
+# A checkout can lose its built modules (git clean) while .venv stays.
+cxlmq_has_modules() {
+    local source
+    while IFS= read -r -d '' source; do
+        compgen -G "${source%.pyx}.*.so" >/dev/null || return 1
+    done < <(find "$CXLMQ_ROOT/sim" "$CXLMQ_ROOT/broker" "$CXLMQ_ROOT/client" -name '*.pyx' -print0)
+}
+
+# Runs a command silently; shows what it said only when it fails.
+cxlmq_quietly() {
+    local output status
+    output="$("$@" 2>&1)" && return 0
+    status=$?
+    printf '%s\n' "$output" | tail -n 40 >&2
+    echo "cxlmq: set-up failed at: $*" >&2
+    return "$status"
+}
+
+cxlmq_install() {
+    local python compiler pip=("$CXLMQ_PYTHON" -m pip --disable-pip-version-check -q)
+    compiler="$(cxlmq_find_compiler)" || return 1
+    cd "$CXLMQ_ROOT" || return 1
+    rm -f .venv/cxlmq-stamp
+    if ! "$CXLMQ_PYTHON" -m pip --version >/dev/null 2>&1; then
+        python="$(cxlmq_find_python)" || return 1
+        cxlmq_quietly "$python" -m venv --clear .venv || return 1
+    fi
+    if [ "$(cat .venv/cxlmq-requirements 2>/dev/null)" != "$(sha256sum < pyproject.toml)" ]; then
+        echo "cxlmq: setting up .venv (a minute or two, once)" >&2
+        cxlmq_quietly "${pip[@]}" install 'setuptools>=77' wheel 'cython>=3.1,<4' || return 1
+        CC="$compiler" cxlmq_quietly "${pip[@]}" install --no-build-isolation -e '.[dev,plots]' || return 1
+        sha256sum < pyproject.toml > .venv/cxlmq-requirements
+    fi
+    echo "cxlmq: building the native core" >&2
+    CC="$compiler" cxlmq_quietly "$CXLMQ_PYTHON" setup.py -q build_ext --inplace || return 1
+}
+
+cxlmq_bootstrap() {
+    local stamp
+    stamp="$(cxlmq_stamp)" || return 1
+    cxlmq_is_ready "$stamp" && return 0
+    (
+        # Two scripts started at once: the second waits, and then finds everything done.
+        if command -v flock >/dev/null; then
+            mkdir -p "$CXLMQ_ROOT/build" && exec 9>"$CXLMQ_ROOT/build/bootstrap.lock" || exit 1
+            flock 9 || exit 1
+        fi
+        cxlmq_is_ready "$stamp" && exit 0
+        cxlmq_install 9>&- && echo "$stamp" > "$CXLMQ_ROOT/.venv/cxlmq-stamp"
+    )
+}
+
+cxlmq_bootstrap || { [ "${BASH_SOURCE[0]}" != "$0" ] && return 1; exit 1; }

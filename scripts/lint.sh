@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Checks style and types. Arguments go to ruff: scripts/lint.sh --fix
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
+cd "$CXLMQ_ROOT"
+"$CXLMQ_PYTHON" -m ruff check "$@" .
+"$CXLMQ_PYTHON" -m mypy
