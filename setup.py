@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent
 HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("sim/**/*.h"))]
 
 # -g1 with Cython's line directives lets a return address be resolved to the .pyx line that made an access.
-COMPILE_ARGS = ["-O3", "-g1", "-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unused-variable", "-Wno-address-of-packed-member"]
+COMPILE_ARGS = ["-O3", "-g1", "-fno-strict-aliasing", "-Wno-unused-function", "-Wno-unused-variable",
+                "-Wno-address-of-packed-member", "-Wno-sign-compare"]
 
 
 def extension(path: Path) -> Extension:

@@ -144,7 +144,7 @@ cdef class Layout:
         g.batch_bytes_max = max(batch_bytes_max, message_bytes_max + 64)
         g.pool_strategy = POOL_STRATEGIES.index(pool_strategy)
         # Room for the largest batch, and for one open segment a broker beside it.
-        smallest_count = -(-g.batch_bytes_max // segment_bytes) + 2 * broker_count
+        smallest_count = int(g.batch_bytes_max + segment_bytes - 1) // segment_bytes + 2 * broker_count
         self._place(max(smallest_count, region_bytes // segment_bytes))
         fixed = g.segments
         g.segment_count = (region_bytes - fixed) // segment_bytes if region_bytes > fixed else 0

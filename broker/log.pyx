@@ -241,6 +241,15 @@ cdef class BrokerLog:
             more = self.warm_one()
         return more
 
+    def note_cpu(self, uint64_t nanoseconds) -> None:
+        """Keep this process's CPU time among its counters."""
+        self.counters.cpu_ns = nanoseconds
+
+    def note_delivered(self, uint64_t nbytes) -> None:
+        """Count a frame that a subscriber was given."""
+        cxl_count(&self.counters.batches_delivered, 1)
+        cxl_count(&self.counters.bytes_delivered, nbytes)
+
     def topic_state(self, uint64_t topic) -> dict:
         """This broker's view of a topic's log, for tests and tools."""
         cdef TopicLog* log = &self.topics[topic]

@@ -145,8 +145,11 @@ cdef class OrderReader:
                 self.memory.invalidate(entries[i].payload_offset, entries[i].payload_bytes)
                 self.memory.copy_out(at + BATCH_HEADER_BYTES, entries[i].payload_offset, entries[i].payload_bytes)
                 at += BATCH_HEADER_BYTES + entries[i].payload_bytes
+        # Segments are given back after a reclaim or a deletion is visible: what we copied before is what it was.
         if self.index < self.reclaimed_index():
-            raise self.error(READ_LOST)         # it may have been overwritten while we copied
+            raise self.error(READ_LOST)
+        if self.memory.load(self.layout.topic(self.topic)) != (self.generation << 8 | TOPIC_ACTIVE):
+            raise self.error(READ_CLOSED)
         self.index += count
         return frame
 

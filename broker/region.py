@@ -172,23 +172,24 @@ def _create_file(config: ClusterConfig, nbytes: int) -> Any:
 
 
 def attach_region(name: str, writable: bool = True, *, run_id: int | None = None,
-                  timeout_seconds: float = 0.0) -> Region:
+                  timeout_seconds: float = 0.0, folder_root: Path | None = None) -> Region:
     """Map the region of a running or dead cluster, after checking that it is what this process understands.
 
-    Waits up to `timeout_seconds` for it to exist and be ready. Raises `RegionMissing`, `RegionStale` (another
+    Waits up to `timeout_seconds` for it to exist and be ready. `folder_root` (default: the user's runtime directory)
+    is where `unlink` may remove the cluster's folder. Raises `RegionMissing`, `RegionStale` (another
     version, layout or run), `RegionForeign` (no region, or truncated), `PermissionDenied`.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:
-            return _attach_once(name, writable, run_id)
+            return _attach_once(name, writable, run_id, folder_root or runtime_root())
         except RegionMissing:
             if time.monotonic() >= deadline:
                 raise
         time.sleep(_POLL_SECONDS)
 
 
-def _attach_once(name: str, writable: bool, run_id: int | None) -> Region:
+def _attach_once(name: str, writable: bool, run_id: int | None, folder_root: Path) -> Region:
     try:
         mapping = files.map_region_file(file_name_of(name), writable)
     except files.RegionFileMissing as error:
@@ -202,7 +203,7 @@ def _attach_once(name: str, writable: bool, run_id: int | None) -> Region:
     except BaseException:
         mapping.close()
         raise
-    return Region(name, mapping, layout, superblock, writable, runtime_root())
+    return Region(name, mapping, layout, superblock, writable, folder_root)
 
 
 def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict[str, Any], Layout]:
@@ -507,16 +508,11 @@ def _inspect_brokers(memory: Memory, region: Region) -> list[dict[str, Any]]:
     return found
 
 
-def topic_state(word: int) -> tuple[int, str]:
-    """(generation, state) of a topic line's commit word."""
-    return word >> 48, _state_name(TopicState, word & 0xFFFF)
-
-
 def _inspect_topics(memory: Memory, layout: Layout) -> Iterator[dict[str, Any]]:
     for number, row in enumerate(
             _indexed(memory, layout, "TopicLine", "topic", layout.numbers["topic_count_max"])):
         line = _decode(row)
-        generation, state = topic_state(line.pop("state"))
+        generation, state = _versioned(TopicState, line.pop("state"))
         if state == "free":
             continue
         reclaim = _one(memory, layout, "TopicReclaimLine", "topic_reclaim", number)

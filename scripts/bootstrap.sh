@@ -44,10 +44,12 @@ cxlmq_find_compiler() {
 cxlmq_stamp() {
     (
         cd "$CXLMQ_ROOT" || exit 1
-        { echo "$CXLMQ_ROOT"
-          find sim broker client -type f \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' \) -print0
-          printf '%s\0' pyproject.toml setup.py
-        } | LC_ALL=C sort -z | xargs -0 sha256sum 2>/dev/null | sha256sum | cut -d' ' -f1
+        {
+            echo "$CXLMQ_ROOT"      # a checkout that was moved has an environment that points elsewhere
+            find pyproject.toml setup.py sim broker client -type f \
+                \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name setup.py -o -name pyproject.toml \) -print0 |
+                LC_ALL=C sort -z | xargs -0 sha256sum
+        } | sha256sum | cut -d' ' -f1
     )
 }
 

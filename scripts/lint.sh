@@ -3,5 +3,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/bootstrap.sh"
 cd "$CXLMQ_ROOT"
-"$CXLMQ_PYTHON" -m ruff check "$@" .
+"$CXLMQ_PYTHON" -m ruff check --extend-exclude .venv,build "$@" .
 "$CXLMQ_PYTHON" -m mypy

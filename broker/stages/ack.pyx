@@ -152,6 +152,10 @@ cdef class AckStage(Stage):
         """Whether settled batches wait to be taken."""
         return cxl_load_acquire(&self.streams[number].acks_head) != self.streams[number].acks_tail
 
+    def ready_count(self, uint64_t number) -> int:
+        """Settled batches that wait to be taken."""
+        return cxl_load_acquire(&self.streams[number].acks_head) - self.streams[number].acks_tail
+
     def waiting_count(self, uint64_t number) -> int:
         """Batches of the stream that are not settled yet."""
         return STREAM_BATCHES - self.room(number)

@@ -36,6 +36,7 @@ cdef struct TopicOrder:
     uint64_t generation
     uint64_t order
     int64_t lease_ns
+    uint64_t replicated
     uint64_t assigned           # index << 48 | position: both move with one fetch-add
     uint64_t committed_index
     uint64_t committed_position
@@ -65,6 +66,7 @@ cdef class OrderState:
     cdef readonly int scanners
     cdef uint64_t gaps                  # sessions with a gap
     cdef uint64_t topics_open
+    cdef uint64_t replicated_topics
     cdef uint64_t activity_claimed
     cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
 
@@ -83,7 +85,8 @@ cdef class Scanner(Stage):
     cdef Layout layout
     cdef Clock clock
     cdef list doorbell_objects
-    cdef void** doorbells               # one a broker
+    cdef void** doorbells               # one a broker, then one for each broker's replication
+    cdef bint replication_bells
     cdef readonly int number
     cdef uint64_t broker_mask           # the brokers that this scanner reads
     cdef ScanPlace* places              # topic * brokers + broker

@@ -57,6 +57,12 @@ cdef class OrderState:
         self.counters = <SequencerCounters*>memory.coherent_area(layout.sequencer_counters())
         self.lock = OrderLock.make(lock_mode, memory.coherent_area(layout.order_lock()), self.counters,
                                    semaphore_name, True)
+        memory.store(layout.g.control + 8, head_broker)
+        memory.store(layout.g.control + 24, scanners)
+        memory.store(layout.g.control + 32, lock_mode)
+        memory.store(layout.g.control, epoch)
+        memory.flush(layout.g.control, 64)
+        memory.fence()
 
     def __dealloc__(self):
         cdef uint64_t i
@@ -82,6 +88,8 @@ cdef class OrderState:
         self.memory.read_line(self.layout.topic(topic), &line)
         order.order = line.order
         order.lease_ns = line.lease_ns
+        order.replicated = line.replication_factor > 1
+        self.replicated_topics += order.replicated
         order.assigned = 0
         order.committed_index = order.committed_position = order.committed_bytes = 0
         order.reclaimed_index = order.advancing = order.stalled = 0
@@ -91,6 +99,7 @@ cdef class OrderState:
     cdef void close_topic(self, uint64_t topic) noexcept nogil:
         if self.topics[topic].generation:
             self.topics_open -= 1
+            self.replicated_topics -= self.topics[topic].replicated
         cxl_store_release(&self.topics[topic].generation, 0)
 
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil:
@@ -121,7 +130,8 @@ cdef class Scanner(Stage):
     `doorbells` has one doorbell a broker, rung when that broker has results or waits for commits.
     """
 
-    def __init__(self, OrderState state, Memory memory, Clock clock, int number, brokers, doorbells):
+    def __init__(self, OrderState state, Memory memory, Clock clock, int number, brokers, doorbells,
+                 replication_bells=()):
         cdef uint64_t b, count = state.layout.g.broker_count, topics = state.layout.g.topic_count_max
         self.state = state
         self.memory = memory
@@ -130,14 +140,15 @@ cdef class Scanner(Stage):
         self.number = number
         for b in brokers:
             self.broker_mask |= <uint64_t>1 << b
-        self.doorbell_objects = list(doorbells)
+        self.doorbell_objects = [*doorbells, *replication_bells]
+        self.replication_bells = bool(replication_bells)
         self.activity_words = (topics + 7) // 8
         self.pending_words = (topics + 63) // 64
         self.places = <ScanPlace*>calloc(topics * count, sizeof(ScanPlace))
         self.seen_activity = <uint64_t*>calloc(count * self.activity_words, 8)
         self.pending = <uint64_t*>calloc(count * self.pending_words, 8)
         self.sessions_seen = <uint64_t*>calloc(count, 8)
-        self.doorbells = <void**>calloc(count, sizeof(void*))
+        self.doorbells = <void**>calloc(2 * count, sizeof(void*))
         self.fresh = <Fresh*>calloc(65536, sizeof(Fresh))
         self.touched_sessions = <uint64_t*>calloc(state.layout.g.session_count_max, 8)
         self.touched_topics = <uint64_t*>calloc(self.pending_words, 8)
@@ -145,7 +156,7 @@ cdef class Scanner(Stage):
                 or self.sessions_seen == NULL or self.doorbells == NULL or self.touched_sessions == NULL
                 or self.touched_topics == NULL):
             raise MemoryError
-        for b in range(count):
+        for b in range(<uint64_t>len(self.doorbell_objects)):
             self.doorbells[b] = <void*>self.doorbell_objects[b]
 
     def __dealloc__(self):
@@ -480,6 +491,8 @@ cdef class Scanner(Stage):
         for b in range(self.layout.g.broker_count):
             if interested >> b & 1 or self.memory.load(self.layout.broker(b) + 32):
                 (<Doorbell>self.doorbells[b]).ring_fenced()
+            if self.replication_bells and self.state.replicated_topics:
+                (<Doorbell>self.doorbells[self.layout.g.broker_count + b]).ring_fenced()
         self.answered = 0
 
     cdef void advance(self, uint64_t topic) noexcept nogil:

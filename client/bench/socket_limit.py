@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from broker import grpc_options
-from client.bench.grpc_limit import (
+from client.bench.harness import (
     ACK,
     HEADER,
     Limit,

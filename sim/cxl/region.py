@@ -34,7 +34,7 @@ class RegionFileMissing(RegionFileError):
 
 
 class RegionFileDenied(RegionFileError):
-    """The file belongs to another user."""
+    """The file belongs to another user, or is no file of its own."""
 
 
 class TmpfsFull(RegionFileError):
@@ -190,6 +190,8 @@ def _translated(name: str) -> Iterator[None]:
     except (posix_ipc.PermissionsError, PermissionError) as error:
         raise RegionFileDenied(f"{name} belongs to another user") from error
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise RegionFileDenied(f"{name} is a symbolic link") from error
         if error.errno == errno.ENOSPC:
             raise TmpfsFull(f"{SHARED_MEMORY_FOLDER} is full", 0, 0) from error
         raise

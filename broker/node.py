@@ -1,0 +1,332 @@
+"""One broker process: the region, the stages and their threads, the gRPC server, the heartbeat."""
+
+from broker.grpc_options import apply_process_tuning
+
+apply_process_tuning()                  # before anything imports grpc
+
+import argparse
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from broker.config import ClusterConfig, make_folder
+from broker.doorbell import Doorbell
+from broker.errors import CxlmqError, RegionForeign
+from broker.layout import BrokerState, SessionState
+from broker.log import BrokerLog
+from broker.notifier import Notifier
+from broker.order_lock import LOCK_MODES
+from broker.pipeline import WAITING, Pipeline
+from broker.records import pack, unpack
+from broker.region import Region, attach_region, create_region
+from broker.segments import PoolLeader, make_pool
+from broker.stages.ack import AckStage
+from broker.stages.delegation import Delegation
+from broker.stages.directory import Directory
+from broker.stages.receiver import Receiver
+from broker.stages.reclaim import Reclaim
+from broker.stages.release import Release
+from broker.stages.replication import Replication
+from broker.stages.sequencer import OrderState, Scanner
+from broker.stages.stage import Stage
+from broker.stages.watch import Watch
+from broker.topics import TopicTable
+from sim.cxl.clock import SystemClock
+from sim.cxl.memory import Memory, Role
+from sim.cxl.region import host_identity, process_alive, process_start_time
+
+HEAD = 0
+REGION_WAIT_SECONDS = 20.0
+WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
+PIPELINE_BELL, REPLICATION_BELL = 0, 1
+PR_SET_PDEATHSIG = 1
+
+
+class BrokerNode:
+    """All of one broker but its gRPC server: what stages share, and the threads that run them."""
+
+    def __init__(self, config: ClusterConfig, broker: int, region: Region) -> None:
+        self.config = config
+        self.broker = broker
+        self.region = region
+        self.layout = region.layout
+        self.is_head = broker == HEAD
+        self.pid = os.getpid()
+        self.clock = SystemClock()
+        self.notifier = Notifier()
+        self.memory = self._door(Role.ROLE_BROKER)
+        count = self.layout.numbers["broker_count"]
+        self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
+        self.replication_bells = [self._bell(b, REPLICATION_BELL) for b in range(count)]
+        receiver_door = self._door(Role.ROLE_RECEIVER)
+        self.log = BrokerLog(receiver_door, self.layout, make_pool(receiver_door, self.layout, broker), broker)
+        self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
+        self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
+        self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.doorbells[HEAD])
+        self.delivery_door = self._door(Role.ROLE_DELIVERY)
+        self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
+        self.scanners: list[Scanner] = []
+        self.order: OrderState | None = None
+        self.pipelines = self._pipelines()
+        self._watchers = 0
+        self._stop_warming = threading.Event()
+        self._warmer: threading.Thread | None = None
+
+    # ---- parts ------------------------------------------------------------------------------------------------------
+
+    def _door(self, role: int) -> Memory:
+        return self.region.memory(role, self.layout.offset_of("role_statistics", self.broker, int(role)))
+
+    def _bell(self, broker: int, which: int) -> Doorbell:
+        return Doorbell(self._door(Role.ROLE_BROKER), self.layout.offset_of("doorbell", broker, which))
+
+    def ring_all(self) -> None:
+        """Wake every broker's threads."""
+        for bell in (*self.doorbells, *self.replication_bells):
+            bell.ring_now()
+
+    def _pipelines(self) -> list[Pipeline]:
+        """The thread plan: lists of stages, each run by one thread."""
+        delegation = Delegation(self._door(Role.ROLE_DELEGATION), self.log, self.doorbells[HEAD])
+        release = Release(self._door(Role.ROLE_RECLAIM), self.log)
+        head_stages = self._head_stages() if self.is_head else []
+        directory = Directory(self._door(Role.ROLE_BROKER), self.log, self.order, self.scanners)
+        replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
+                                  self._replica_superblock)
+        if self.config.thread_plan == "staged":
+            plan = [[directory, delegation, release], [self.acks, self.watch], *([stage] for stage in head_stages)]
+        else:
+            first, others = head_stages[:1], head_stages[1:]
+            extra = [[stage] for stage in others if isinstance(stage, Scanner)]
+            plan = [[directory, delegation, *first, self.acks, self.watch, release,
+                     *(stage for stage in others if not isinstance(stage, Scanner))], *extra]
+        yield_ns = WAITING[self.config.waiting]
+        pipelines = [self._pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], yield_ns)
+                     for i, stages in enumerate(plan)]
+        # The disk is slower than any yield is worth.
+        pipelines.append(self._pipeline("replication", [replication], self.replication_bells[self.broker], 0))
+        return pipelines
+
+    def _pipeline(self, name: str, stages: Iterable[Stage], bell: Doorbell, yield_ns: int) -> Pipeline:
+        return Pipeline(name, list(stages), bell, self.log, yield_ns)
+
+    def _head_stages(self) -> list[Stage]:
+        """Scanners first, then reclaim."""
+        config, count = self.config, self.layout.numbers["broker_count"]
+        self.order = OrderState(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker,
+                                LOCK_MODES[config.sequencer_lock], config.scanners,
+                                semaphore_name="/" + self.region.semaphore_name)
+        for number in range(config.scanners):
+            brokers = [b for b in range(count) if b % config.scanners == number]
+            self.scanners.append(Scanner(self.order, self._door(Role.ROLE_SEQUENCER), self.clock, number, brokers,
+                                         self.doorbells, self.replication_bells))
+        leader = None
+        if config.pool == "leader":
+            leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker)
+        return [*self.scanners, Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, leader)]
+
+    def _replica_folder(self) -> str:
+        root = Path(self.config.data_directory) if self.config.data_directory else self.config.folder / "replicas"
+        return str(root / f"broker-{self.broker}")
+
+    def _replica_superblock(self, number: int, generation: int) -> tuple[str, bytes]:
+        """File name and first bytes of a topic's replica: everything that recovery needs to know of it."""
+        entry = next(each for each in self.topics.entries() if each.number == number)
+        described = msgspec.json.encode({
+            "format": 1, "run_id": self.region.run_id, "cluster": self.config.name, "broker": self.broker,
+            "broker_count": self.layout.numbers["broker_count"], "topic": msgspec.to_builtins(entry)})
+        return f"{entry.name}-{generation}-{self.region.run_id:016x}.replica", b"CXLMQREP" + described
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Run the stages."""
+        for pipeline in self.pipelines:
+            pipeline.start()
+
+    def start_warming(self) -> None:
+        """Touch cold segments in the background, ahead of use."""
+        self._warmer = threading.Thread(target=self._warm, name="warmer", daemon=True)
+        self._warmer.start()
+
+    def _warm(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        touched, size = 0, self.layout.numbers["segment_bytes"]
+        while touched < WARM_BYTES_MAX and not self._stop_warming.is_set() and self.log.warm_segment():
+            touched += size
+
+    def stop(self) -> None:
+        """End the threads; memory stays as it is."""
+        self._stop_warming.set()
+        for pipeline in self.pipelines:
+            pipeline.stop()
+        if self._warmer is not None:
+            self._warmer.join()
+
+    def write_line(self, state: int, tcp: str = "", unix: str = "") -> None:
+        """Announce this broker in the broker table."""
+        at = self.layout.offset_of("broker", self.broker)
+        if tcp:
+            address = self.layout.offset_of("broker_address", self.broker)
+            self.memory.write_bytes(address, pack("BrokerAddress", tcp_address=tcp, unix_address=unix))
+            self.memory.store_fence()
+        line = unpack("BrokerLine", self.memory.read_line_bytes(at))
+        line.update(state=state, pid=os.getpid(), start_time=process_start_time(), heartbeat_ns=self.clock.now())
+        self.memory.write_line_bytes(at, pack("BrokerLine", **line))
+        self.memory.flush_range(at, 64)
+        self.memory.store_fence()
+
+    def beat(self) -> None:
+        """Say that this broker is alive, and how much processor time it has used."""
+        at = self.layout.offset_of("broker", self.broker) + 24
+        self.memory.store_word(at, self.clock.now())
+        self.memory.flush_range(at, 8)
+        self.memory.store_fence()
+        self.log.note_cpu(time.process_time_ns())
+
+    def bump(self, word: int) -> None:
+        """Change a version word of this broker's line and wake the head."""
+        at = self.layout.offset_of("broker", self.broker) + 8 * word
+        self.memory.store_word(at, self.memory.load_word(at) + 1)
+        self.memory.flush_range(at, 8)
+        self.memory.store_fence()
+        self.doorbells[HEAD].ring_now()
+
+    def watch_commits(self, change: int) -> None:
+        """Count the subscribers here: the sequencer wakes a broker that has any."""
+        self._watchers += change
+        at = self.layout.offset_of("broker", self.broker) + 32
+        self.memory.store_word(at, self._watchers)
+        self.memory.flush_range(at, 8)
+        self.memory.store_fence()
+
+    def broker_line(self, broker: int) -> dict[str, Any]:
+        """A broker's line, with its addresses."""
+        at = self.layout.offset_of("broker", broker)
+        self.memory.invalidate_range(at, 64)
+        line = unpack("BrokerLine", self.memory.read_line_bytes(at))
+        address = self.layout.offset_of("broker_address", broker)
+        self.memory.invalidate_range(address, 256)
+        return {**line, **unpack("BrokerAddress", self.memory.read_bytes(address, 256))}
+
+    def live_brokers(self) -> list[int]:
+        """Brokers that are ready and whose process runs on this machine."""
+        boot = host_identity()
+        return [b for b in range(self.layout.numbers["broker_count"])
+                if (line := self.broker_line(b))["state"] == BrokerState.BROKER_READY
+                and process_alive(line["pid"], line["start_time"], boot)]
+
+
+async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
+    """Run a broker until `stop` is set."""
+    from broker.server import BrokerServer
+
+    server = BrokerServer(node)
+    node.start()
+    try:
+        tcp, unix = await server.start()
+        node.write_line(BrokerState.BROKER_READY, tcp, unix)
+        node.ring_all()
+        node.start_warming()
+        while not stop.is_set():
+            node.beat()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), node.config.heartbeat_ms / 1000)
+    finally:
+        node.write_line(BrokerState.BROKER_STOPPED)
+        await server.stop()
+        node.stop()
+
+
+def _die_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _others_alive(region: Region, broker: int) -> bool:
+    memory, boot = region.memory(), host_identity()
+    for other in range(region.layout.numbers["broker_count"]):
+        line = unpack("BrokerLine", memory.read_line_bytes(region.layout.offset_of("broker", other)))
+        if other != broker and line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
+                line["pid"], line["start_time"], boot):
+            return True
+    return False
+
+
+def _check_place(region: Region, broker: int) -> None:
+    memory = region.memory()
+    line = unpack("BrokerLine", memory.read_line_bytes(region.layout.offset_of("broker", broker)))
+    if line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
+            line["pid"], line["start_time"], host_identity()):
+        raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {line['pid']}): "
+                            "choose another --id", region=region.name, reason="broker runs")
+    if line["pid"]:
+        raise RegionForeign(f"broker {broker} of cluster {region.name} ran in this region before: "
+                            "start the whole cluster anew", region=region.name, reason="broker ran")
+
+
+def run_broker(config: ClusterConfig, broker: int) -> None:
+    """Run one broker until SIGTERM or SIGINT. Raises `CxlmqError` when it cannot start."""
+    make_folder(config)
+    if broker == HEAD:
+        region = create_region(config)
+    else:
+        region = attach_region(config.name, timeout_seconds=REGION_WAIT_SECONDS,
+                               folder_root=Path(config.runtime_directory))
+        _check_place(region, broker)
+    try:
+        node = BrokerNode(config, broker, region)
+        node.write_line(BrokerState.BROKER_STARTING)
+        asyncio.run(_run_until_signal(node))
+    finally:
+        if not _others_alive(region, broker):
+            region.unlink()
+        region.close()
+
+
+async def _run_until_signal(node: BrokerNode) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await serve(node, stop)
+
+
+def _report(error: CxlmqError, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"error": error.code, "message": error.message, "details": error.details}, default=str),
+              file=sys.stderr)
+    else:
+        print(f"error: {error.message} ({error.code})", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None, read: Callable[[], str] = lambda: sys.stdin.read()) -> int:
+    """`python -m broker.node --id K`: the configuration comes as JSON on standard input."""
+    parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
+    parser.add_argument("--id", type=int, required=True, help="number of this broker, 0 is the head")
+    parser.add_argument("--standalone", action="store_true", help="go on when the parent process ends")
+    parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
+    options = parser.parse_args(arguments)
+    if not options.standalone:
+        _die_with_parent()
+    try:
+        run_broker(ClusterConfig.from_json(read()), options.id)
+    except CxlmqError as error:
+        _report(error, options.json_errors)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,289 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class BatchStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    NONE: _ClassVar[BatchStatus]
+    COMMITTED: _ClassVar[BatchStatus]
+    DUPLICATE: _ClassVar[BatchStatus]
+    FENCED: _ClassVar[BatchStatus]
+    REFUSED: _ClassVar[BatchStatus]
+    VOID: _ClassVar[BatchStatus]
+    DAMAGED: _ClassVar[BatchStatus]
+    BACK_PRESSURE: _ClassVar[BatchStatus]
+NONE: BatchStatus
+COMMITTED: BatchStatus
+DUPLICATE: BatchStatus
+FENCED: BatchStatus
+REFUSED: BatchStatus
+VOID: BatchStatus
+DAMAGED: BatchStatus
+BACK_PRESSURE: BatchStatus
+
+class PublishOpen(_message.Message):
+    __slots__ = ("topic", "client_id", "session_slot", "session_epoch", "ack")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    client_id: int
+    session_slot: int
+    session_epoch: int
+    ack: int
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ...) -> None: ...
+
+class PublishRequest(_message.Message):
+    __slots__ = ("open", "batch_sequence", "message_count", "published_ns", "payload")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    BATCH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    open: PublishOpen
+    batch_sequence: int
+    message_count: int
+    published_ns: int
+    payload: bytes
+    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., batch_sequence: _Optional[int] = ..., message_count: _Optional[int] = ..., published_ns: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("batch_sequence", "code", "message", "details")
+    BATCH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    batch_sequence: int
+    code: str
+    message: str
+    details: str
+    def __init__(self, batch_sequence: _Optional[int] = ..., code: _Optional[str] = ..., message: _Optional[str] = ..., details: _Optional[str] = ...) -> None: ...
+
+class PublishResponse(_message.Message):
+    __slots__ = ("batch_sequences", "positions", "statuses", "epoch", "refusals")
+    BATCH_SEQUENCES_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    STATUSES_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    batch_sequences: _containers.RepeatedScalarFieldContainer[int]
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    statuses: _containers.RepeatedScalarFieldContainer[int]
+    epoch: int
+    refusals: _containers.RepeatedCompositeFieldContainer[Refusal]
+    def __init__(self, batch_sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[Refusal, _Mapping]]] = ...) -> None: ...
+
+class SubscribeRequest(_message.Message):
+    __slots__ = ("topic", "beginning", "end", "position", "published_ns", "frame_bytes", "protect")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    BEGINNING_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    beginning: bool
+    end: bool
+    position: int
+    published_ns: int
+    frame_bytes: int
+    protect: str
+    def __init__(self, topic: _Optional[str] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., protect: _Optional[str] = ...) -> None: ...
+
+class Batch(_message.Message):
+    __slots__ = ("position", "message_count", "broker", "published_ns", "reserved", "payload")
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    BROKER_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    RESERVED_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    message_count: int
+    broker: int
+    published_ns: int
+    reserved: int
+    payload: bytes
+    def __init__(self, position: _Optional[int] = ..., message_count: _Optional[int] = ..., broker: _Optional[int] = ..., published_ns: _Optional[int] = ..., reserved: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class SubscribeResponse(_message.Message):
+    __slots__ = ("batches",)
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    batches: _containers.RepeatedCompositeFieldContainer[Batch]
+    def __init__(self, batches: _Optional[_Iterable[_Union[Batch, _Mapping]]] = ...) -> None: ...
+
+class CreateTopicRequest(_message.Message):
+    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    REPLICATION_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    order: int
+    ack: int
+    replication_factor: int
+    retention_bytes: int
+    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ...) -> None: ...
+
+class DeleteTopicRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class DeleteTopicResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTopicsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListTopicsResponse(_message.Message):
+    __slots__ = ("topics",)
+    TOPICS_FIELD_NUMBER: _ClassVar[int]
+    topics: _containers.RepeatedCompositeFieldContainer[Topic]
+    def __init__(self, topics: _Optional[_Iterable[_Union[Topic, _Mapping]]] = ...) -> None: ...
+
+class DescribeTopicRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class Topic(_message.Message):
+    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes", "number", "generation", "first_position", "end_position", "committed_batches", "committed_bytes", "created_ns", "holder")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    REPLICATION_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    END_POSITION_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_BATCHES_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CREATED_NS_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    order: int
+    ack: int
+    replication_factor: int
+    retention_bytes: int
+    number: int
+    generation: int
+    first_position: int
+    end_position: int
+    committed_batches: int
+    committed_bytes: int
+    created_ns: int
+    holder: str
+    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    client_id: int
+    session_epoch: int
+    ack: int
+    resume_from: int
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ...) -> None: ...
+
+class Session(_message.Message):
+    __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms")
+    SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    ORDER_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    BATCH_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    HIGH_WATER_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    REPLICATION_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    session_slot: int
+    session_epoch: int
+    topic_number: int
+    topic_generation: int
+    order: int
+    window: int
+    message_bytes_max: int
+    batch_bytes_max: int
+    high_water: int
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    replication_factor: int
+    lease_ms: int
+    def __init__(self, session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., order: _Optional[int] = ..., window: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., high_water: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., replication_factor: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
+class CloseSessionRequest(_message.Message):
+    __slots__ = ("client_id", "session_slot", "session_epoch")
+    CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
+    SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    client_id: int
+    session_slot: int
+    session_epoch: int
+    def __init__(self, client_id: _Optional[int] = ..., session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ...) -> None: ...
+
+class CloseSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class DescribeClusterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class BrokerDescription(_message.Message):
+    __slots__ = ("id", "state", "tcp_address", "unix_address", "pid", "heartbeat_age_ms")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    TCP_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    UNIX_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    HEARTBEAT_AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    state: str
+    tcp_address: str
+    unix_address: str
+    pid: int
+    heartbeat_age_ms: int
+    def __init__(self, id: _Optional[int] = ..., state: _Optional[str] = ..., tcp_address: _Optional[str] = ..., unix_address: _Optional[str] = ..., pid: _Optional[int] = ..., heartbeat_age_ms: _Optional[int] = ...) -> None: ...
+
+class ClusterDescription(_message.Message):
+    __slots__ = ("name", "epoch", "head", "region_bytes", "message_bytes_max", "batch_bytes_max", "brokers", "host", "run_id")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
+    REGION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    BATCH_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
+    BROKERS_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    epoch: int
+    head: int
+    region_bytes: int
+    message_bytes_max: int
+    batch_bytes_max: int
+    brokers: _containers.RepeatedCompositeFieldContainer[BrokerDescription]
+    host: str
+    run_id: int
+    def __init__(self, name: _Optional[str] = ..., epoch: _Optional[int] = ..., head: _Optional[int] = ..., region_bytes: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., brokers: _Optional[_Iterable[_Union[BrokerDescription, _Mapping]]] = ..., host: _Optional[str] = ..., run_id: _Optional[int] = ...) -> None: ...

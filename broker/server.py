@@ -1,0 +1,515 @@
+"""The gRPC adapter of a broker: turns calls into receiver, admin and reader steps, and errors into statuses."""
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from broker.config import TopicConfig
+from broker.errors import (
+    BadBatch, BrokerUnavailable, CxlmqError, PoolFull, PortTaken, PositionLost, SessionFenced, SessionUnknown,
+    UnknownTopic, status_of, to_metadata,
+)
+from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, channel_options, server_options
+from broker.layout import BrokerState, SessionState
+from broker.proto import cxlmq_pb2 as pb
+from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.records import unpack
+from broker.sessions import CursorTable, SessionTable
+from broker.stages import receiver as receiving
+from broker.stages.receiver import Receiver
+from broker.topics import TopicEntry, holder_text
+from sim.cxl.region import host_identity
+
+if TYPE_CHECKING:
+    from broker.node import BrokerNode
+
+SERVICES = ("cxlmq.v1.PubSub", "cxlmq.v1.Admin", "cxlmq.v1.Cluster")
+SESSION_WINDOW = 256                    # WINDOW of the sequencer
+FRAME_BYTES = 1 << 20
+# A batch that finds no room waits so long before its publisher is told what is full; then it is for the publisher.
+PUSH_BACK_SECONDS = 1.0
+ACK_LINGER_SECONDS = 0.002
+CLOSE_SECONDS = 5.0
+# What all streams of a broker may be receiving at once: gRPC holds a message several times while it is put together.
+RECEIVING_BYTES_MAX = 24 << 20
+UNKNOWN_POSITION = (1 << 64) - 1
+
+SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
+
+
+async def _abort(context: Any, error: CxlmqError) -> None:
+    await context.abort(grpc.StatusCode[status_of(error)], error.message, to_metadata(error))
+
+
+def _guarded(method: Callable[[Any, Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
+    """Turn our errors into statuses with typed trailers."""
+    async def call(self: Any, request: Any, context: Any) -> Any:
+        try:
+            return await method(self, request, context)
+        except CxlmqError as error:
+            await _abort(context, error)
+            raise
+    return call
+
+
+class AdminService:
+    """Topics and sessions. What only the head may do is passed on to it."""
+
+    def __init__(self, server: "BrokerServer") -> None:
+        self._server = server
+        self._node = server.node
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Methods of cxlmq.v1.Admin."""
+        methods = {
+            "CreateTopic": (self.create_topic, pb.CreateTopicRequest, pb.Topic),
+            "DeleteTopic": (self.delete_topic, pb.DeleteTopicRequest, pb.DeleteTopicResponse),
+            "ListTopics": (self.list_topics, pb.ListTopicsRequest, pb.ListTopicsResponse),
+            "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic),
+            "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session),
+            "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse),
+        }
+        return {name: grpc.unary_unary_rpc_method_handler(call, request.FromString, reply.SerializeToString)
+                for name, (call, request, reply) in methods.items()}
+
+    async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
+        """Call the head's Admin service; its error comes through as it is."""
+        head = self._node.broker_line(0)
+        async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
+            call = channel.unary_unary(f"/cxlmq.v1.Admin/{method}", request.__class__.SerializeToString,
+                                       reply.FromString)
+            return await call(request, timeout=30)
+
+    async def _forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
+        try:
+            return await self._at_head(method, request, reply)
+        except grpc.aio.AioRpcError as error:
+            await context.abort(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+
+    @_guarded
+    async def create_topic(self, request: Any, context: Any) -> pb.Topic:
+        count = self._node.layout.numbers["broker_count"]
+        config, _ = TopicConfig(
+            name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
+            retention_bytes=request.retention_bytes).validate(count)
+        if not self._node.is_head:
+            return await self._forward("CreateTopic", request, pb.Topic, context)
+        lease_ns = int(self._node.config.session_lease_seconds * 1e9)
+        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
+
+    @_guarded
+    async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
+        self._node.topics.find(request.name)
+        if not self._node.is_head:
+            return await self._forward("DeleteTopic", request, pb.DeleteTopicResponse, context)
+        await self._node.topics.delete(request.name, self._node.live_brokers)
+        return pb.DeleteTopicResponse()
+
+    @_guarded
+    async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
+        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in self._node.topics.entries()])
+
+    @_guarded
+    async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
+        return self._describe(self._node.topics.find(request.name))
+
+    def _describe(self, entry: TopicEntry) -> pb.Topic:
+        frontiers = self._node.topics.frontiers(entry)
+        return pb.Topic(
+            name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
+            retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
+            created_ns=entry.created_ns, holder=self._server.holder(), **frontiers)
+
+    @_guarded
+    async def open_session(self, request: Any, context: Any) -> pb.Session:
+        entry = self._node.topics.find(request.topic)
+        self._server.check_ack(entry, request.ack)
+        opened = await self._server.sessions.open(
+            request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
+        numbers = self._node.layout.numbers
+        session = pb.Session(
+            session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
+            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
+            message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
+            high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
+            lease_ms=int(self._node.config.session_lease_seconds * 1000))
+        if opened["predecessor_epoch"] and request.resume_from < opened["predecessor_expected"]:
+            session.positions.extend(self._positions(entry, request, opened))
+        return session
+
+    def _positions(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> list[int]:
+        reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
+        positions = []
+        for sequence in range(request.resume_from, opened["predecessor_expected"]):
+            found = reader.find_batch(request.client_id, opened["predecessor_epoch"], sequence)
+            positions.append(UNKNOWN_POSITION if found is None else found[0])
+        return positions
+
+    @_guarded
+    async def close_session(self, request: Any, context: Any) -> pb.CloseSessionResponse:
+        line = self._server.sessions.line(request.session_slot) if (
+            request.session_slot < self._node.layout.numbers["session_count_max"]) else {}
+        if line.get("client_id") == request.client_id and line["session_epoch"] == request.session_epoch:
+            await self._server.sessions.close(request.session_slot)
+        return pb.CloseSessionResponse()
+
+
+class PublishStream:
+    """One publish stream: the batches of one session that come through this broker."""
+
+    def __init__(self, server: "BrokerServer", context: Any) -> None:
+        self._server = server
+        self._node = server.node
+        self._receiver: Receiver = server.node.receiver
+        self._acks = server.node.acks
+        self._context = context
+        self._news = asyncio.Event()
+        self._ended = False
+        self._number = -1
+        self._refusals: list[pb.Refusal] = []
+        self._last_bytes = 64 << 10
+
+    def wake(self) -> None:
+        """Acks may have come."""
+        if self._acks.has_acks(self._number):
+            self._news.set()
+
+    async def run(self) -> None:
+        """Serve the stream until the publisher closes it or it breaks."""
+        first = await self._context.read()
+        if first is grpc.aio.EOF:
+            return
+        opened, payload = self._parse_open(first)
+        entry = self._node.topics.find(opened.topic)
+        self._server.check_ack(entry, opened.ack)
+        self._check_session(entry, opened)
+        self._number = self._acks.open_stream(entry.number, entry.generation, opened.ack, entry.replication_factor)
+        self._server.publish_streams[self._number] = self
+        self._server.sessions.attach(opened.session_slot)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                writer = tasks.create_task(self._write_acks())
+                try:
+                    if payload:
+                        await self._receive(first, entry, opened)
+                    await self._read_batches(entry, opened)
+                except BaseException:
+                    writer.cancel()
+                    raise
+                self._ended = True
+                self._news.set()
+        except* CxlmqError as group:
+            error: BaseException = group
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
+            raise error from None
+        finally:
+            self._server.sessions.detach(opened.session_slot)
+            del self._server.publish_streams[self._number]
+            self._acks.close_stream(self._number)
+
+    def _parse_open(self, frame: bytes) -> tuple[pb.PublishOpen, bool]:
+        fields = Receiver.sequence_of(frame)
+        if fields is None or fields[1] is None:
+            raise BadBatch(reason="the first message of a stream has to be `open`")
+        try:
+            return pb.PublishOpen.FromString(fields[1]), fields[2]
+        except DecodeError as error:
+            raise BadBatch(reason="`open` is not a PublishOpen") from error
+
+    def _check_session(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
+        if opened.session_slot >= self._node.layout.numbers["session_count_max"]:
+            raise SessionUnknown(session=opened.session_slot)
+        line = self._server.sessions.line(opened.session_slot)
+        if (line["client_id"] != opened.client_id or line["session_epoch"] != opened.session_epoch
+                or line["topic"] != entry.generation << 16 | entry.number):
+            raise SessionUnknown(session=opened.session_slot)
+        progress = self._server.sessions.progress(opened.session_slot)
+        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
+            raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
+
+    async def _read_batches(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
+        while True:
+            async with self._server.receiving(self._last_bytes):
+                frame = await self._context.read()
+            if frame is grpc.aio.EOF:
+                return
+            self._last_bytes = len(frame)
+            await self._receive(frame, entry, opened)
+            del frame                   # before the next one is put together
+
+    async def _receive(self, frame: bytes, entry: TopicEntry, opened: pb.PublishOpen) -> None:
+        """Take one batch in; wait for room when something is full, and say what when that takes too long."""
+        deadline, pause = 0.0, 0.0002
+        while True:
+            status = self._receiver.receive(frame, self._number, entry.number, opened.client_id, opened.session_slot,
+                                            opened.session_epoch)
+            if status == receiving.RECEIVED:
+                return
+            if status in (receiving.MALFORMED, receiving.TOO_BIG):
+                raise BadBatch(reason="its messages do not add up" if status == receiving.MALFORMED else
+                               f"a message or the batch is too big: at most "
+                               f"{self._node.layout.numbers['message_bytes_max']} bytes a message")
+            if status == receiving.TOPIC_CLOSED or not self._node.topics.is_open(entry):
+                raise UnknownTopic(topic=entry.name)
+            now = time.monotonic()
+            deadline = deadline or now + PUSH_BACK_SECONDS
+            if now > deadline:
+                self._refuse(frame, status)
+                return
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 0.01)
+
+    def _refuse(self, frame: bytes, status: int) -> None:
+        what = {receiving.RING_FULL: "the batch-header ring", receiving.WINDOW_FULL: "the stream's window"}.get(status)
+        error = PoolFull(holder=self._server.holder()) if what is None else PoolFull(
+            f"{what} of this broker is full: batches before it wait for their order or their ack", holder=what)
+        fields = Receiver.sequence_of(frame)
+        assert fields is not None
+        self._refusals.append(pb.Refusal(batch_sequence=fields[0], code=error.code, message=error.message,
+                                         details=json.dumps(error.details)))
+        self._news.set()
+
+    async def _write_acks(self) -> None:
+        """Cumulative acks: several batches a response while more are on the way, at once when none is."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            waiting = self._acks.waiting_count(self._number)
+            if waiting and not self._ended and self._acks.ready_count(self._number) < min(
+                    RECOMMENDED_ACK_INTERVAL_BATCHES, waiting):
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._news.wait(), ACK_LINGER_SECONDS)
+            await self._send_acks()
+            if self._ended and not self._acks.waiting_count(self._number) and not self._acks.has_acks(self._number):
+                return
+
+    async def _send_acks(self) -> None:
+        epoch = self._server.epoch()
+        response = self._acks.take_acks(self._number, epoch)
+        if self._refusals:
+            refused = pb.PublishResponse(epoch=epoch, refusals=self._refusals)
+            self._refusals = []
+            response += refused.SerializeToString()
+        if response:
+            await self._context.write(response)
+
+
+class BrokerServer:
+    """All services of one broker."""
+
+    def __init__(self, node: "BrokerNode") -> None:
+        self.node = node
+        self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
+        self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
+        self.publish_streams: dict[int, PublishStream] = {}
+        self._commit_events: dict[int, set[asyncio.Event]] = {}
+        self._receiving_bytes = 0
+        self._receiving_free = asyncio.Condition()
+        self._health = HealthServicer()
+        self._stopping = asyncio.Event()
+        numbers = node.layout.numbers
+        self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
+        self._server = grpc.aio.server(options=server_options(self._message_limit))
+        self._add_services()
+
+    def _add_services(self) -> None:
+        publish = grpc.stream_stream_rpc_method_handler(self._publish)
+        subscribe = grpc.unary_stream_rpc_method_handler(self._subscribe, pb.SubscribeRequest.FromString)
+        describe = grpc.unary_unary_rpc_method_handler(
+            self._describe_cluster, pb.DescribeClusterRequest.FromString, pb.ClusterDescription.SerializeToString)
+        self._server.add_generic_rpc_handlers((
+            grpc.method_handlers_generic_handler("cxlmq.v1.PubSub", {"Publish": publish, "Subscribe": subscribe}),
+            grpc.method_handlers_generic_handler("cxlmq.v1.Admin", AdminService(self).handlers()),
+            grpc.method_handlers_generic_handler("cxlmq.v1.Cluster", {"Describe": describe}),
+        ))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> tuple[str, str]:
+        """Listen; the TCP and the unix address. Raises `PortTaken`."""
+        config = self.node.config
+        port = config.listen_port + self.node.broker if config.listen_port else 0
+        wanted = f"{config.listen_host}:{port}"
+        unix = f"unix:{config.folder / f'broker-{self.node.broker}.sock'}"
+        try:
+            bound = self._server.add_insecure_port(wanted)
+            self._server.add_insecure_port(unix)
+        except RuntimeError as error:
+            raise PortTaken(address=wanted) from error
+        await self._server.start()
+        for service in ("", *SERVICES):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        asyncio.get_running_loop().add_reader(self.node.notifier.fd, self._notified)
+        return f"{config.listen_host}:{bound}", unix
+
+    async def stop(self) -> None:
+        """Refuse new calls, let the running ones end, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        self._stopping.set()
+        for events in self._commit_events.values():
+            for event in events:
+                event.set()
+        await self._server.stop(grace=0.2)
+        asyncio.get_running_loop().remove_reader(self.node.notifier.fd)
+
+    def _notified(self) -> None:
+        """A stage has news: acks of some stream, commits of some topic."""
+        self.node.notifier.arm()
+        for stream in self.publish_streams.values():
+            stream.wake()
+        for topic in self.node.watch.take_fired():
+            for event in self._commit_events.get(topic, ()):
+                event.set()
+
+    # ---- what the services share ------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def receiving(self, nbytes: int) -> AsyncIterator[None]:
+        """Bounds what is being received at once: a stream waits its turn when others receive large batches."""
+        if nbytes < FRAME_BYTES * 2:
+            yield
+            return
+        async with self._receiving_free:
+            await self._receiving_free.wait_for(
+                lambda: self._receiving_bytes == 0 or self._receiving_bytes + nbytes <= RECEIVING_BYTES_MAX)
+            self._receiving_bytes += nbytes
+        try:
+            yield
+        finally:
+            self._receiving_bytes -= nbytes
+            async with self._receiving_free:
+                self._receiving_free.notify_all()
+
+    def epoch(self) -> int:
+        """The sequencer's epoch."""
+        return int(self.node.memory.load_word(self.node.layout.offset_of("control")))
+
+    def holder(self) -> str:
+        """Who holds back what this broker would need, as the reclaimer said last."""
+        at = self.node.layout.offset_of("reclaim_answer", self.node.broker)
+        self.node.memory.invalidate_range(at, 64)
+        return holder_text(unpack("ReclaimAnswerLine", self.node.memory.read_line_bytes(at))["holder"])
+
+    @staticmethod
+    def check_ack(entry: TopicEntry, ack: int) -> None:
+        """Refuse an ack level that the topic cannot give."""
+        TopicConfig(name=entry.name, order=entry.order, ack=ack, replication_factor=entry.replication_factor).validate(
+            max(entry.replication_factor, 2))
+
+    # ---- publish ----------------------------------------------------------------------------------------------------
+
+    async def _publish(self, _: Any, context: Any) -> None:
+        try:
+            await PublishStream(self, context).run()
+        except CxlmqError as error:
+            await _abort(context, error)
+
+    # ---- subscribe --------------------------------------------------------------------------------------------------
+
+    async def _subscribe(self, request: Any, context: Any) -> None:
+        try:
+            await self._deliver(request, context)
+        except CxlmqError as error:
+            await _abort(context, error)
+        except ReadError as error:
+            await _abort(context, self._read_error(request, error))
+
+    def _read_error(self, request: Any, error: ReadError) -> CxlmqError:
+        if error.status == ReadStatus.READ_CLOSED:
+            return UnknownTopic(topic=request.topic)
+        if error.status == ReadStatus.READ_LOST:
+            return PositionLost(str(error), position=error.index, first_available=-1)
+        return CxlmqError(str(error), topic=request.topic, index=error.index)
+
+    async def _deliver(self, request: Any, context: Any) -> None:
+        node = self.node
+        entry = node.topics.find(request.topic)
+        key = entry.generation << 16 | entry.number
+        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
+        cursor = await self._place(request, reader, key)
+        node.watch_commits(+1)
+        event = asyncio.Event()
+        self._commit_events.setdefault(entry.number, set()).add(event)
+        try:
+            frontiers = reader.frontiers()
+            await context.send_initial_metadata((
+                ("cxlmq-first-position", str(frontiers["reclaimed_position"])),
+                ("cxlmq-end-position", str(frontiers["committed_position"]))))
+            await self._follow(request, context, reader, cursor, event)
+        finally:
+            self._commit_events[entry.number].discard(event)
+            node.watch_commits(-1)
+            if not request.protect:
+                self.cursors.close(cursor)
+
+    async def _place(self, request: Any, reader: OrderReader, key: int) -> int:
+        """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
+        if request.protect and (kept := self.cursors.protected(key, request.protect)):
+            reader.move_to(kept[1])
+            return kept[0]
+        start = request.WhichOneof("start") or "beginning"
+        frontiers = reader.frontiers()
+        index = {
+            "beginning": lambda: frontiers["reclaimed_index"],
+            "end": lambda: frontiers["committed_index"],
+            "position": lambda: reader.find(request.position),
+            "published_ns": lambda: reader.find_time(request.published_ns),
+        }[start]()
+        cursor, granted = await self.cursors.open(key, index, self.node.pid, request.protect)
+        reader.move_to(granted)
+        first = reader.frontiers()["reclaimed_position"]
+        if start == "position" and request.position < first:
+            self.cursors.close(cursor)
+            raise PositionLost(position=request.position, first_available=first)
+        return cursor
+
+    async def _follow(self, request: Any, context: Any, reader: OrderReader, cursor: int,
+                      event: asyncio.Event) -> None:
+        """Send what is there, wait for what comes, until the reader goes."""
+        frame_bytes = min(request.frame_bytes or FRAME_BYTES, self._message_limit - FRAME_BYTES)
+        while not self._stopping.is_set():
+            frame = reader.read_frame(frame_bytes)
+            if frame:
+                await context.write(frame)
+                self.cursors.move(cursor, reader.index)
+                self.node.log.note_delivered(len(frame))
+                del frame
+                continue
+            event.clear()
+            self.node.watch.want(reader.topic)
+            if not reader.has_news():
+                await event.wait()
+        raise BrokerUnavailable("this broker is shutting down: subscribe at another one", address="")
+
+    # ---- cluster ----------------------------------------------------------------------------------------------------
+
+    async def _describe_cluster(self, request: Any, context: Any) -> pb.ClusterDescription:
+        node, numbers, now = self.node, self.node.layout.numbers, self.node.clock.now()
+        live = set(node.live_brokers())
+        brokers = []
+        for broker in range(numbers["broker_count"]):
+            line = node.broker_line(broker)
+            state = BrokerState(line["state"]).name.removeprefix("BROKER_").lower()
+            if state == "ready" and broker not in live:
+                state = "dead"
+            brokers.append(pb.BrokerDescription(
+                id=broker, state=state, tcp_address=line["tcp_address"], unix_address=line["unix_address"],
+                pid=line["pid"], heartbeat_age_ms=max(0, now - line["heartbeat_ns"]) // 1_000_000))
+        return pb.ClusterDescription(
+            name=node.config.name, epoch=self.epoch(), head=0, region_bytes=numbers["region_bytes"],
+            message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
+            brokers=brokers, host=host_identity(), run_id=node.region.run_id)

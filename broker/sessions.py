@@ -1,0 +1,195 @@
+"""Sessions and cursors of one broker: slots of its own part of two tables, opened here, answered by the head."""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, SessionTableFull
+from broker.layout import CursorState, Layout, SessionState
+from broker.records import pack, unpack
+from sim.cxl.memory import Memory
+
+ANSWER_SECONDS = 10.0
+STEP_SECONDS = 0.0005
+
+
+async def _until(answered: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while not answered():
+        if time.monotonic() > deadline:
+            raise BrokerUnavailable(f"the head broker did not answer {what} within {ANSWER_SECONDS:.0f} s",
+                                    address="head")
+        await asyncio.sleep(STEP_SECONDS)
+
+
+class SessionTable:
+    """This broker's part of the session table. `announce` tells the sequencer that a line changed.
+
+    A slot is reused when its session was closed, or longest idle without a stream when none is closed.
+    """
+
+    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
+        self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
+        share = layout.numbers["sessions_per_broker"]
+        self._first, self._count = broker * share, share
+        self._lines: dict[int, dict[str, int]] = {}
+        self._idle_since: dict[int, float] = {}
+
+    async def open(self, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
+        """Open a session and wait for the sequencer; its slot and progress line.
+
+        `topic` is generation << 16 | number. Raises `SessionTableFull`, `SessionFenced` (an epoch that is too old).
+        """
+        slot = self._free_slot()
+        old = self._read("SessionLine", self._layout.offset_of("session", slot))
+        generation = (old["state"] >> 8) + 1
+        line = {"state": generation << 8 | SessionState.SESSION_OPEN, "client_id": client_id, "session_epoch": epoch,
+                "topic": topic, "ack": ack, "opened_ns": time.monotonic_ns()}
+        self._lines[slot] = line
+        self._idle_since[slot] = time.monotonic()
+        self._write(slot, line)
+        await _until(lambda: self.progress(slot)["state"] >> 8 == generation, "a new session")
+        progress = self.progress(slot)
+        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
+            await self.close(slot)
+            raise SessionFenced(reason="a newer epoch of this client is open", committed=progress["expected"])
+        return {**progress, "slot": slot}
+
+    def _free_slot(self) -> int:
+        for slot in range(self._first, self._first + self._count):
+            if slot not in self._lines:
+                return slot
+        idle = [slot for slot in self._lines if slot in self._idle_since]
+        oldest = min(idle, key=lambda slot: self._idle_since[slot], default=None)
+        if oldest is None or time.monotonic() - self._idle_since[oldest] < ANSWER_SECONDS:
+            raise SessionTableFull(broker=self._broker, session_count=self._count)
+        self._lines.pop(oldest)
+        return oldest
+
+    def _write(self, slot: int, line: dict[str, int]) -> None:
+        at = self._layout.offset_of("session", slot)
+        self._memory.write_line_bytes(at, pack("SessionLine", **line))
+        self._memory.flush_range(at, 64)
+        self._memory.store_fence()
+        self._announce()
+
+    def _read(self, record: str, at: int) -> dict[str, int]:
+        self._memory.invalidate_range(at, 64)
+        return unpack(record, self._memory.read_line_bytes(at))
+
+    def line(self, slot: int) -> dict[str, int]:
+        """Any broker's session line."""
+        return self._read("SessionLine", self._layout.offset_of("session", slot))
+
+    def progress(self, slot: int) -> dict[str, int]:
+        """What the sequencer says of a session."""
+        return self._read("SessionProgressLine", self._layout.offset_of("session_progress", slot))
+
+    def is_mine(self, slot: int) -> bool:
+        """Whether this broker opened the slot."""
+        return self._first <= slot < self._first + self._count
+
+    def attach(self, slot: int) -> None:
+        """A stream of the session opened here: the slot is in use."""
+        self._idle_since.pop(slot, None)
+
+    def detach(self, slot: int) -> None:
+        """The stream ended."""
+        if slot in self._lines:
+            self._idle_since[slot] = time.monotonic()
+
+    async def close(self, slot: int) -> None:
+        """End a session opened here: what it still held is dropped, its slot is free again."""
+        line = self._lines.get(slot)
+        if line is None:
+            return
+        generation = line["state"] >> 8
+        line["state"] = generation << 8 | SessionState.SESSION_CLOSING
+        self._write(slot, line)
+        await _until(lambda: self.progress(slot)["state"] != generation << 8 | SessionState.SESSION_OPEN,
+                     "a closing session")
+        self._lines.pop(slot, None)
+        self._idle_since.pop(slot, None)
+
+
+class CursorsFull(CxlmqError):
+    """No place for another reader."""
+
+    code = "cursor-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all {cursor_count} places for readers of broker {broker} are taken: close subscribers, "
+                "or raise cursor_count_max")
+
+
+class CursorTable:
+    """This broker's part of the cursor table: it keeps what its readers still need from being reclaimed."""
+
+    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
+        self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
+        share = layout.numbers["cursors_per_broker"]
+        self._free = set(range(broker * share, (broker + 1) * share))
+        self._count = share
+        self._protected: dict[tuple[int, str], int] = {}
+        self._request = 0
+
+    async def open(self, topic: int, index: int, pid: int, protect: str = "") -> tuple[int, int]:
+        """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorsFull`."""
+        if not self._free:
+            raise CursorsFull(broker=self._broker, cursor_count=self._count)
+        cursor = min(self._free)
+        self._free.discard(cursor)
+        if protect:
+            name_at = self._layout.offset_of("cursor_name", cursor)
+            self._memory.write_bytes(name_at, pack("CursorName", text=protect))
+            self._memory.store_fence()
+        self._request += 1
+        at = self._layout.offset_of("cursor", cursor)
+        request = (self._memory.load_word(at) >> 8) + 1
+        line = {"state": request << 8 | CursorState.CURSOR_WANTED, "topic": topic, "index": index, "pid": pid}
+        self._write(at, line)
+        self._announce()
+        try:
+            await _until(lambda: self._granted(cursor) == request, "a reader's place")
+        except CxlmqError:
+            self.close(cursor)
+            raise
+        granted = self._memory.load_word(self._layout.offset_of("cursor_grant", cursor) + 8)
+        state = CursorState.CURSOR_PROTECTED if protect else CursorState.CURSOR_LIVE
+        line.update(index=granted, state=request << 8 | state)
+        self._write(at, line)
+        if protect:
+            self._protected[topic, protect] = cursor
+        return cursor, granted
+
+    def protected(self, topic: int, name: str) -> tuple[int, int] | None:
+        """(cursor, index) of a protected cursor that was opened here before."""
+        cursor = self._protected.get((topic, name))
+        if cursor is None:
+            return None
+        return cursor, self._memory.load_word(self._layout.offset_of("cursor", cursor) + 16)
+
+    def _granted(self, cursor: int) -> int:
+        at = self._layout.offset_of("cursor_grant", cursor)
+        self._memory.invalidate_range(at, 64)
+        return self._memory.load_word(at)
+
+    def _write(self, at: int, line: dict[str, int]) -> None:
+        self._memory.write_line_bytes(at, pack("CursorLine", **line))
+        self._memory.flush_range(at, 64)
+        self._memory.store_fence()
+
+    def move(self, cursor: int, index: int) -> None:
+        """Everything below `index` is read."""
+        at = self._layout.offset_of("cursor", cursor) + 16
+        self._memory.store_word(at, index)
+        self._memory.flush_range(at, 8)
+        self._memory.store_fence()
+
+    def close(self, cursor: int) -> None:
+        """Let go of a reader's place."""
+        at = self._layout.offset_of("cursor", cursor)
+        state = self._memory.load_word(at)
+        self._memory.store_word(at, state >> 8 << 8 | CursorState.CURSOR_FREE)
+        self._memory.flush_range(at, 64)
+        self._memory.store_fence()
+        self._free.add(cursor)

@@ -1,0 +1,214 @@
+"""The topic table: topics are created and deleted by the head, looked up by everyone."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.config import TopicConfig, check_topic_name
+from broker.errors import BrokerUnavailable, DuplicateTopic, TopicTableFull, UnknownTopic
+from broker.layout import HolderKind, Layout, TopicState
+from broker.records import pack, record_bytes, unpack
+from sim.cxl.memory import Memory
+
+KEEP_FOREVER = (1 << 64) - 1
+STEP_SECONDS = 0.001
+ROUND_SECONDS = 10.0
+WIPE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class TopicEntry:
+    """A topic as the table describes it."""
+
+    number: int
+    generation: int
+    name: str
+    order: int
+    ack: int
+    replication_factor: int
+    retention_bytes: int
+    created_ns: int
+
+
+class TopicTable:
+    """Reads the topic table; at the head, `create` and `delete` change it.
+
+    `announce` wakes all brokers after a change. Names are resolved from memory each time the table's version changed.
+    """
+
+    def __init__(self, memory: Memory, layout: Layout, announce: Callable[[], None]) -> None:
+        self._memory = memory
+        self._layout = layout
+        self._announce = announce
+        self._numbers = layout.numbers
+        self._lock = asyncio.Lock()
+        self._version = -1
+        self._by_name: dict[str, TopicEntry] = {}
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def entries(self) -> list[TopicEntry]:
+        """All active topics."""
+        self._refresh()
+        return list(self._by_name.values())
+
+    def find(self, name: str) -> TopicEntry:
+        """The active topic of that name. Raises `BadTopicName`, `UnknownTopic`."""
+        check_topic_name(name)
+        self._refresh()
+        entry = self._by_name.get(name)
+        if entry is None:
+            raise UnknownTopic(topic=name)
+        return entry
+
+    def is_open(self, entry: TopicEntry) -> bool:
+        """Whether this very topic (not a later one of its name) is still active."""
+        return self._state(entry.number) == (entry.generation, TopicState.TOPIC_ACTIVE)
+
+    def frontiers(self, entry: TopicEntry) -> dict[str, int]:
+        """first_position, end_position, committed_batches, committed_bytes of a topic now."""
+        order = self._read("TopicOrderLine", self._layout.offset_of("topic_order", entry.number))
+        reclaim = self._read("TopicReclaimLine", self._layout.offset_of("topic_reclaim", entry.number))
+        return {"first_position": reclaim["reclaimed_position"], "end_position": order["committed_position"],
+                "committed_batches": order["committed_index"], "committed_bytes": order["committed_bytes"]}
+
+    def _read(self, record: str, offset: int) -> dict[str, int]:
+        self._memory.invalidate_range(offset, 64)
+        return unpack(record, self._memory.read_line_bytes(offset))
+
+    def _state(self, number: int) -> tuple[int, int]:
+        offset = self._layout.offset_of("topic", number)
+        self._memory.invalidate_range(offset, 64)
+        state = self._memory.load_word(offset)
+        return state >> 8, state & 0xFF
+
+    def _refresh(self) -> None:
+        directory = self._layout.offset_of("directory")
+        self._memory.invalidate_range(directory, 64)
+        version = self._memory.load_word(directory)
+        if version == self._version:
+            return
+        found = {}
+        for number in range(self._numbers["topic_count_max"]):
+            line = self._read("TopicLine", self._layout.offset_of("topic", number))
+            if line["state"] & 0xFF != TopicState.TOPIC_ACTIVE:
+                continue
+            self._memory.invalidate_range(self._layout.offset_of("topic_name", number), 128)
+            name = unpack("TopicName", self._memory.read_bytes(self._layout.offset_of("topic_name", number), 128))
+            retention = line["retention_bytes"]
+            entry = TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
+                               line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
+                               line["created_wall_ns"])
+            found[entry.name] = entry
+        self._by_name, self._version = found, version
+
+    # ---- changing (head only) ---------------------------------------------------------------------------------------
+
+    async def create(self, config: TopicConfig, lease_ns: int, live_brokers: Callable[[], list[int]]) -> TopicEntry:
+        """Create a topic and wait until every live broker takes batches for it.
+
+        Raises `DuplicateTopic`, `TopicTableFull`. Nothing is changed when it raises.
+        """
+        async with self._lock:
+            self._refresh()
+            if config.name in self._by_name:
+                raise DuplicateTopic(topic=config.name)
+            number = self._free_number()
+            generation = self._next_generation()
+            self._wipe(number)
+            self._memory.write_bytes(self._layout.offset_of("topic_name", number), pack("TopicName", text=config.name))
+            line = pack(
+                "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=config.order, ack=config.ack,
+                replication_factor=config.replication_factor,
+                retention_bytes=KEEP_FOREVER if config.retention_bytes < 0 else config.retention_bytes,
+                created_wall_ns=time.time_ns(), message_bytes_max=self._numbers["message_bytes_max"],
+                lease_ns=lease_ns)
+            self._memory.store_fence()
+            self._publish(self._layout.offset_of("topic", number), line)
+            await self._every_broker(live_brokers, number, generation)
+            return self.find(config.name)
+
+    async def delete(self, name: str, live_brokers: Callable[[], list[int]]) -> None:
+        """Delete a topic: first every live broker stops serving it, then its segments are given back."""
+        async with self._lock:
+            entry = self.find(name)
+            at = self._layout.offset_of("topic", entry.number)
+            line = unpack("TopicLine", self._memory.read_line_bytes(at))
+            line["state"] = entry.generation << 8 | TopicState.TOPIC_DELETING
+            self._publish(at, pack("TopicLine", **line))
+            await self._every_broker(live_brokers, entry.number, 0)
+            line["state"] = entry.generation << 8 | TopicState.TOPIC_FREE
+            self._publish(at, pack("TopicLine", **line))
+
+    def _free_number(self) -> int:
+        for number in range(self._numbers["topic_count_max"]):
+            if self._state(number)[1] == TopicState.TOPIC_FREE:
+                return number
+        raise TopicTableFull(topic_count_max=self._numbers["topic_count_max"])
+
+    def _next_generation(self) -> int:
+        """Generations are 16 bits of every tag: they come round after 65,535 topics."""
+        at = self._layout.offset_of("directory") + 8
+        generation = self._memory.load_word(at) % 0xFFFF + 1
+        self._memory.store_word(at, generation)
+        self._memory.flush_range(at, 8)
+        return generation
+
+    def _wipe(self, number: int) -> None:
+        """Clear every record of the topic. Nobody else writes them now: the topic is not active anywhere."""
+        brokers = self._numbers["broker_count"]
+        slots, entries = self._numbers["ring_slot_count"], self._numbers["order_entry_count"]
+        self._zero(self._layout.offset_of("topic_order", number),
+                   self._layout.offset_of("offset_broker", number, 0) - self._layout.offset_of("topic_order", number)
+                   + brokers * self._numbers["offset_stride"])
+        self._zero(self._layout.offset_of("ring", number, 0, 0), brokers * slots * record_bytes("BatchHeader"))
+        self._zero(self._layout.offset_of("result", number, 0, 0), brokers * slots * record_bytes("BatchResult"))
+        self._zero(self._layout.offset_of("order_entry", number, 0), entries * record_bytes("OrderEntry"))
+        self._memory.store_fence()
+
+    def _zero(self, offset: int, count: int) -> None:
+        zeroes = bytes(min(count, WIPE_BYTES))
+        for at in range(offset, offset + count, WIPE_BYTES):
+            self._memory.write_bytes(at, zeroes[:min(WIPE_BYTES, offset + count - at)])
+
+    def _publish(self, at: int, line: bytes) -> None:
+        self._memory.write_line_bytes(at, line)
+        self._memory.flush_range(at, 64)
+        self._memory.store_fence()
+        directory = self._layout.offset_of("directory")
+        self._memory.store_word(directory, self._memory.load_word(directory) + 1)
+        self._memory.flush_range(directory, 8)
+        self._memory.store_fence()
+        self._announce()
+
+    async def _every_broker(self, live_brokers: Callable[[], list[int]], number: int, generation: int) -> None:
+        """Wait until each live broker's line says that it serves this generation (0: that it has stopped)."""
+        deadline = time.monotonic() + ROUND_SECONDS
+        while True:
+            late = [broker for broker in live_brokers() if self._generation_at(number, broker) != generation]
+            if not late:
+                return
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(f"broker {late[0]} did not take note of the topic within {ROUND_SECONDS:.0f} s",
+                                        address=f"broker {late[0]}")
+            await asyncio.sleep(STEP_SECONDS)
+            self._announce()
+
+    def _generation_at(self, number: int, broker: int) -> int:
+        at = self._layout.offset_of("offset_broker", number, broker)
+        self._memory.invalidate_range(at, 64)
+        return self._memory.load_word(at + 48)
+
+
+def holder_text(holder: int) -> str:
+    """Who holds the reclaimed frontier back, in words."""
+    kind, number = holder >> 32, holder & 0xFFFFFFFF
+    return {
+        HolderKind.HOLDER_NONE: "nobody",
+        HolderKind.HOLDER_CURSOR: f"the live reader with cursor {number}",
+        HolderKind.HOLDER_PROTECTED: f"the protected cursor {number}",
+        HolderKind.HOLDER_REPLICA: f"the replica at broker {number}",
+        HolderKind.HOLDER_RETENTION: f"topic {number}, which never drops data",
+        HolderKind.HOLDER_UNCOMMITTED: f"batches of topic {number} that wait for their order",
+    }.get(kind, f"holder {kind}:{number}")

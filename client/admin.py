@@ -1,0 +1,121 @@
+"""Admin: topics and the state of the cluster, for programs; sync and async."""
+
+from typing import Any
+
+from broker.config import TopicConfig, check_topic_name
+from broker.proto import cxlmq_pb2 as pb
+from client.connection import ClientLoop, Connection
+
+ANY_BROKER_COUNT = 64
+
+
+def _topic_dict(topic: pb.Topic) -> dict[str, Any]:
+    return {
+        "name": topic.name, "order": topic.order, "ack": topic.ack, "replication_factor": topic.replication_factor,
+        "retention_bytes": topic.retention_bytes, "number": topic.number, "generation": topic.generation,
+        "first_position": topic.first_position, "end_position": topic.end_position,
+        "committed_batches": topic.committed_batches, "committed_bytes": topic.committed_bytes,
+        "created_unix_ns": topic.created_ns, "holder": topic.holder}
+
+
+class AsyncAdmin:
+    """Topics and cluster state. `async with AsyncAdmin(cluster="name") as admin: ...`
+
+    `cluster` is the name of a cluster on this machine, `bootstrap` the address of any broker of one elsewhere.
+    Every method raises the typed errors of `client.errors`.
+    """
+
+    def __init__(self, cluster: str = "default", bootstrap: str | None = None) -> None:
+        self._loop = ClientLoop.get()
+        self._connection = Connection(cluster, bootstrap)
+
+    async def create_topic(self, name: str, order: int = 5, ack: int = 1, replication_factor: int = 1,
+                           retention_bytes: int = 0) -> dict[str, Any]:
+        """Create a topic; its description.
+
+        `order` 0 none, 1 per broker, 2 total, 5 total and per-session FIFO (4 is an alias of 5). `ack` is the level
+        that publishers wait for unless they say otherwise: 0, 1 (ordered in memory), 2 (durable on
+        replication_factor - 1 disks; needs replication_factor of at least 2).
+        """
+        config, _ = TopicConfig(name=name, order=order, ack=ack, replication_factor=replication_factor,
+                                retention_bytes=retention_bytes).validate(ANY_BROKER_COUNT)
+        request = pb.CreateTopicRequest(name=config.name, order=config.order, ack=config.ack,
+                                        replication_factor=config.replication_factor,
+                                        retention_bytes=config.retention_bytes)
+        return _topic_dict(await self._loop.call(self._connection.any("Admin/CreateTopic", request, pb.Topic)))
+
+    async def delete_topic(self, name: str) -> None:
+        """Delete a topic and everything in it; its readers and publishers get `UnknownTopic`."""
+        check_topic_name(name)
+        await self._loop.call(
+            self._connection.any("Admin/DeleteTopic", pb.DeleteTopicRequest(name=name), pb.DeleteTopicResponse))
+
+    async def list_topics(self) -> list[dict[str, Any]]:
+        """All topics."""
+        reply = await self._loop.call(
+            self._connection.any("Admin/ListTopics", pb.ListTopicsRequest(), pb.ListTopicsResponse))
+        return [_topic_dict(topic) for topic in reply.topics]
+
+    async def describe_topic(self, name: str) -> dict[str, Any]:
+        """One topic: its options and frontiers."""
+        check_topic_name(name)
+        return _topic_dict(await self._loop.call(
+            self._connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=name), pb.Topic)))
+
+    async def describe_cluster(self) -> dict[str, Any]:
+        """The cluster: its brokers, addresses, limits."""
+        reply = await self._loop.call(
+            self._connection.any("Cluster/Describe", pb.DescribeClusterRequest(), pb.ClusterDescription))
+        names = ("name", "epoch", "head", "region_bytes", "message_bytes_max", "batch_bytes_max", "host", "run_id")
+        brokers = [{field.name: getattr(each, field.name) for field in each.DESCRIPTOR.fields}
+                   for each in reply.brokers]
+        return {**{name: getattr(reply, name) for name in names}, "brokers": brokers}
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._loop.call(self._connection.close())
+
+    async def __aenter__(self) -> "AsyncAdmin":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Admin:
+    """As `AsyncAdmin`, for programs without an event loop."""
+
+    def __init__(self, cluster: str = "default", bootstrap: str | None = None) -> None:
+        self._admin = AsyncAdmin(cluster, bootstrap)
+        self._run = ClientLoop.get().run
+
+    def create_topic(self, name: str, order: int = 5, ack: int = 1, replication_factor: int = 1,
+                     retention_bytes: int = 0) -> dict[str, Any]:
+        """See `AsyncAdmin.create_topic`."""
+        return self._run(self._admin.create_topic(name, order, ack, replication_factor, retention_bytes))
+
+    def delete_topic(self, name: str) -> None:
+        """See `AsyncAdmin.delete_topic`."""
+        self._run(self._admin.delete_topic(name))
+
+    def list_topics(self) -> list[dict[str, Any]]:
+        """See `AsyncAdmin.list_topics`."""
+        return self._run(self._admin.list_topics())
+
+    def describe_topic(self, name: str) -> dict[str, Any]:
+        """See `AsyncAdmin.describe_topic`."""
+        return self._run(self._admin.describe_topic(name))
+
+    def describe_cluster(self) -> dict[str, Any]:
+        """See `AsyncAdmin.describe_cluster`."""
+        return self._run(self._admin.describe_cluster())
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._run(self._admin.close())
+
+    def __enter__(self) -> "Admin":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

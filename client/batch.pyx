@@ -1,0 +1,306 @@
+"""Batches as publishers build them: messages packed in place behind the request's header, sealed without a copy."""
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from broker.wire cimport MESSAGE_HEADER_BYTES, REQUEST_HEADER_BYTES, message_check, message_stride, write_request_header
+from sim.cxl.primitives cimport cxl_now_ns, cxl_wall_ns
+
+cdef extern from "Python.h":
+    ctypedef struct PyObject
+    int _PyBytes_Resize(PyObject** target, Py_ssize_t size) except -1
+    void Py_INCREF(PyObject* o)
+    void Py_XDECREF(PyObject* o)
+
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What became of a message: its position in the topic's total order, and what was promised for it.
+
+    `position` is None when no ack was asked for (level 0), or when a duplicate's place is no longer known.
+    """
+
+    position: int | None
+    epoch: int
+    level: int
+    duplicate: bool
+    broker: int | None
+
+
+cdef class Batch:
+    """One batch under construction, on its way, or settled."""
+
+    def __init__(self, publisher, uint64_t capacity):
+        self.publisher = publisher
+        self.frame = PyBytes_FromStringAndSize(NULL, REQUEST_HEADER_BYTES + capacity)
+        self.data = <uint8_t*>PyBytes_AS_STRING(self.frame) + REQUEST_HEADER_BYTES
+        self.capacity = capacity
+        self.level = 1
+
+    cdef bint fits(self, uint64_t nbytes) noexcept:
+        return self.used + message_stride(nbytes) <= self.capacity
+
+    cdef bint append(self, const void* source, uint64_t nbytes) noexcept:
+        """Pack one message; False when it does not fit."""
+        cdef uint8_t* at = self.data + self.used
+        cdef uint64_t stride = message_stride(nbytes)
+        if self.used + stride > self.capacity:
+            return False
+        (<uint32_t*>at)[0] = <uint32_t>nbytes
+        (<uint32_t*>at)[1] = message_check(<uint32_t>nbytes)
+        if stride > MESSAGE_HEADER_BYTES:
+            (<uint64_t*>(at + stride - 8))[0] = 0
+        memcpy(at + MESSAGE_HEADER_BYTES, source, nbytes)
+        self.used += stride
+        self.count += 1
+        return True
+
+    def seal(self, wall_ns: int) -> None:
+        """Cut the frame to what is used and write its header, all but the sequence."""
+        if self.used < self.capacity:
+            self._cut(REQUEST_HEADER_BYTES + self.used)
+            self.data = <uint8_t*>PyBytes_AS_STRING(self.frame) + REQUEST_HEADER_BYTES
+            self.capacity = self.used
+        write_request_header(self.data - REQUEST_HEADER_BYTES, 0, self.count, wall_ns, self.used)
+
+    cdef int _cut(self, Py_ssize_t size) except -1:
+        # The frame has one owner, this batch: its block is cut in place, not copied.
+        cdef PyObject* raw = <PyObject*>self.frame
+        Py_INCREF(raw)
+        self.frame = None
+        _PyBytes_Resize(&raw, size)
+        self.frame = <object>raw
+        Py_XDECREF(raw)
+        return 0
+
+    def stamp(self, uint64_t sequence) -> None:
+        """Give the batch its sequence: once for a session; every retransmission keeps it."""
+        memcpy(self.data - REQUEST_HEADER_BYTES + 1, &sequence, 8)
+        self.sequence = sequence
+
+    def settle(self, position, epoch, broker, bint duplicate, error) -> None:
+        """The outcome is known: wake whoever waits for one of the messages."""
+        if self.settled:
+            return
+        self.position = position
+        self.epoch = epoch
+        self.broker = broker
+        self.duplicate = duplicate
+        self.error = error
+        self.settled = True
+        self.frame = None
+        self.data = NULL
+        callbacks, self.callbacks = self.callbacks, None
+        for callback, delivery in callbacks or ():
+            callback(delivery)
+
+    @property
+    def nbytes(self) -> int:
+        """Packed bytes."""
+        return self.used
+
+
+cdef class Delivery:
+    """A published message on its way. It always settles within the publisher's delivery time-out.
+
+    `result()` waits; in a coroutine, `await delivery`.
+    """
+
+    def __init__(self, Batch batch, uint64_t index):
+        self.batch = batch
+        self.index = index
+
+    def done(self) -> bool:
+        """Whether the outcome is known."""
+        return self.batch.settled
+
+    def receipt(self) -> Receipt:
+        """The receipt of a settled message; raises its error."""
+        cdef Batch batch = self.batch
+        if batch.error is not None:
+            raise batch.error
+        position = None if batch.position is None else batch.position + self.index
+        return Receipt(position, batch.epoch or 0, batch.level, batch.duplicate, batch.broker)
+
+    def result(self, timeout=None) -> Receipt:
+        """Wait for the outcome. Raises the message's error, or TimeoutError when it is not known in `timeout` seconds."""
+        if not self.batch.settled:
+            self.batch.publisher.wait_for_batch(self.batch, timeout)
+        return self.receipt()
+
+    def exception(self, timeout=None):
+        """Wait for the outcome; its error, None when the message was delivered."""
+        if not self.batch.settled:
+            self.batch.publisher.wait_for_batch(self.batch, timeout)
+        return self.batch.error
+
+    def add_done_callback(self, callback) -> None:
+        """Call `callback(delivery)` when the outcome is known, at once if it is."""
+        if self.batch.settled:
+            callback(self)
+            return
+        if self.batch.callbacks is None:
+            self.batch.callbacks = []
+        self.batch.callbacks.append((callback, self))
+
+    def __await__(self):
+        return self._wait().__await__()
+
+    async def _wait(self):
+        if not self.batch.settled:
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+
+            def wake(_):
+                loop.call_soon_threadsafe(lambda: future.done() or future.set_result(None))
+
+            self.batch.publisher.urge(self.batch)
+            self.add_done_callback(wake)
+            if self.batch.settled:
+                wake(self)
+            await future
+        return self.receipt()
+
+
+class Dropped(Exception):
+    """The policy for a full buffer drops this message; `error` is what its delivery settles with."""
+
+    def __init__(self, error):
+        super().__init__(str(error))
+        self.error = error
+
+
+cdef class Packer:
+    """Packs messages into the current batch and hands full ones over. The hot part of `publish`.
+
+    Calls hold the GIL, so one packer may be used by several threads. `seal` is called with each full batch.
+    """
+
+    cdef readonly Batch batch
+    cdef object publisher
+    cdef object full                    # called when the current batch has to go
+    cdef readonly uint64_t message_bytes_max
+    cdef public uint64_t target         # payload bytes of a batch
+    cdef readonly uint64_t messages
+    cdef readonly uint64_t nbytes
+
+    def __init__(self, publisher, full, uint64_t target, uint64_t message_bytes_max):
+        self.publisher = publisher
+        self.full = full
+        self.target = target
+        self.message_bytes_max = message_bytes_max
+
+    def take(self):
+        """The current batch, which is then no longer current; None when it is empty."""
+        cdef Batch batch = self.batch
+        if batch is None or batch.count == 0:
+            return None
+        self.batch = None
+        return batch
+
+    cdef int _make_room(self, uint64_t nbytes) except -1:
+        cdef uint64_t stride = message_stride(nbytes)
+        if nbytes > self.message_bytes_max:
+            self.publisher.too_big(nbytes)
+        if self.batch is not None and self.batch.count:
+            self.full()
+        self.batch = None
+        self.publisher.make_room(max(self.target, stride))
+        if self.batch is None:              # another thread may have begun one while we waited for room
+            self.batch = Batch(self.publisher, max(self.target, stride))
+            self.batch.opened = time.monotonic()
+        return 0
+
+    cdef Delivery _dropped(self, object error):
+        cdef Batch batch = Batch(self.publisher, 0)
+        batch.settle(None, None, None, False, error)
+        return Delivery(batch, 0)
+
+    cdef int _append(self, const void* source, uint64_t nbytes) except -1:
+        while self.batch is None or not self.batch.append(source, nbytes):
+            self._make_room(nbytes)
+        self.messages += 1
+        self.nbytes += nbytes
+        return 0
+
+    def append(self, data) -> Delivery:
+        """Pack one message: bytes, or anything with the buffer protocol."""
+        cdef Py_buffer view
+        cdef Batch batch
+        cdef Delivery delivery
+        try:
+            if PyBytes_CheckExact(data):
+                self._append(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            else:
+                PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
+                try:
+                    self._append(view.buf, view.len)
+                finally:
+                    PyBuffer_Release(&view)
+        except Dropped as dropped:
+            return self._dropped(dropped.error)
+        batch = self.batch
+        delivery = Delivery.__new__(Delivery)
+        delivery.batch = batch
+        delivery.index = batch.count - 1
+        if batch.used >= self.target:
+            self.full()
+        return delivery
+
+    def append_many(self, messages) -> Delivery:
+        """Pack a sequence of bytes-like messages; the delivery of the last."""
+        cdef Py_buffer view
+        cdef Delivery delivery = None
+        cdef Batch batch
+        for data in messages:
+            if PyBytes_CheckExact(data):
+                self._append(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            else:
+                PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
+                try:
+                    self._append(view.buf, view.len)
+                finally:
+                    PyBuffer_Release(&view)
+        batch = self.batch
+        if batch is None:
+            raise ValueError("publish_many needs at least one message")
+        delivery = Delivery(batch, batch.count - 1)
+        if batch.used >= self.target:
+            self.full()
+        return delivery
+
+    def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
+        """Pack a 2-D array, one row a message; the delivery of the last row."""
+        cdef uint64_t i = 0, count = rows.shape[0], nbytes = rows.shape[1], fit, k
+        cdef uint64_t stride = message_stride(nbytes)
+        cdef const uint8_t* source = &rows[0, 0] if count and nbytes else NULL
+        cdef Batch batch
+        if count == 0:
+            raise ValueError("publish_array needs at least one row")
+        while i < count:
+            if self.batch is None or not self.batch.fits(nbytes):
+                self._make_room(nbytes)
+            batch = self.batch
+            fit = min(count - i, (batch.capacity - batch.used) // stride)
+            for k in range(fit):
+                batch.append(source + (i + k) * nbytes, nbytes)
+            i += fit
+            self.messages += fit
+            self.nbytes += fit * nbytes
+        batch = self.batch
+        delivery = Delivery(batch, batch.count - 1)
+        if batch.used >= self.target:
+            self.full()
+        return delivery
+
+
+def now_ns() -> int:
+    """Monotonic time in ns."""
+    return cxl_now_ns()

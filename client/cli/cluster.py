@@ -1,0 +1,229 @@
+"""`cxlmq cluster up|status|down`."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker.errors import CxlmqError, RegionMissing
+from client.cli import common
+from client.cli.common import (
+    EXIT_FAILED,
+    CommandExit,
+    common_options,
+    config_options,
+    default_cluster,
+    print_json,
+    say,
+    settings,
+    target_options,
+)
+
+_DOWN_SECONDS = 20.0
+
+
+@click.group()
+def cluster() -> None:
+    """Start, look at and stop a cluster on this machine."""
+
+
+# ---- up ----------------------------------------------------------------------------------------------------------
+
+
+@cluster.command()
+@click.option("--detach", "-d", is_flag=True, help="Run in the background; return when every broker answers.")
+@config_options
+@common_options
+def up(detach: bool, overrides: dict[str, Any]) -> None:
+    """Start a cluster; Ctrl-C stops it and leaves nothing behind.
+
+    Without --name, a second cluster is called default-2, and so on. Settings come from --config, then from CXLMQ_*
+    variables (CXLMQ_BROKERS=2), then from options.
+
+    \b
+    Examples:
+      cxlmq cluster up                                  four brokers, 1 GiB of shared memory
+      cxlmq cluster up -d --brokers 2 --region-bytes 64MiB
+      cxlmq cluster up --name lab --listen-host 0.0.0.0 --listen-port 7000
+    """
+    from broker.config import load_config
+
+    config = load_config(**overrides)
+    exact_name = True if overrides["name"] else None
+    if detach:
+        from client.cluster import start_detached
+
+        values = start_detached(config, exact_name)
+        for note in values["notes"]:
+            say(f"note: {note}")
+        _print_cluster(values, detached=True)
+        return
+    _foreground(config, exact_name)
+
+
+def _foreground(config: Any, exact_name: bool | None) -> None:
+    from client.cluster import Cluster, describe, interrupted_by_signals
+
+    running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"))
+    with interrupted_by_signals():
+        with running:
+            try:
+                _print_cluster(describe(running), detached=False)
+                running.wait()
+            except KeyboardInterrupt:       # the way to stop it: no failure
+                say("stopping ...")
+                return
+        raise CxlmqError("every broker has ended: see the notes above, and `cxlmq cluster up` to start again")
+
+
+def _print_cluster(values: dict[str, Any], detached: bool) -> None:
+    if settings().as_json:
+        print_json(values)
+        return
+    name = values["name"]
+    option = "" if name == default_cluster() else f" --cluster {name}"
+    stop = f"cxlmq cluster down{'' if not option else ' ' + name}" if detached else "Ctrl-C"
+    width = max(len(broker["tcp_address"]) for broker in values["brokers"])
+    click.echo(f"cluster {name!r} is up: {len(values['brokers'])} brokers, "
+               f"{common.bytes_text(values['region_bytes'])} of shared memory\n")
+    for broker in values["brokers"]:
+        click.echo(f"  broker {broker['id']}  pid {broker['pid']:<8} {broker['tcp_address']:<{width}}  "
+                   f"{broker['unix_address']}")
+    click.echo(f"\ntry:   cxlmq topic create greetings{option}\n"
+               f"       echo hello | cxlmq produce greetings{option}\n"
+               f"       cxlmq consume greetings{option}\n"
+               f"       cxlmq cluster status{' ' + name if option else ''} --watch\n"
+               f"stop:  {stop}\nlogs:  {values['folder']}")
+
+
+# ---- down --------------------------------------------------------------------------------------------------------
+
+
+@cluster.command()
+@click.argument("name", required=False)
+@click.option("--all", "every", is_flag=True, help="Stop all clusters of this user.")
+@common_options
+def down(name: str | None, every: bool) -> None:
+    """Stop a cluster, in the background or in another terminal, and remove what it used.
+
+    \b
+    Examples:
+      cxlmq cluster down
+      cxlmq cluster down default-2
+      cxlmq cluster down --all
+    """
+    from broker.region import find_regions
+
+    if every and name:
+        raise click.UsageError("give a name or --all, not both")
+    names = [each.name for each in find_regions() if each.live] if every else [name or default_cluster()]
+    stopped = [{"name": each, "how": _stop(each)} for each in names]
+    if settings().as_json:
+        print_json({"stopped": stopped})
+        return
+    for each in stopped:
+        click.echo(f"cluster {each['name']!r} {each['how']}")
+    if not stopped:
+        click.echo("no cluster runs")
+
+
+def _stop(name: str) -> str:
+    """Stop one cluster; say how it went. Raises `RegionMissing` when there is none."""
+    from client.cluster import collect_leftovers, stop_cluster
+
+    folder = _folder_of(name)
+    supervised = stop_cluster(folder)
+    if not supervised and not _signal_brokers(name):
+        if name in collect_leftovers(folder.parent):
+            return "was dead already; its leftovers are removed"
+        raise RegionMissing(f"there is no cluster {name!r} to stop", region=name)
+    if _wait_until_gone(name, _DOWN_SECONDS):
+        return "is stopped"
+    _signal_brokers(name, signal.SIGKILL)
+    _wait_until_gone(name, 1.0)
+    if name in collect_leftovers(folder.parent) or _wait_until_gone(name, 0.0):
+        return "did not stop in time and was killed"
+    raise CxlmqError(f"cluster {name!r} did not stop: see `cxlmq cluster status {name}`")
+
+
+def _folder_of(name: str) -> Path:
+    """The cluster's folder, as its region says; without a region, where it would be."""
+    from broker.config import FOLDER_PREFIX, load_config, runtime_root
+    from broker.region import attach_region
+
+    try:
+        with attach_region(name, writable=False) as region:
+            return region.folder
+    except CxlmqError:
+        load_config(name=name)              # refuses names that would leave the folder
+        return runtime_root() / f"{FOLDER_PREFIX}{name}"
+
+
+def _signal_brokers(name: str, number: int = signal.SIGTERM) -> bool:
+    """Signal a cluster's brokers, for one that has no supervisor; False when none runs."""
+    from broker.region import attach_region, inspect_region
+    from sim.cxl.region import host_identity
+
+    try:
+        with attach_region(name, writable=False) as region:
+            if region.superblock["boot_id"] != host_identity():
+                return False                # pids of another machine or container mean nothing here
+            pids = [each["pid"] for each in inspect_region(region)["brokers"] if each["pid"] and each["alive"]]
+    except CxlmqError:
+        return False
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+    return bool(pids)
+
+
+def _wait_until_gone(name: str, seconds: float) -> bool:
+    """Whether the region goes within this time."""
+    from sim.cxl.region import REGION_PREFIX, RegionFileMissing, region_file
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            region_file(REGION_PREFIX + name)
+        except RegionFileMissing:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.01)
+
+
+# ---- status ------------------------------------------------------------------------------------------------------
+
+
+@cluster.command()
+@click.argument("name", required=False)
+@click.option("--watch", "-w", is_flag=True, help="Repeat, with rates, until Ctrl-C.")
+@click.option("--interval", type=common.DURATION, default="1s", show_default=True, help="Between two looks.")
+@target_options
+def status(name: str | None, watch: bool, interval: float, target: common.Target) -> None:
+    """Show brokers, topics and memory of a cluster, alive or dead.
+
+    It reads the shared memory and asks nobody, so it works when no broker answers. With --bootstrap it asks a broker.
+    The exit code is 1 when a broker is not running.
+
+    \b
+    Examples:
+      cxlmq cluster status
+      cxlmq cluster status lab --watch
+      cxlmq cluster status --json | jq '.topics[].end_position'
+    """
+    from client.cli import status as view
+
+    if target.bootstrap:
+        healthy = view.remote(target)
+    elif watch:
+        healthy = view.watch(name or target.cluster, interval)
+    else:
+        healthy = view.once(name or target.cluster)
+    if not healthy:
+        raise CommandExit(EXIT_FAILED)

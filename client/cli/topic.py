@@ -1,0 +1,165 @@
+"""`cxlmq topic create|list|describe|delete`."""
+
+import datetime
+from typing import Any
+
+import click
+
+from broker.errors import ConfigError, UnknownTopic
+from client.cli import common
+from client.cli.common import Target, print_json, say, settings, target_options
+
+_BROKERS_MAX = 64
+_COLUMNS = (("name", "name"), (">order", "order"), (">ack", "ack"), (">RF", "replication_factor"),
+            (">first", "first_position"), (">end", "end_position"), (">batches", "committed_batches"))
+
+
+class RetentionType(click.ParamType):
+    """A size, 0, or "keep"."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes; -1 for "keep"."""
+        if value in ("keep", "-1", -1):
+            return -1
+        return common.SIZE.convert(value, param, ctx)
+
+
+@click.group()
+def topic() -> None:
+    """Create, list, describe and delete topics."""
+
+
+def topic_options(function: Any) -> Any:
+    """What a new topic promises: --order, --replication-factor, --retention (and --ack, of the command itself)."""
+    function = click.option(
+        "--retention", type=RetentionType(), default=0, metavar="SIZE|keep",
+        help="0: keep messages while there is room; a size: drop what is older than that many bytes; keep: never "
+             "drop, publishers wait instead [0].")(function)
+    function = click.option(
+        "--replication-factor", "--rf", type=int, default=1, show_default=True,
+        help="Brokers whose disks hold a copy, 1 to the number of brokers.")(function)
+    return click.option(
+        "--order", type=int, default=5, show_default=True,
+        help="0: none, 1: per broker, 2: one global order, 5: global, and every publisher's own order kept "
+             "(4 is an alias of 5).")(function)
+
+
+def check_topic(name: str, order: int, ack: int, replication_factor: int, retention: int) -> dict[str, Any]:
+    """Arguments for `Admin.create_topic`. Raises `BadTopicName` or `BadTopicOptions` before anybody is asked."""
+    from broker.config import TopicConfig
+
+    wanted = TopicConfig(name=name, order=order, ack=ack, replication_factor=replication_factor,
+                         retention_bytes=retention)
+    settled, notes = wanted.validate(_BROKERS_MAX)
+    for note in notes:
+        say(f"note: {note}")
+    return {"name": settled.name, "order": settled.order, "ack": settled.ack,
+            "replication_factor": settled.replication_factor, "retention_bytes": settled.retention_bytes}
+
+
+@topic.command()
+@click.argument("name")
+@topic_options
+@click.option("--ack", type=int, default=1, show_default=True,
+              help="When a message counts as taken. 0: at once, 1: ordered in memory, 2: on the disks of all replicas "
+                   "(needs --replication-factor 2 or more).")
+@target_options
+def create(name: str, order: int, ack: int, replication_factor: int, retention: int, target: Target) -> None:
+    """Create a topic.
+
+    \b
+    Examples:
+      cxlmq topic create frames
+      cxlmq topic create ledger --ack 2 --replication-factor 2 --retention keep
+    """
+    values = check_topic(name, order, ack, replication_factor, retention)
+    from client.admin import Admin
+
+    with Admin(**target.arguments) as admin:
+        made = admin.create_topic(**values)
+    if settings().as_json:
+        print_json(made)
+    else:
+        click.echo(f"topic {made['name']!r} is there: order {made['order']}, ack {made['ack']}, replication factor "
+                   f"{made['replication_factor']}")
+
+
+@topic.command("list")
+@target_options
+def list_(target: Target) -> None:
+    """List all topics.
+
+    \b
+    Example:
+      cxlmq topic list --json | jq -r '.[].name'
+    """
+    from client.admin import Admin
+
+    with Admin(**target.arguments) as admin:
+        topics = sorted(admin.list_topics(), key=lambda each: str(each["name"]))
+    if settings().as_json:
+        print_json(topics)
+    elif topics:
+        common.console().print(common.make_table("", (title for title, _ in _COLUMNS), (
+            [each[key] for _, key in _COLUMNS] for each in topics)))
+    else:
+        click.echo("there are no topics: `cxlmq topic create NAME` makes one")
+
+
+@topic.command()
+@click.argument("name")
+@target_options
+def describe(name: str, target: Target) -> None:
+    """Show one topic: what it promises, and which positions can be read.
+
+    \b
+    Example:
+      cxlmq topic describe frames
+    """
+    from client.admin import Admin
+
+    with Admin(**target.arguments) as admin:
+        values = admin.describe_topic(name)
+    if settings().as_json:
+        print_json(values)
+        return
+    for key, value in values.items():
+        if key == "created_unix_ns":
+            created = datetime.datetime.fromtimestamp(int(value) / 1e9, datetime.UTC)
+            key, value = "created", created.isoformat(timespec="milliseconds")  # noqa: PLW2901
+        click.echo(f"{key.replace('_', ' '):<20} {value}")
+
+
+@topic.command()
+@click.argument("names", nargs=-1, required=True)
+@click.option("--if-exists", is_flag=True, help="A topic that is not there is no failure.")
+@target_options
+def delete(names: tuple[str, ...], if_exists: bool, target: Target) -> None:
+    """Delete topics and everything in them, at once and without asking.
+
+    \b
+    Example:
+      cxlmq topic delete frames ledger
+    """
+    from broker.config import check_topic_name
+    from client.admin import Admin
+
+    for name in names:
+        check_topic_name(name)
+    if len(set(names)) != len(names):
+        raise ConfigError(setting="names", value=" ".join(names), allowed="each topic once")
+    deleted = []
+    with Admin(**target.arguments) as admin:
+        for name in names:
+            try:
+                admin.delete_topic(name)
+                deleted.append(name)
+            except UnknownTopic:
+                if not if_exists:
+                    raise
+    if settings().as_json:
+        print_json({"deleted": deleted})
+    else:
+        click.echo(f"deleted: {', '.join(deleted)}" if deleted else "there was nothing to delete")

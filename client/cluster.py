@@ -1,0 +1,664 @@
+"""A cluster on this machine: starts its broker processes, knows when they answer, and removes everything at the end.
+
+    with Cluster(load_config(brokers=4)) as cluster:
+        cluster.wait()                      # until Ctrl-C
+
+    claim the name ──► spawn all brokers at once ──► all READY in the region ──► all answer on their sockets
+                                       │
+                                       └─ one ended: its error is raised here, typed, and nothing is left
+
+The brokers die with their supervisor (PR_SET_PDEATHSIG), however it ends. That signal is bound to the thread that
+spawned them: start a cluster in a thread that lives as long as the cluster.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import msgspec
+
+from broker.config import FOLDER_PREFIX, ClusterConfig, layout_of, load_config, make_folder, runtime_root
+from broker.errors import CxlmqError, PermissionDenied, RegionForeign, from_code
+from broker.layout import BrokerState
+from broker.records import record_bytes, unpack
+from sim.cxl import region as files
+from sim.cxl.memory import MappedMemory
+
+DEFAULT_NAME = "default"
+PID_FILE = "supervisor.pid"
+HEAD = 0
+READY_SECONDS = 30.0
+STOP_SECONDS = 10.0
+DOWN_SECONDS = 2 * STOP_SECONDS         # what `stop_cluster` gives a supervisor before it kills
+ANSWER_SECONDS = 5.0
+_POLL_SECONDS = 0.005
+_WATCH_SECONDS = 0.2
+_CLAIM_SECONDS = 1.0
+_NAMES_MAX = 1000
+_LOG_TAIL_BYTES = 4000
+# Brokers run in the folder that holds our packages: `-m broker.node` then finds ours, and no folder of the user's that
+# happens to be called "broker".
+_CODE_FOLDER = Path(__file__).resolve().parent.parent
+
+# The connection preface of HTTP/2 (RFC 9113, 3.4) with an empty SETTINGS frame; a server answers with its SETTINGS.
+_HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+_HTTP2_FRAME_BYTES, _HTTP2_SETTINGS = 9, 4
+
+
+class BrokerFailed(CxlmqError):
+    """A broker process ended or did not become ready; details: broker, exit_code, log (its last lines)."""
+
+    code = "broker-failed"
+    status = "UNAVAILABLE"
+    template = "broker {broker} ended with exit code {exit_code} before it was ready; it said:\n{log}"
+
+
+class Addresses(NamedTuple):
+    """Where a broker listens, as gRPC writes it."""
+
+    tcp: str
+    unix: str
+
+
+class Cluster:
+    """Broker processes with one region, as a context manager.
+
+    `exact_name`: refuse when the name is taken (`RegionForeign`); without it a cluster called "default" takes the next
+    free of default-2, default-3 ... None means: exact unless the name is "default". `on_note` is told what the user
+    should know (another name was taken, leftovers were removed, a broker ended).
+    """
+
+    def __init__(self, config: ClusterConfig | None = None, *, exact_name: bool | None = None,
+                 ready_seconds: float = READY_SECONDS, stop_seconds: float = STOP_SECONDS,
+                 on_note: Callable[[str], None] | None = None) -> None:
+        wanted = config or load_config()
+        # The brokers run in another folder.
+        self.config: ClusterConfig = msgspec.structs.replace(
+            wanted, runtime_directory=os.path.abspath(wanted.runtime_directory),
+            data_directory=wanted.data_directory and os.path.abspath(wanted.data_directory))
+        self.notes: list[str] = []
+        self._exact_name = self.config.name != DEFAULT_NAME if exact_name is None else exact_name
+        self._ready_seconds = ready_seconds
+        self._stop_seconds = stop_seconds
+        self._on_note = on_note
+        self._claim: Claim | None = None
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._logs: dict[int, IO[bytes]] = {}
+        self._addresses: dict[int, Addresses] = {}
+        self._ended: set[int] = set()
+
+    # ---- what it is -------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The cluster's name, as clients give it."""
+        return self.config.name
+
+    @property
+    def processes(self) -> dict[int, int]:
+        """Process ids of the running brokers, by broker id."""
+        return {broker: child.pid for broker, child in self._children.items() if child.poll() is None}
+
+    @property
+    def addresses(self) -> dict[int, Addresses]:
+        """Where the brokers listen, by broker id."""
+        return dict(self._addresses)
+
+    @property
+    def exit_codes(self) -> dict[int, int]:
+        """Exit codes of brokers that have ended; minus the signal's number for a killed one."""
+        return {broker: code for broker, child in self._children.items() if (code := child.poll()) is not None}
+
+    def log_path(self, broker: int) -> Path:
+        """Where a broker's standard error goes."""
+        return self.config.folder / f"broker-{broker}.log"
+
+    def _note(self, text: str) -> None:
+        self.notes.append(text)
+        if self._on_note is not None:
+            self._on_note(text)
+
+    # ---- start ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> "Cluster":
+        """Start all brokers; return when every one is ready and answers.
+
+        Raises the error of the broker that could not start (`PortTaken`, `RegionTooSmall`, `TmpfsTooSmall` ...),
+        `RegionForeign` when the name is taken, `BrokerFailed` for anything else. Nothing is left when it raises.
+        """
+        assert self._claim is None, "this cluster is started already"
+        layout_of(self.config)              # a region that is too small is refused before anything exists
+        self._collect_leftovers()
+        self._take_name()
+        try:
+            for broker in range(self.config.brokers):
+                self._spawn(broker)
+            for broker, child in self._children.items():
+                self._configure(broker, child)
+            self._wait_until_ready(time.monotonic() + self._ready_seconds)
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def _collect_leftovers(self) -> None:
+        """Remove what dead clusters have left."""
+        for name in collect_leftovers(self.config.folder.parent):
+            self._note(f"removed the leftovers of cluster {name!r}, whose processes are dead")
+
+    def _take_name(self) -> None:
+        wanted = self.config.name
+        for name in (wanted, *(f"{wanted}-{number}" for number in range(2, _NAMES_MAX))):
+            config = msgspec.structs.replace(self.config, name=name)
+            self._claim = claim_name(config)
+            if self._claim is not None:
+                if name != wanted:
+                    self._note(f"a cluster {wanted!r} runs already: this one is {name!r}")
+                self.config = config
+                return
+            if self._exact_name:
+                break
+        raise RegionForeign(region=wanted, reason="a cluster that runs, or another user, has this name")
+
+    def _spawn(self, broker: int) -> None:
+        log = self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
+        self._children[broker] = subprocess.Popen(
+            [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors"],
+            stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
+            process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
+
+    def _configure(self, broker: int, child: subprocess.Popen[bytes]) -> None:
+        assert child.stdin is not None
+        with contextlib.suppress(BrokenPipeError):      # it has ended: its error is found below
+            child.stdin.write(self.config.to_json().encode())
+        with contextlib.suppress(BrokenPipeError):
+            child.stdin.close()
+
+    def _wait_until_ready(self, deadline: float) -> None:
+        waiting = set(self._children)
+        table: BrokerTable | None = None
+        while waiting:
+            self._raise_if_ended()
+            table = table or BrokerTable.open(self.config, self._children[HEAD].pid)
+            for broker in sorted(waiting) if table else ():
+                addresses = table.ready(broker, self._children[broker].pid) if table else None
+                if addresses is not None:
+                    self._addresses[broker] = addresses
+                    waiting.discard(broker)
+            if waiting and time.monotonic() > deadline:
+                self._raise_late(min(waiting), "not ready")
+            if waiting:
+                time.sleep(_POLL_SECONDS)
+        for broker, addresses in sorted(self._addresses.items()):
+            for address in filter(None, addresses):
+                if not answers(address, ANSWER_SECONDS):
+                    self._raise_if_ended()
+                    self._raise_late(broker, f"not answering at {address}")
+
+    def _raise_if_ended(self) -> None:
+        ended = self.exit_codes
+        if ended:
+            broker = min(ended)
+            log = self._log_text(broker)
+            raise _reported_error(log) or BrokerFailed(broker=broker, exit_code=ended[broker], log=log)
+
+    def _raise_late(self, broker: int, what: str) -> None:
+        log = self._log_text(broker)
+        raise BrokerFailed(f"broker {broker} is {what} after {self._ready_seconds:.0f} s; it said:\n{log or 'nothing'}",
+                           broker=broker, exit_code=None, log=log)
+
+    def _log_text(self, broker: int) -> str:
+        """The end of a broker's log, also when its folder has gone already."""
+        descriptor = self._logs[broker].fileno()
+        size = os.fstat(descriptor).st_size
+        start = max(0, size - _LOG_TAIL_BYTES)
+        return os.pread(descriptor, size - start, start).decode(errors="replace").strip()
+
+    # ---- run and stop -----------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until every broker has ended; False when the time is over first.
+
+        Ctrl-C interrupts it as ever. A broker that ends alone is said; the others go on.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            for broker, code in self.exit_codes.items():
+                if broker not in self._ended:
+                    self._ended.add(broker)
+                    self._note(f"broker {broker} ended {_how(code)}")
+            if len(self._ended) == len(self._children):
+                return True
+            left = _WATCH_SECONDS if deadline is None else min(_WATCH_SECONDS, deadline - time.monotonic())
+            if left <= 0:
+                return False
+            time.sleep(left)
+
+    def kill(self, broker: int, number: int = signal.SIGKILL) -> None:
+        """Send a signal to one broker. Raises `ProcessLookupError` when it does not run."""
+        child = self._children.get(broker)
+        if child is None or child.poll() is not None:
+            raise ProcessLookupError(f"broker {broker} does not run")
+        child.send_signal(number)
+
+    def stop(self) -> None:
+        """Stop all brokers and remove the region, its semaphore and the folder, whatever happened before."""
+        with _signals_ignored():
+            try:
+                self._stop_processes()
+            finally:
+                self._remove()
+
+    def _stop_processes(self) -> None:
+        running = [child for child in self._children.values() if child.poll() is None]
+        for child in running:
+            child.terminate()
+        deadline = time.monotonic() + self._stop_seconds
+        for child in running:
+            try:
+                child.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._note(f"process {child.pid} did not stop within {self._stop_seconds:.0f} s and was killed")
+                child.kill()
+                child.wait()
+        self._ended.update(self._children)
+
+    def _remove(self) -> None:
+        for log in self._logs.values():
+            log.close()
+        self._logs.clear()
+        if self._claim is None:
+            return
+        remove_region(self.name, {child.pid for child in self._children.values()})
+        self._claim.release()
+        self._claim = None
+        self._addresses.clear()
+
+    def __enter__(self) -> "Cluster":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+
+def _how(code: int) -> str:
+    return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+
+
+def _reported_error(log: str) -> CxlmqError | None:
+    """The error that a broker reported as a JSON line, if it did."""
+    for line in reversed(log.splitlines()):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            return _error_from(json.loads(line))
+    return None
+
+
+def _error_from(report: dict[str, Any]) -> CxlmqError:
+    return from_code(str(report["error"]), str(report["message"]), **dict(report.get("details") or {}))
+
+
+# ---- the name ----------------------------------------------------------------------------------------------------
+
+
+class Claim:
+    """Holds a cluster's name: a lock on the supervisor's pid file, which goes with its process."""
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self.folder = folder
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        """Remove the cluster's folder and free the name."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._descriptor)
+
+    def give_back(self) -> None:
+        """Free the name; the folder belongs to somebody else."""
+        with contextlib.suppress(OSError):
+            (self.folder / PID_FILE).unlink()
+        os.close(self._descriptor)
+
+
+def claim_name(config: ClusterConfig) -> Claim | None:
+    """Take a cluster's name for this process; None when it is taken. Raises `PermissionDenied`."""
+    deadline = time.monotonic() + _CLAIM_SECONDS
+    while time.monotonic() < deadline:
+        if _region_exists(config.name) or supervisor_of(config.folder):
+            return None
+        try:
+            folder = make_folder(config)
+            descriptor = _lock(folder / PID_FILE)
+        except PermissionDenied:
+            if config.folder.parent.is_dir() and config.folder.exists():
+                return None                 # another user has this name; an unusable parent is an error
+            raise
+        if descriptor is None:              # somebody starts with this name, or removes what is left of it
+            time.sleep(_POLL_SECONDS)
+            continue
+        claim = Claim(folder, descriptor)
+        if _region_exists(config.name):
+            claim.give_back()
+            return None
+        text = json.dumps({"pid": os.getpid(), "start_time": files.process_start_time(),
+                           "boot_id": files.host_identity()})
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+        return claim
+    return None
+
+
+def _lock(path: Path) -> int | None:
+    """Create and lock a file; None when it is locked, or has gone while we took it."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+            return descriptor
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):
+            raise
+    os.close(descriptor)
+    return None
+
+
+def _region_exists(name: str) -> bool:
+    try:
+        files.region_file(files.REGION_PREFIX + name)
+    except files.RegionFileMissing:
+        return False
+    return True
+
+
+class Supervisor(NamedTuple):
+    """The process that looks after a cluster."""
+
+    pid: int
+    start_time: int
+    boot_id: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return files.process_alive(self.pid, self.start_time, self.boot_id)
+
+
+def supervisor_of(folder: Path) -> Supervisor | None:
+    """The living supervisor of the cluster with this folder; None when there is none."""
+    try:
+        values = json.loads((folder / PID_FILE).read_text())
+        supervisor = Supervisor(int(values["pid"]), int(values["start_time"]), str(values["boot_id"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return supervisor if supervisor.alive else None
+
+
+# ---- leftovers ---------------------------------------------------------------------------------------------------
+
+
+def collect_leftovers(folder_root: Path | None = None, dry_run: bool = False) -> list[str]:
+    """Remove the regions and folders of clusters whose processes are all dead; return their names."""
+    root = folder_root or runtime_root()
+    names: list[str] = []
+    if any(_may_be_dead(file) for file in files.list_region_files()):
+        from broker.region import collect_garbage  # slow to import, and seldom needed
+
+        names = [each.name for each in collect_garbage(dry_run, root)]
+    return sorted({*names, *_collect_folders(root, dry_run)})
+
+
+def _may_be_dead(file: files.RegionFile) -> bool:
+    """Whether a closer look is worth it: its creator is gone, or unknown."""
+    try:
+        mapping = files.map_region_file(file.file_name, writable=False)
+    except files.RegionFileError:
+        return file.user_id == os.geteuid()
+    if len(mapping) < record_bytes("Superblock"):
+        return True
+    superblock = unpack("Superblock", MappedMemory(mapping).read_bytes(0, record_bytes("Superblock")))
+    return not files.process_alive(superblock["owner_pid"], superblock["owner_start"], superblock["boot_id"])
+
+
+def _collect_folders(root: Path, dry_run: bool) -> list[str]:
+    """Remove folders of supervisors that died before there was a region, or after it had gone."""
+    found = []
+    for folder in root.glob(f"{FOLDER_PREFIX}*") if root.is_dir() else ():
+        name = folder.name.removeprefix(FOLDER_PREFIX)
+        pid_file = folder / PID_FILE
+        if folder.is_symlink() or not pid_file.is_file() or folder.stat().st_uid != os.geteuid():
+            continue
+        if _region_exists(name) or (descriptor := _lock(pid_file)) is None:
+            continue
+        try:
+            if not _region_exists(name):
+                found.append(name)
+                if not dry_run:
+                    shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+    return found
+
+
+def remove_region(name: str, owner_pids: set[int]) -> bool:
+    """Remove a region whose creator was one of these processes (all dead now), or which nobody finished."""
+    file_name = files.REGION_PREFIX + name
+    with files.locked_region_file(file_name) as same:
+        if not same:
+            return False
+        with contextlib.suppress(files.RegionFileError):
+            memory = MappedMemory(files.map_region_file(file_name, writable=False))
+            owner = unpack("Superblock", memory.read_bytes(0, record_bytes("Superblock")))["owner_pid"]
+            if owner and owner not in owner_pids:
+                return False
+        from broker.region import semaphore_name_of  # slow to import, and seldom needed: brokers tidy up
+
+        files.remove_semaphore(semaphore_name_of(name))
+        return files.remove_region_file(file_name)
+
+
+# ---- ready -------------------------------------------------------------------------------------------------------
+
+
+class BrokerTable:
+    """The broker table of a region that is being filled in, read without the tools of broker.region."""
+
+    def __init__(self, config: ClusterConfig, memory: MappedMemory) -> None:
+        self._layout = layout_of(config)
+        self._memory = memory
+
+    @classmethod
+    def open(cls, config: ClusterConfig, owner_pid: int) -> "BrokerTable | None":
+        """The table of the region that this very process created; None while there is none."""
+        try:
+            mapping = files.map_region_file(files.REGION_PREFIX + config.name, writable=False)
+        except files.RegionFileError:
+            return None
+        if len(mapping) < record_bytes("Superblock"):
+            return None
+        memory = MappedMemory(mapping)
+        if not memory.load_word(0):
+            return None
+        superblock = unpack("Superblock", memory.read_bytes(0, record_bytes("Superblock")))
+        return cls(config, memory) if superblock["owner_pid"] == owner_pid else None
+
+    def ready(self, broker: int, pid: int) -> Addresses | None:
+        """Where a broker listens, once this process has announced itself there as ready."""
+        at = self._layout.offset_of("broker", broker)
+        self._memory.invalidate_range(at, record_bytes("BrokerLine"))
+        line = unpack("BrokerLine", self._memory.read_line_bytes(at))
+        if line["state"] != BrokerState.BROKER_READY or line["pid"] != pid:
+            return None
+        at, count = self._layout.offset_of("broker_address", broker), record_bytes("BrokerAddress")
+        self._memory.invalidate_range(at, count)
+        address = unpack("BrokerAddress", self._memory.read_bytes(at, count))
+        return Addresses(address["tcp_address"], address["unix_address"])
+
+
+def answers(address: str, timeout: float) -> bool:
+    """Whether a gRPC server answers at "host:port" or "unix:/path": it greets with an HTTP/2 SETTINGS frame."""
+    try:
+        with _connect(address, timeout) as connection:
+            connection.sendall(_HTTP2_PREFACE)
+            greeting = b""
+            while len(greeting) < _HTTP2_FRAME_BYTES:
+                received = connection.recv(_HTTP2_FRAME_BYTES - len(greeting))
+                if not received:
+                    return False
+                greeting += received
+            return greeting[3] == _HTTP2_SETTINGS
+    except OSError:
+        return False
+
+
+def _connect(address: str, timeout: float) -> socket.socket:
+    if address.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.settimeout(timeout)
+            connection.connect(address.removeprefix("unix:"))
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout)
+
+
+# ---- signals -----------------------------------------------------------------------------------------------------
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _handlers(handler: Any, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield                               # Python gives signals to the main thread only
+        return
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, each in before.items():
+            signal.signal(number, signal.SIG_DFL if each is None else each)
+
+
+def _signals_ignored() -> contextlib.AbstractContextManager[None]:
+    """Nothing interrupts the clean-up: it is bounded by its own time-outs."""
+    return _handlers(signal.SIG_IGN, _ENDING)
+
+
+def interrupted_by_signals() -> contextlib.AbstractContextManager[None]:
+    """SIGTERM and SIGHUP interrupt like Ctrl-C (`KeyboardInterrupt`), so that `with Cluster()` cleans up."""
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    return _handlers(interrupt, _ENDING)
+
+
+# ---- a supervisor in the background ------------------------------------------------------------------------------
+
+
+def describe(cluster: Cluster) -> dict[str, Any]:
+    """A running cluster as JSON values."""
+    processes = cluster.processes
+    return {
+        "name": cluster.name, "supervisor": os.getpid(), "folder": str(cluster.config.folder),
+        "region_bytes": cluster.config.region_bytes, "notes": cluster.notes,
+        "brokers": [{"id": broker, "pid": processes.get(broker), "tcp_address": addresses.tcp,
+                     "unix_address": addresses.unix} for broker, addresses in sorted(cluster.addresses.items())],
+    }
+
+
+def start_detached(config: ClusterConfig, exact_name: bool | None = None) -> dict[str, Any]:
+    """Start a cluster whose supervisor outlives this process; return `describe` of it once it is ready.
+
+    Stop it with `stop_cluster(name)`. Raises what `Cluster.start` raises.
+    """
+    request = json.dumps({"config": json.loads(config.to_json()), "exact_name": exact_name})
+    with subprocess.Popen([sys.executable, "-m", "client.cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=_CODE_FOLDER, start_new_session=True) as supervisor:
+        assert supervisor.stdin
+        assert supervisor.stdout
+        assert supervisor.stderr
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                supervisor.stdin.write(request.encode())
+                supervisor.stdin.close()
+            answer = supervisor.stdout.readline()
+            if not answer:
+                said = supervisor.stderr.read().decode(errors="replace")
+                raise BrokerFailed(f"the supervisor ended before the cluster was ready; it said:\n{said}", log=said)
+        except BaseException:
+            supervisor.terminate()
+            supervisor.wait()
+            raise
+        values: dict[str, Any] = json.loads(answer)
+        if "error" in values:
+            supervisor.wait()
+            raise _error_from(values)
+        supervisor.returncode = 0           # it goes on without us: there is nothing to wait for
+    return values
+
+
+def supervise() -> int:
+    """The supervisor in the background: a request on standard input, one line of answer, then it looks after it."""
+    request = json.loads(sys.stdin.read())
+    config = ClusterConfig.from_json(json.dumps(request["config"]))
+    with interrupted_by_signals():
+        try:
+            with Cluster(config, exact_name=request["exact_name"]) as cluster:
+                print(json.dumps(describe(cluster)), flush=True)
+                _leave_terminal(cluster.config.folder / "supervisor.log")
+                cluster.wait()
+        except CxlmqError as error:
+            print(json.dumps({"error": error.code, "message": error.message, "details": error.details}, default=str))
+            return 1
+        except KeyboardInterrupt:
+            return 0
+    return 1                                # every broker has ended though nobody asked for it
+
+
+def _leave_terminal(log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for target, source in ((0, nothing), (1, descriptor), (2, descriptor)):
+        os.dup2(source, target)
+    os.close(descriptor)
+    os.close(nothing)
+
+
+def stop_cluster(folder: Path, timeout: float = DOWN_SECONDS) -> bool:
+    """Stop the supervisor of the cluster with this folder; False when none runs. It stops its brokers.
+
+    A supervisor that does not end in time is killed; its brokers then end by themselves.
+    """
+    supervisor = supervisor_of(folder)
+    if supervisor is None:
+        return False
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(supervisor.pid, number)
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if not supervisor.alive:
+                return True
+            time.sleep(_POLL_SECONDS)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(supervise())

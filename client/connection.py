@@ -1,0 +1,174 @@
+"""Where the brokers are, and the background event loop on which this process talks to them."""
+
+from broker.grpc_options import apply_process_tuning
+
+apply_process_tuning()                  # before the first import of grpc
+
+import asyncio
+import os
+import threading
+from collections.abc import Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import grpc
+import grpc.aio
+
+from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, from_metadata
+from broker.grpc_options import channel_options
+from broker.layout import BrokerState
+from broker.proto import cxlmq_pb2 as pb
+from broker.records import unpack
+from broker.region import attach_region
+from sim.cxl.region import host_identity, process_alive
+
+T = TypeVar("T")
+CALL_SECONDS = 30.0
+MESSAGE_LIMIT = (1 << 30) + (1 << 21)
+
+
+class ClientLoop:
+    """One event loop in a daemon thread, for all clients of this process."""
+
+    _lock = threading.Lock()
+    _current: "ClientLoop | None" = None
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="cxlmq-client", daemon=True)
+        self.thread.start()
+
+    @classmethod
+    def get(cls) -> "ClientLoop":
+        """The loop of this process; a forked child gets its own."""
+        with cls._lock:
+            if cls._current is None or cls._current.pid != os.getpid():
+                cls._current = cls()
+            return cls._current
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine there; its future."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
+        """Run a coroutine there and wait for its result."""
+        future = self.submit(coroutine)
+        try:
+            return future.result(timeout)
+        except (TimeoutError, KeyboardInterrupt):
+            future.cancel()
+            raise
+
+    async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine there from a coroutine of another loop."""
+        return await asyncio.wrap_future(self.submit(coroutine))
+
+
+@dataclass(frozen=True)
+class BrokerAddress:
+    """A broker as clients reach it: `target` is what a channel is opened to."""
+
+    id: int
+    target: str
+
+
+def translated(error: grpc.aio.AioRpcError, address: str = "") -> CxlmqError:
+    """The typed error that a failed call stands for."""
+    message = error.details() or str(error.code())
+    found = from_metadata(error.code().name, message, tuple(error.trailing_metadata() or ()))
+    if isinstance(found, BrokerUnavailable) and "address" not in found.details:
+        return BrokerUnavailable(address=address or "the cluster")
+    return found
+
+
+def addresses_of_region(cluster: str) -> list[BrokerAddress]:
+    """The live brokers of a cluster on this machine, read from its region. Raises `RegionMissing`."""
+    boot = host_identity()
+    with attach_region(cluster, writable=False) as region:
+        memory, layout = region.memory(), region.layout
+        found = []
+        for broker in range(layout.numbers["broker_count"]):
+            line = unpack("BrokerLine", memory.read_line_bytes(layout.offset_of("broker", broker)))
+            if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
+                continue
+            address = unpack("BrokerAddress", memory.read_bytes(layout.offset_of("broker_address", broker), 256))
+            found.append(BrokerAddress(broker, address["unix_address"] or address["tcp_address"]))
+        del memory
+    if not found:
+        raise RegionMissing(f"cluster {cluster} has no live broker: start it with `cxlmq cluster up`", region=cluster)
+    return found
+
+
+class Connection:
+    """Channels to a cluster's brokers, opened when first used. All methods run on the client loop.
+
+    `cluster` names a cluster on this machine; `bootstrap` ("host:port", "unix:/path") is any broker of one.
+    """
+
+    def __init__(self, cluster: str | None, bootstrap: str | None) -> None:
+        self.cluster = cluster
+        self.bootstrap = bootstrap
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self.description: pb.ClusterDescription | None = None
+
+    def channel(self, target: str) -> grpc.aio.Channel:
+        """The channel to an address."""
+        if target not in self._channels:
+            self._channels[target] = grpc.aio.insecure_channel(target, options=channel_options(MESSAGE_LIMIT))
+        return self._channels[target]
+
+    async def brokers(self) -> list[BrokerAddress]:
+        """The live brokers, asked anew. Raises `BrokerUnavailable`, `RegionMissing`."""
+        if self.bootstrap is None:
+            return addresses_of_region(self.cluster or "default")
+        known = [self.bootstrap]
+        if self.description is not None:
+            known += [each.tcp_address for each in self.description.brokers]
+        error: CxlmqError | None = None
+        for target in dict.fromkeys(known):
+            try:
+                self.description = await self.unary(
+                    target, "Cluster/Describe", pb.DescribeClusterRequest(), pb.ClusterDescription, timeout=5.0)
+                break
+            except CxlmqError as failed:
+                error = failed
+        else:
+            raise error or BrokerUnavailable(address=self.bootstrap)
+        here = self.description.host == host_identity()
+        return [BrokerAddress(each.id, each.unix_address if here and _reachable(each.unix_address)
+                              and not self._wants_tcp() else each.tcp_address)
+                for each in self.description.brokers if each.state == "ready"]
+
+    def _wants_tcp(self) -> bool:
+        return self.bootstrap is not None and not self.bootstrap.startswith("unix:")
+
+    async def unary(self, target: str, method: str, request: Any, reply: Any, timeout: float = CALL_SECONDS) -> Any:
+        """Call a method at one broker; typed errors."""
+        call = self.channel(target).unary_unary(
+            f"/cxlmq.v1.{method}", request.__class__.SerializeToString, reply.FromString)
+        try:
+            return await call(request, timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise translated(error, target) from None
+
+    async def any(self, method: str, request: Any, reply: Any) -> Any:
+        """Call a method at any broker that answers."""
+        error: CxlmqError = BrokerUnavailable(address=self.bootstrap or f"cluster {self.cluster}")
+        for broker in await self.brokers():
+            try:
+                return await self.unary(broker.target, method, request, reply)
+            except BrokerUnavailable as failed:
+                error = failed
+        raise error
+
+    async def close(self) -> None:
+        """Close all channels."""
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+
+
+def _reachable(unix_address: str) -> bool:
+    return bool(unix_address) and os.path.exists(unix_address.removeprefix("unix:"))

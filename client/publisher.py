@@ -1,0 +1,735 @@
+"""Publishers: batches are packed by the caller's thread and carried by an engine on the client loop.
+
+    publish ─► Packer ─► pending ─► (stamped with the session's next sequence) ─► a broker's stream ─► acks ─► deliveries
+
+The engine keeps every batch until it is settled: a broken stream's batches go to other brokers with the sequence they
+have; a fenced session is opened anew and goes on behind what is in the log.
+"""
+
+import asyncio
+import secrets
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from broker.config import TopicConfig
+from broker.errors import (
+    BufferFull,
+    ClosedError,
+    ConfigError,
+    CxlmqError,
+    DeliveryTimeout,
+    MessageTooBig,
+    SessionFenced,
+    SessionUnknown,
+    UnknownTopic,
+)
+from broker.grpc_options import RECOMMENDED_WINDOW_BYTES
+from broker.layout import ResultStatus
+from broker.proto import cxlmq_pb2 as pb
+from client.batch import Batch, Delivery, Dropped, Packer, now_ns
+from client.connection import BrokerAddress, ClientLoop, Connection
+from client.transport import PublishTransport, rendezvous
+
+POLICIES = ("block", "error", "drop_oldest", "drop_newest")
+TRANSPORTS = ("auto", "grpc")
+TICK_SECONDS = 0.05
+RECONNECT_SECONDS = 0.5
+RETRY_SECONDS = 0.02
+LATENCIES_KEPT = 1 << 20
+UNKNOWN_POSITION = (1 << 64) - 1
+
+
+class PublisherEngine:
+    """What carries batches. Its coroutines and callbacks run on the client loop; the rest may be called anywhere.
+
+    Invariant: a batch is in exactly one of: the packer, `pending` (no sequence yet), `inflight` (by sequence), settled.
+    """
+
+    def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int | None,
+                 batch_bytes: int | None, batch_bytes_min: int, batch_bytes_max: int, linger_ms: float,
+                 in_flight: int, buffer_bytes: int, when_full: str, delivery_timeout: float,
+                 on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,
+                 compression: str | None) -> None:
+        self.topic = topic
+        self.client_loop = ClientLoop.get()
+        self.loop = self.client_loop.loop
+        self.connection = Connection(cluster, bootstrap)
+        self.ack = ack
+        self.client_id = client_id if client_id is not None else secrets.randbits(63) + 1
+        self.fixed_batch = batch_bytes is not None
+        self.batch_bytes = (batch_bytes or batch_bytes_min, batch_bytes_min, batch_bytes_max)
+        self.linger = linger_ms / 1000
+        self.in_flight = in_flight
+        self.buffer_bytes = buffer_bytes
+        self.when_full = when_full
+        self.delivery_timeout = delivery_timeout
+        self.on_delivery = on_delivery
+        self.on_event = on_event
+        self.compression = compression
+        self.session = pb.Session()
+        self.session_target = ""
+        self.epoch = 0
+        self.next_sequence = 0
+        self.pending: deque[Batch] = deque()
+        self.inflight: dict[int, Batch] = {}
+        self.retry_at: dict[int, float] = {}
+        self.last_refusal: dict[int, CxlmqError] = {}
+        self.transports: dict[int, PublishTransport] = {}
+        self.turn = 0
+        self.buffered = 0
+        self.account = threading.Lock()
+        self.packer: Packer | None = None
+        self.changed = threading.Condition()
+        self.waiters = 0
+        self.pump_scheduled = False
+        self.linger_armed = False
+        self.reopening = False
+        self.closed = False
+        self.failure: CxlmqError | None = None
+        self.ticker: asyncio.Task[None] | None = None
+        self.next_reconnect = 0.0
+        self.known_brokers = 0
+        self.latencies = array("q")
+        self.counts = dict.fromkeys(
+            ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
+
+    # ---- opening ----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Find the brokers, open the session and a stream to every broker."""
+        brokers = await self.connection.brokers()
+        topic = await self.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=self.topic), pb.Topic)
+        if self.ack is None:
+            self.ack = topic.ack
+        TopicConfig(name=topic.name, order=topic.order, ack=self.ack,
+                    replication_factor=topic.replication_factor).validate(max(2, topic.replication_factor))
+        await self._open_session(brokers, resume_from=0)
+        limit = min(self.batch_bytes[2], self.session.batch_bytes_max)
+        if self.fixed_batch and self.batch_bytes[0] > self.session.batch_bytes_max:
+            raise ConfigError(setting="batch_bytes", value=self.batch_bytes[0],
+                              allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
+        self.batch_bytes = (min(self.batch_bytes[0], limit), self.batch_bytes[1], limit)
+        self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
+        self._connect(brokers)
+        self.ticker = self.loop.create_task(self._tick())
+
+    async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
+        """Open the session's next epoch at the first broker that takes it."""
+        assert self.ack is not None
+        error: CxlmqError | None = None
+        for broker in rendezvous(brokers, self.client_id, self.epoch):
+            request = pb.OpenSessionRequest(topic=self.topic, client_id=self.client_id, session_epoch=self.epoch + 1,
+                                            ack=self.ack, resume_from=resume_from)
+            try:
+                self.session = await self.connection.unary(broker.target, "Admin/OpenSession", request, pb.Session)
+            except SessionFenced:
+                self.epoch += 1             # somebody used this client id before: take a later epoch
+                return await self._open_session(brokers, resume_from)
+            except (UnknownTopic, ConfigError):
+                raise
+            except CxlmqError as failed:
+                error = failed
+                continue
+            self.epoch += 1
+            self.session_target = broker.target
+            return None
+        assert error is not None
+        raise error
+
+    def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
+        assert self.ack is not None
+        for broker in brokers:
+            if broker.id in self.transports:
+                continue
+            opened = pb.PublishOpen(
+                topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
+                session_epoch=self.session.session_epoch, ack=self.ack)
+            self.transports[broker.id] = PublishTransport(
+                broker, self.connection.channel(broker.target), opened, self.in_flight, RECOMMENDED_WINDOW_BYTES,
+                self._on_acks, self._on_broken, self.compression)
+
+    # ---- from the packer (any thread) -------------------------------------------------------------------------------
+
+    def too_big(self, nbytes: int) -> None:
+        """Refuse a message before anything is packed."""
+        raise MessageTooBig(message_bytes=nbytes, message_bytes_max=self.session.message_bytes_max)
+
+    def make_room(self, nbytes: int) -> None:
+        """Account for a new batch of up to `nbytes`; the policy decides when there is no room."""
+        if self.closed:
+            raise self.failure or ClosedError(what="the publisher")
+        if self.buffered and self.buffered + nbytes > self.buffer_bytes:
+            self._when_full(nbytes)
+        if not self.linger_armed:
+            self.linger_armed = True
+            self.loop.call_soon_threadsafe(self._arm_linger)
+
+    def _when_full(self, nbytes: int) -> None:
+        def room() -> bool:
+            return self.closed or not self.buffered or self.buffered + nbytes <= self.buffer_bytes
+
+        error = BufferFull(buffer_bytes=self.buffer_bytes)
+        if self.when_full == "error":
+            raise error
+        if self.when_full == "drop_oldest":
+            while not room() and self.pending:
+                oldest = self.pending.popleft()
+                self.counts["dropped_oldest"] += oldest.count
+                self._settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
+                                                      buffer_bytes=self.buffer_bytes))
+            if room():
+                return
+        if self.when_full in ("drop_oldest", "drop_newest"):
+            self.counts["dropped_newest"] += 1
+            raise Dropped(BufferFull("dropped: the buffer was full", buffer_bytes=self.buffer_bytes))
+        if threading.current_thread() is self.client_loop.thread:
+            raise error                     # waiting here would stop what makes room
+        with self._waiting():
+            if not self.changed.wait_for(room, self.delivery_timeout):
+                raise error
+
+    def send_full(self) -> None:
+        """The packer's batch is full: it goes, and under load the next one may be larger."""
+        assert self.packer is not None
+        batch = self.packer.take()
+        if batch is None:
+            return
+        if not self.fixed_batch and len(self.inflight) >= len(self.transports):
+            self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
+        self._seal(batch)
+
+    def _seal(self, batch: Batch) -> None:
+        assert self.ack is not None
+        batch.seal(time.time_ns())
+        batch.level = self.ack
+        batch.deadline = batch.opened + self.delivery_timeout
+        with self.account:
+            self.buffered += batch.nbytes
+        self.counts["batches"] += 1
+        self.pending.append(batch)
+        self._schedule_pump()
+
+    def _schedule_pump(self) -> None:
+        if not self.pump_scheduled:
+            self.pump_scheduled = True
+            self.loop.call_soon_threadsafe(self._pump)
+
+    def urge(self, batch: Batch) -> None:
+        """Somebody waits for this batch: do not linger."""
+        if self.packer is not None and self.packer.batch is batch:
+            taken = self.packer.take()
+            if taken is not None:
+                self._seal(taken)
+
+    def seal_current(self) -> None:
+        """Send what is packed so far."""
+        taken = self.packer.take() if self.packer is not None else None
+        if taken is not None:
+            self._seal(taken)
+
+    # ---- waiting (any thread but the loop's) --------------------------------------------------------------------------
+
+    def _waiting(self) -> "_Waiter":
+        return _Waiter(self)
+
+    def wait_for_batch(self, batch: Batch, timeout: float | None) -> None:
+        """Wait until a batch is settled. Raises TimeoutError."""
+        self.urge(batch)
+        limit = self.delivery_timeout + 5.0 if timeout is None else timeout
+        with self._waiting():
+            if not self.changed.wait_for(lambda: batch.settled, limit):
+                raise TimeoutError(f"the outcome is not known after {limit} s")
+
+    def outstanding(self) -> list[Batch]:
+        """Batches that are not settled, the current one sealed first."""
+        self.seal_current()
+        return [*self.pending, *list(self.inflight.values())]
+
+    def flush(self, timeout: float | None) -> None:
+        """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
+        batches = self.outstanding()
+        with self._waiting():
+            if not self.changed.wait_for(lambda: all(batch.settled for batch in batches),
+                                         self.delivery_timeout + 5.0 if timeout is None else timeout):
+                raise DeliveryTimeout(timeout_seconds=timeout)
+
+    # ---- on the loop ----------------------------------------------------------------------------------------------------
+
+    def _arm_linger(self) -> None:
+        self.loop.call_later(self.linger, self._linger)
+
+    def _linger(self) -> None:
+        """Send a batch that lingered long enough; come again while there is one."""
+        assert self.packer is not None
+        batch = self.packer.batch
+        if batch is None or batch.count == 0 or self.closed:
+            self.linger_armed = False
+            batch = self.packer.batch       # one may have begun just now
+            if batch is not None and batch.count and not self.linger_armed and not self.closed:
+                self.linger_armed = True
+                self._arm_linger()
+            return
+        age = time.monotonic() - batch.opened
+        # While the pipe is full, lingering costs nothing and fills batches.
+        if age >= self.linger and not self._is_saturated():
+            if not self.fixed_batch and batch.nbytes < self.packer.target // 2:
+                self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
+            self.seal_current()
+            age = 0.0
+        self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
+
+    def _is_saturated(self) -> bool:
+        return bool(self.pending) or bool(self.transports) and all(
+            not transport.has_room(1) for transport in self.transports.values())
+
+    def _pump(self) -> None:
+        """Stamp pending batches and give each to the next broker in turn that has room."""
+        self.pump_scheduled = False
+        if self.reopening:
+            return
+        while self.pending:
+            transport = self._next_transport(self.pending[0].nbytes)
+            if transport is None or self.next_sequence - min(self.inflight, default=self.next_sequence) >= 200:
+                return
+            try:
+                batch = self.pending.popleft()
+            except IndexError:
+                return                      # dropped by another thread
+            batch.stamp(self.next_sequence)
+            self.inflight[self.next_sequence] = batch
+            self.next_sequence += 1
+            self._send(transport, batch)
+
+    def _send(self, transport: PublishTransport, batch: Batch) -> None:
+        batch.sent_ns = now_ns()
+        batch.broker = transport.broker.id
+        transport.send(batch)
+
+    def _next_transport(self, nbytes: int) -> PublishTransport | None:
+        """The next live broker in turn whose window has room."""
+        order = list(self.transports.values())
+        for i in range(len(order)):
+            transport = order[(self.turn + i) % len(order)]
+            if transport.alive and transport.has_room(nbytes):
+                self.turn = (self.turn + i + 1) % len(order)
+                return transport
+        return None
+
+    def _on_acks(self, transport: PublishTransport, response: pb.PublishResponse) -> None:
+        """Settle what a broker answered."""
+        now = now_ns()
+        for sequence, position, status in zip(response.batch_sequences, response.positions, response.statuses,
+                                              strict=True):
+            transport.answered(sequence)
+            batch = self.inflight.get(sequence)
+            if batch is None:
+                continue
+            if status in (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE):
+                if len(self.latencies) < LATENCIES_KEPT:
+                    self.latencies.append(now - batch.sent_ns)
+                duplicate = status == ResultStatus.RESULT_DUPLICATE
+                batch.broker = transport.broker.id
+                del self.inflight[sequence]
+                known = None if position == UNKNOWN_POSITION else position
+                self._settle(batch, known, None, epoch=response.epoch, duplicate=duplicate)
+            elif status == ResultStatus.RESULT_FENCED:
+                self._start_reopening(SessionFenced(reason="the sequencer ended it", committed=sequence))
+            elif status == ResultStatus.RESULT_DAMAGED:
+                del self.inflight[sequence]
+                self._settle(batch, None, CxlmqError("the batch was damaged in memory and not ordered: publish again"))
+                self._start_reopening(SessionFenced(reason="a batch was damaged", committed=sequence))
+            else:
+                self.retry_at[sequence] = time.monotonic() + RETRY_SECONDS
+        for refusal in response.refusals:
+            transport.answered(refusal.batch_sequence)
+            if refusal.batch_sequence in self.inflight:
+                self.last_refusal[refusal.batch_sequence] = transport.refusal_error(refusal)
+                self.retry_at[refusal.batch_sequence] = time.monotonic() + RETRY_SECONDS
+        if self.pending:
+            self._pump()
+        self._notify()
+
+    def _on_broken(self, transport: PublishTransport, error: CxlmqError) -> None:
+        """A stream ended: its batches go elsewhere with the sequence they have."""
+        self.transports.pop(transport.broker.id, None)
+        if self.closed:
+            return
+        if isinstance(error, UnknownTopic):
+            self._fail_everything(error)
+        elif isinstance(error, SessionFenced | SessionUnknown):
+            self._start_reopening(error)
+        else:
+            for sequence in transport.unanswered():
+                self.retry_at[sequence] = 0.0
+            self._resend_due()
+
+    def _resend_due(self) -> None:
+        """Send again what was refused or lost, by rendezvous hashing over the brokers that are there."""
+        if self.reopening:
+            return
+        now = time.monotonic()
+        for sequence in sorted(sequence for sequence, due in self.retry_at.items() if due <= now):
+            batch = self.inflight.get(sequence)
+            live = [transport for transport in self.transports.values() if transport.alive]
+            if batch is None:
+                self.retry_at.pop(sequence)
+                continue
+            if not live:
+                return
+            chosen = rendezvous([transport.broker for transport in live], self.client_id, sequence)[0]
+            self.retry_at.pop(sequence)
+            self.counts["retries"] += 1
+            self._send(self.transports[chosen.id], batch)
+
+    async def _tick(self) -> None:
+        """Deadlines, retries, and lost brokers that came back."""
+        while not self.closed:
+            await asyncio.sleep(TICK_SECONDS)
+            self._expire()
+            self._resend_due()
+            now = time.monotonic()
+            if now >= self.next_reconnect and not self.reopening:
+                self.next_reconnect = now + RECONNECT_SECONDS
+                if any(not transport.alive for transport in self.transports.values()) or not self.transports or (
+                        self.retry_at or len(self.transports) < self.known_brokers):
+                    await self._reconnect()
+            if self.pending:
+                self._pump()
+
+    async def _reconnect(self) -> None:
+        try:
+            brokers = await self.connection.brokers()
+        except CxlmqError:
+            return
+        self.known_brokers = len(brokers)
+        for broker_id in [key for key, transport in self.transports.items() if not transport.alive]:
+            del self.transports[broker_id]
+        self._connect(brokers)
+
+    def _expire(self) -> None:
+        """Settle what nobody answered in time."""
+        now = time.monotonic()
+        expired = False
+        while self.pending and self.pending[0].deadline <= now:
+            self._settle(self.pending.popleft(), None, DeliveryTimeout(
+                f"not sent within {self.delivery_timeout} s: no broker took it; it is not in the log",
+                timeout_seconds=self.delivery_timeout))
+            expired = True
+        for sequence in [key for key, batch in self.inflight.items() if batch.deadline <= now]:
+            batch = self.inflight.pop(sequence)
+            error = self.last_refusal.pop(sequence, None) or DeliveryTimeout(timeout_seconds=self.delivery_timeout)
+            self._settle(batch, None, error)
+            # Its sequence may never arrive: the session has to end, or everything behind it would wait for ever.
+            self._start_reopening(SessionFenced(reason="a batch was given up", committed=sequence))
+            expired = True
+        if expired:
+            self._notify()
+
+    def _settle(self, batch: Batch, position: int | None, error: CxlmqError | None, *, epoch: int = 0,
+                duplicate: bool = False) -> None:
+        with self.account:
+            self.buffered -= batch.nbytes
+        self.counts["failed" if error is not None else "acked"] += batch.count
+        self.counts["duplicates"] += duplicate
+        batch.settle(position, epoch, batch.broker, duplicate, error)
+
+    def settled_at_send(self, batch: Batch) -> None:
+        """Level 0 asks for no ack: a batch that was handed to the transport is done."""
+        if batch.sequence in self.inflight:
+            del self.inflight[batch.sequence]
+            self._settle(batch, None, None)
+            self._notify()
+
+    def _notify(self) -> None:
+        if self.waiters:
+            with self.changed:
+                self.changed.notify_all()
+
+    # ---- a session that ended ---------------------------------------------------------------------------------------
+
+    def _start_reopening(self, reason: CxlmqError) -> None:
+        if not self.reopening and not self.closed:
+            self.reopening = True
+            self.loop.create_task(self._reopen(reason))
+
+    async def _reopen(self, reason: CxlmqError) -> None:
+        """Open the next epoch, settle what is in the log, and send the rest again, renumbered from 0."""
+        for transport in list(self.transports.values()):
+            transport.abandon()
+        self.transports.clear()
+        resume_from = min(self.inflight, default=self.next_sequence)
+        while not self.closed:
+            try:
+                brokers = await self.connection.brokers()
+                await self._open_session(brokers, resume_from)
+                break
+            except UnknownTopic as error:
+                self._fail_everything(error)
+                return
+            except CxlmqError:
+                await asyncio.sleep(RECONNECT_SECONDS / 5)
+                self._expire()
+        self.counts["reopened"] += 1
+        self._resume(resume_from)
+        self.reopening = False
+        self._connect(brokers)
+        self._pump()
+        self._notify()
+        if self.on_event is not None:
+            self.on_event(reason)
+
+    def _resume(self, resume_from: int) -> None:
+        high_water, positions = self.session.high_water, list(self.session.positions)
+        unsettled = []
+        for sequence in sorted(self.inflight):
+            batch = self.inflight[sequence]
+            if sequence < high_water:
+                at = sequence - resume_from
+                position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
+                self._settle(batch, None if position == UNKNOWN_POSITION else position, None, epoch=0, duplicate=True)
+            else:
+                unsettled.append(batch)
+        self.inflight.clear()
+        self.retry_at.clear()
+        self.next_sequence = 0
+        self.pending.extendleft(reversed(unsettled))
+
+    def _fail_everything(self, error: CxlmqError) -> None:
+        self.failure = error
+        self.closed = True
+        for batch in [*self.inflight.values(), *self.pending]:
+            self._settle(batch, None, error)
+        self.inflight.clear()
+        self.pending.clear()
+        self._notify()
+
+    # ---- closing ----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """End streams and session. What is not settled is given up."""
+        already, self.closed = self.closed, True
+        if self.ticker is not None:
+            self.ticker.cancel()
+        for transport in list(self.transports.values()):
+            await transport.close()
+        if not already and self.session.session_epoch:
+            request = pb.CloseSessionRequest(client_id=self.client_id, session_slot=self.session.session_slot,
+                                             session_epoch=self.session.session_epoch)
+            try:
+                await self.connection.unary(self.session_target, "Admin/CloseSession", request,
+                                            pb.CloseSessionResponse, timeout=2.0)
+            except CxlmqError:
+                pass                        # a session without streams ends by itself
+        for batch in [*self.inflight.values(), *self.pending]:
+            self._settle(batch, None, ClosedError(what="the publisher"))
+        self.inflight.clear()
+        self.pending.clear()
+        self._notify()
+        await self.connection.close()
+
+
+class _Waiter:
+    """Holds the engine's condition and counts itself, so that the loop notifies only when somebody waits."""
+
+    def __init__(self, engine: PublisherEngine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._engine.changed.acquire()
+        self._engine.waiters += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.waiters -= 1
+        self._engine.changed.release()
+
+
+def _check_options(when_full: str, transport: str, options: dict[str, Any]) -> None:
+    """Refuse wrong options before anything is opened."""
+    def refuse(setting: str, value: object, allowed: str) -> None:
+        raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
+
+    if when_full not in POLICIES:
+        refuse("when_full", when_full, ", ".join(POLICIES))
+    if transport not in TRANSPORTS:
+        refuse("transport", transport, ", ".join(TRANSPORTS))
+    if options["ack"] not in (None, 0, 1, 2):
+        refuse("ack", options["ack"], "0, 1 or 2")
+    if options["compression"] not in (None, "gzip", "deflate"):
+        refuse("compression", options["compression"], "None, gzip or deflate")
+    for name in ("batch_bytes", "batch_bytes_min", "batch_bytes_max", "buffer_bytes", "in_flight"):
+        if options[name] is not None and (not isinstance(options[name], int) or options[name] < 1):
+            refuse(name, options[name], "a whole number above 0")
+    if not 1 <= options["in_flight"] <= 128:
+        refuse("in_flight", options["in_flight"], "1 to 128 batches")
+    for name in ("linger_ms", "delivery_timeout"):
+        if options[name] < 0:
+            refuse(name, options[name], "0 or more")
+
+
+class _PublisherBase:
+    """What `Publisher` and `AsyncPublisher` share."""
+
+    def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
+                 ack: int | None = None, client_id: int | None = None, batch_bytes: int | None = None,
+                 batch_bytes_min: int = 64 << 10, batch_bytes_max: int = 4 << 20, linger_ms: float = 1.0,
+                 in_flight: int = 8, buffer_bytes: int = 64 << 20, when_full: str = "block",
+                 delivery_timeout: float = 30.0, on_delivery: Callable[[Delivery], None] | None = None,
+                 on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None) -> None:
+        options: dict[str, Any] = {
+            "ack": ack, "client_id": client_id, "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
+            "batch_bytes_max": batch_bytes_max, "linger_ms": linger_ms, "in_flight": in_flight,
+            "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression}
+        _check_options(when_full, transport, options)
+        self._engine = PublisherEngine(topic, cluster=cluster, bootstrap=bootstrap, when_full=when_full,
+                                       on_delivery=on_delivery, on_event=on_event, **options)
+        self._on_delivery = on_delivery
+
+    @property
+    def _packer(self) -> Packer:
+        packer = self._engine.packer
+        if packer is None:
+            raise ClosedError("the publisher is not open: use it in a `with` block", what="the publisher")
+        return packer
+
+    @property
+    def client_id(self) -> int:
+        """Identity of this publisher; a later one with the same id takes over its session."""
+        return self._engine.client_id
+
+    def _noted(self, delivery: Delivery) -> Delivery:
+        if self._on_delivery is not None:
+            delivery.add_done_callback(self._on_delivery)
+        return delivery
+
+    def statistics(self) -> dict[str, int]:
+        """Counts so far: messages, batches, bytes, acked, failed, dropped_oldest, dropped_newest, retries, reopened."""
+        engine = self._engine
+        packer = engine.packer
+        return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
+                "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": engine.buffered,
+                **engine.counts}
+
+    def take_latencies(self) -> Any:
+        """Send-to-ack times of the batches settled since the last call: numpy int64, ns."""
+        import numpy
+
+        taken, self._engine.latencies = self._engine.latencies, array("q")
+        return numpy.array(taken, numpy.int64)
+
+
+class Publisher(_PublisherBase):
+    """Publishes to one topic. `with Publisher("topic") as publisher: publisher.publish(b"...").result()`
+
+    `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `ack` is the level
+    to wait for (None: the topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by
+    `batch_bytes`); a message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged;
+    `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within
+    `delivery_timeout` seconds. `on_delivery` is called with each settled delivery, `on_event` when the session was
+    reopened. Raises the typed errors of `client.errors`.
+    """
+
+    def open(self) -> "Publisher":
+        """Connect and open the session; `with` does it."""
+        engine = self._engine
+        try:
+            engine.client_loop.run(engine.open())
+        except BaseException:
+            engine.client_loop.run(engine.close())
+            raise
+        return self
+
+    def publish(self, data: Any) -> Delivery:
+        """Publish one message (bytes, or anything with the buffer protocol). Does not wait for its ack."""
+        delivery = self._packer.append(data)
+        return delivery if self._on_delivery is None else self._noted(delivery)
+
+    def publish_many(self, messages: Sequence[Any]) -> Delivery:
+        """Publish a sequence of messages; the delivery of the last."""
+        return self._noted(self._packer.append_many(messages))
+
+    def publish_array(self, rows: Any) -> Delivery:
+        """Publish a 2-D uint8 array, one row a message; the delivery of the last."""
+        return self._noted(self._packer.append_array(rows))
+
+    def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
+        self._engine.flush(timeout)
+
+    def close(self) -> None:
+        """Flush, then end the session."""
+        if self._engine.packer is not None and not self._engine.closed:
+            self._engine.flush(None)
+        self._engine.client_loop.run(self._engine.close())
+
+    def __enter__(self) -> "Publisher":
+        return self.open()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._engine.client_loop.run(self._engine.close())
+
+
+class AsyncPublisher(_PublisherBase):
+    """As `Publisher`, for coroutines: `async with AsyncPublisher("topic") as publisher: ...`"""
+
+    async def open(self) -> "AsyncPublisher":
+        """Connect and open the session; `async with` does it."""
+        engine = self._engine
+        try:
+            await engine.client_loop.call(engine.open())
+        except BaseException:
+            await engine.client_loop.call(engine.close())
+            raise
+        return self
+
+    async def publish(self, data: Any) -> Delivery:
+        """Publish one message; waits for room in the buffer, not for the ack. `await` the delivery for its receipt."""
+        await self._room(len(data))
+        return self._noted(self._packer.append(data))
+
+    async def publish_many(self, messages: Sequence[Any]) -> Delivery:
+        """Publish a sequence of messages; the delivery of the last."""
+        await self._room(sum(map(len, messages)))
+        return self._noted(self._packer.append_many(messages))
+
+    async def _room(self, nbytes: int) -> None:
+        engine = self._engine
+        deadline = time.monotonic() + engine.delivery_timeout
+        while (engine.when_full == "block" and engine.buffered and not engine.closed
+               and engine.buffered + self._packer.target + nbytes > engine.buffer_bytes):
+            if time.monotonic() > deadline:
+                raise BufferFull(buffer_bytes=engine.buffer_bytes)
+            await asyncio.sleep(0.001)
+
+    async def flush(self, timeout: float | None = None) -> None:
+        """Wait until everything published so far is settled."""
+        batches = self._engine.outstanding()
+        deadline = time.monotonic() + (self._engine.delivery_timeout + 5.0 if timeout is None else timeout)
+        while not all(batch.settled for batch in batches):
+            if time.monotonic() > deadline:
+                raise DeliveryTimeout(timeout_seconds=timeout)
+            await asyncio.sleep(0.001)
+
+    async def close(self) -> None:
+        """Flush, then end the session."""
+        if self._engine.packer is not None and not self._engine.closed:
+            await self.flush()
+        await self._engine.client_loop.call(self._engine.close())
+
+    async def __aenter__(self) -> "AsyncPublisher":
+        return await self.open()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            await self.close()
+        else:
+            await self._engine.client_loop.call(self._engine.close())
+
+
+__all__ = ["AsyncPublisher", "Publisher"]

@@ -1,0 +1,389 @@
+"""Subscribers: one stream from one broker, the whole total order; batches wait in a bounded buffer for the reader."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from broker.config import check_topic_name
+from broker.errors import BrokerUnavailable, ClosedError, ConfigError, CxlmqError
+from broker.proto import cxlmq_pb2 as pb
+from client.connection import BrokerAddress, ClientLoop, Connection, translated
+from client.received import Message, ReceivedBatch, parse_response
+
+SUBSCRIBE = "/cxlmq.v1.PubSub/Subscribe"
+BUFFER_BYTES = 16 << 20
+RECONNECT_SECONDS = 0.2
+RECONNECT_TRIES = 50
+Start = str | int
+
+
+def _check_start(start: Start) -> None:
+    if start in ("beginning", "end") or isinstance(start, int) and not isinstance(start, bool) and start >= 0:
+        return
+    raise ConfigError(setting="start", value=repr(start), allowed='"beginning", "end", or a position from 0 on')
+
+
+class SubscriberEngine:
+    """Keeps a subscription running and its buffer filled. Coroutines run on the client loop."""
+
+    def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
+                 buffer_bytes: int, protect: str) -> None:
+        check_topic_name(topic)
+        _check_start(start)
+        self.topic = topic
+        self.client_loop = ClientLoop.get()
+        self.connection = Connection(cluster, bootstrap)
+        self.start: Start = start
+        self.broker = broker
+        self.buffer_bytes = buffer_bytes
+        self.protect = protect
+        self.batches: deque[ReceivedBatch] = deque()
+        self.buffered = 0
+        self.first_in_batch = 0             # messages of batches[0] that were given out
+        self.next_position: int | None = None       # of what the stream brings next
+        self.failure: CxlmqError | None = None
+        self.closed = False
+        self.changed = threading.Condition()
+        self.async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+        self.space = asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.first_position = 0
+        self.end_position = 0
+
+    # ---- on the loop ----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Subscribe; returns once the place is protected."""
+        call = await self._subscribe()
+        self.task = asyncio.get_running_loop().create_task(self._run(call))
+
+    async def _candidates(self) -> list[BrokerAddress]:
+        brokers = await self.connection.brokers()
+        if self.broker is None:
+            turn = id(self) // 64 % len(brokers)
+            return brokers[turn:] + brokers[:turn]
+        chosen = [each for each in brokers if each.id == self.broker]
+        if not chosen:
+            raise BrokerUnavailable(address=f"broker {self.broker}")
+        return chosen
+
+    async def _subscribe(self) -> Any:
+        """Open a stream at the first broker that answers."""
+        error: CxlmqError = BrokerUnavailable(address="the cluster")
+        for broker in await self._candidates():
+            call = self.connection.channel(broker.target).unary_stream(
+                SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(self._request())
+            try:
+                metadata = dict(await call.initial_metadata() or ())
+                if "cxlmq-end-position" not in metadata:
+                    await call.read()       # the call has failed: this raises why
+                    raise BrokerUnavailable(address=broker.target)
+            except grpc.aio.AioRpcError as failed:
+                error = translated(failed, broker.target)
+                if not isinstance(error, BrokerUnavailable):
+                    raise error from None
+                continue
+            self.first_position = int(metadata["cxlmq-first-position"])
+            self.end_position = int(metadata["cxlmq-end-position"])
+            if self.next_position is None and self.start == "end":
+                self.next_position = self.end_position
+            return call
+        raise error
+
+    def _request(self) -> pb.SubscribeRequest:
+        request = pb.SubscribeRequest(topic=self.topic, protect=self.protect)
+        start = self.start if self.next_position is None else self.next_position
+        if isinstance(start, int):
+            request.position = start
+        elif start == "end":
+            request.end = True
+        else:
+            request.beginning = True
+        return request
+
+    async def _run(self, call: Any) -> None:
+        """Read the stream; when it breaks, go on at another broker from the next position."""
+        tries = 0
+        while not self.closed:
+            try:
+                await self._read(call)
+                error: CxlmqError = BrokerUnavailable(address="the cluster")
+            except grpc.aio.AioRpcError as failed:
+                error = translated(failed)
+            except asyncio.CancelledError:
+                call.cancel()
+                return
+            except CxlmqError as failed:
+                error = failed
+            if not isinstance(error, BrokerUnavailable) or tries >= RECONNECT_TRIES:
+                self._fail(error)
+                return
+            tries += 1
+            await asyncio.sleep(RECONNECT_SECONDS)
+            try:
+                call = await self._subscribe()
+                tries = 0
+            except CxlmqError as failed:
+                if not isinstance(failed, BrokerUnavailable):
+                    self._fail(failed)
+                    return
+
+    async def _read(self, call: Any) -> None:
+        while True:
+            while self.buffered > self.buffer_bytes:
+                self.space.clear()
+                await self.space.wait()
+            frame = await call.read()
+            if frame is grpc.aio.EOF:
+                code = await call.code()
+                if code != grpc.StatusCode.OK:
+                    raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(),
+                                               details=await call.details())
+                return
+            self._take(parse_response(frame, self.topic))
+
+    def _take(self, batches: list[ReceivedBatch]) -> None:
+        wanted = self.next_position if self.next_position is not None else (
+            self.start if isinstance(self.start, int) else None)
+        with self.changed:
+            for batch in batches:
+                if wanted is not None and batch.position < wanted:
+                    batch.drop_before(wanted)
+                self.next_position = batch.position + batch.count
+                if batch.count:
+                    self.batches.append(batch)
+                    self.buffered += batch.nbytes
+            self._wake()
+
+    def _fail(self, error: CxlmqError) -> None:
+        with self.changed:
+            self.failure = error
+            self._wake()
+
+    def _wake(self) -> None:
+        self.changed.notify_all()
+        waiters, self.async_waiters = self.async_waiters, []
+        for loop, future in waiters:
+            loop.call_soon_threadsafe(lambda future=future: future.done() or future.set_result(None))
+
+    async def close(self) -> None:
+        """End the stream."""
+        self.closed = True
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        self._fail(ClosedError(what="the subscriber"))
+        await self.connection.close()
+
+    async def seek(self, start: Start) -> None:
+        """Forget what is buffered and go on elsewhere."""
+        if self.task is not None:
+            self.task.cancel()
+            await asyncio.gather(self.task, return_exceptions=True)
+        with self.changed:
+            self.batches.clear()
+            self.buffered = self.first_in_batch = 0
+            self.failure = None
+            self.start, self.next_position = start, None
+        await self.open()
+
+    # ---- taking (any thread, `changed` held) -----------------------------------------------------------------------------
+
+    def ready(self) -> bool:
+        """Whether there is something to take, or an error to raise."""
+        return bool(self.batches) or self.failure is not None
+
+    def take_messages(self, limit: int) -> list[Message]:
+        """Up to `limit` buffered messages."""
+        out: list[Message] = []
+        while self.batches and len(out) < limit:
+            batch = self.batches[0]
+            taken = batch.to_messages(self.first_in_batch, limit - len(out))
+            out += taken
+            self.first_in_batch += len(taken)
+            if self.first_in_batch == batch.count:
+                self._drop_first()
+        if not out and self.failure is not None:
+            raise self.failure
+        return out
+
+    def take_batches(self) -> list[ReceivedBatch]:
+        """All buffered batches; one that was begun by `take_messages` comes without what was taken."""
+        out: list[ReceivedBatch] = []
+        if self.batches and self.first_in_batch:
+            self.batches[0].drop_before(self.batches[0].position + self.first_in_batch)
+            self.first_in_batch = 0
+        while self.batches:
+            out.append(self.batches[0])
+            self._drop_first()
+        if not out and self.failure is not None:
+            raise self.failure
+        return out
+
+    def _drop_first(self) -> None:
+        batch = self.batches.popleft()
+        self.first_in_batch = 0
+        self.buffered = self.buffered - batch.nbytes if self.batches else 0
+        if self.buffered <= self.buffer_bytes and not self.space.is_set():
+            self.client_loop.loop.call_soon_threadsafe(self.space.set)
+
+    def position(self) -> int | None:
+        """Position of the message that is given out next; None when nothing has told yet."""
+        with self.changed:
+            if self.batches:
+                return self.batches[0].position + self.first_in_batch
+            if self.next_position is not None:
+                return self.next_position
+            return self.start if isinstance(self.start, int) else (
+                self.first_position if self.start == "beginning" else self.end_position)
+
+
+class _SubscriberBase:
+    """What `Subscriber` and `AsyncSubscriber` share."""
+
+    def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
+                 start: Start = "beginning", broker: int | None = None, buffer_bytes: int = BUFFER_BYTES,
+                 protect: str = "") -> None:
+        if transport not in ("auto", "grpc"):
+            raise ConfigError(setting="transport", value=repr(transport), allowed="auto, grpc")
+        self._engine = SubscriberEngine(topic, cluster, bootstrap, start, broker, buffer_bytes, protect)
+
+    @property
+    def position(self) -> int | None:
+        """Position of the next message."""
+        return self._engine.position()
+
+    @property
+    def end_position(self) -> int:
+        """Where the log ended when the subscription began."""
+        return self._engine.end_position
+
+
+class Subscriber(_SubscriberBase):
+    """Reads one topic in the total order. `with Subscriber("topic") as subscriber: subscriber.fetch(10, timeout=1)`
+
+    `start` is "beginning" (what is kept), "end", or a position. `broker` chooses the broker that serves (any can).
+    `protect` names a cursor that keeps its data while nobody reads. Raises the typed errors of `client.errors`.
+    """
+
+    def open(self) -> "Subscriber":
+        """Subscribe; `with` does it."""
+        try:
+            self._engine.client_loop.run(self._engine.open())
+        except BaseException:
+            self._engine.client_loop.run(self._engine.close())
+            raise
+        return self
+
+    def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
+        """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
+        engine = self._engine
+        with engine.changed:
+            engine.changed.wait_for(engine.ready, timeout)
+            return engine.take_messages(n)
+
+    def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
+        """Whole batches, without copying their messages; empty when nothing came in `timeout` seconds."""
+        engine = self._engine
+        with engine.changed:
+            engine.changed.wait_for(engine.ready, timeout)
+            return engine.take_batches()
+
+    def __iter__(self) -> Iterator[Message]:
+        """Messages, for ever: waits for what comes."""
+        while True:
+            yield from self.fetch(1024)
+
+    def get_next(self, timeout: float | None = None) -> Message | None:
+        """The next message; None when none came in time. The paper's GetNext()."""
+        return next(iter(self.fetch(1, timeout)), None)
+
+    def get_all(self) -> list[Message]:
+        """Everything up to the end of the log as it is now. The paper's GetAll()."""
+        out: list[Message] = []
+        topic = self._engine.client_loop.run(self._engine.connection.any(
+            "Admin/DescribeTopic", pb.DescribeTopicRequest(name=self._engine.topic), pb.Topic))
+        while (self.position or 0) < topic.end_position:
+            out += self.fetch(topic.end_position - (self.position or 0), timeout=10.0)
+        return out
+
+    def seek(self, start: Start) -> None:
+        """Go on from "beginning", "end" or a position. Raises `PositionLost` when it is reclaimed."""
+        _check_start(start)
+        self._engine.client_loop.run(self._engine.seek(start))
+
+    def close(self) -> None:
+        """End the subscription."""
+        self._engine.client_loop.run(self._engine.close())
+
+    def __enter__(self) -> "Subscriber":
+        return self.open()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class AsyncSubscriber(_SubscriberBase):
+    """As `Subscriber`, for coroutines: `async with AsyncSubscriber("topic") as s: async for message in s: ...`"""
+
+    async def open(self) -> "AsyncSubscriber":
+        """Subscribe; `async with` does it."""
+        try:
+            await self._engine.client_loop.call(self._engine.open())
+        except BaseException:
+            await self._engine.client_loop.call(self._engine.close())
+            raise
+        return self
+
+    async def _ready(self, timeout: float | None) -> None:
+        engine = self._engine
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with engine.changed:
+                if engine.ready():
+                    return
+                loop = asyncio.get_running_loop()
+                future: asyncio.Future[None] = loop.create_future()
+                engine.async_waiters.append((loop, future))
+            try:
+                await asyncio.wait_for(future, None if deadline is None else deadline - time.monotonic())
+            except TimeoutError:
+                return
+
+    async def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
+        """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
+        await self._ready(timeout)
+        with self._engine.changed:
+            return self._engine.take_messages(n)
+
+    async def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
+        """Whole batches, without copying their messages."""
+        await self._ready(timeout)
+        with self._engine.changed:
+            return self._engine.take_batches()
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        while True:
+            for message in await self.fetch(1024):
+                yield message
+
+    async def seek(self, start: Start) -> None:
+        """Go on from "beginning", "end" or a position."""
+        _check_start(start)
+        await self._engine.client_loop.call(self._engine.seek(start))
+
+    async def close(self) -> None:
+        """End the subscription."""
+        await self._engine.client_loop.call(self._engine.close())
+
+    async def __aenter__(self) -> "AsyncSubscriber":
+        return await self.open()
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
