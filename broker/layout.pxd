@@ -364,6 +364,7 @@ cdef class Layout:
     cdef Geometry g
     cdef readonly object sections            # list of (name, offset, bytes)
     cdef uint64_t _bitmap_bytes
+    cdef dict _places
 
     cdef uint64_t directory(self) noexcept nogil
     cdef uint64_t sequencer_activity(self) noexcept nogil

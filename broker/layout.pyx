@@ -276,7 +276,12 @@ cdef class Layout:
 
     def offset_of(self, record: str, *index: int) -> int:
         """Region offset of a record, for tools and tests: `offset_of("ring", topic, broker, slot)`."""
-        places = {
+        if not self._places:
+            self._places = self._make_places()
+        return self._places[record](*index)
+
+    def _make_places(self) -> dict:
+        return {
             "superblock": lambda: 0, "control": lambda: self.g.control, "directory": self._directory,
             "broker": lambda b: self.broker(b), "broker_address": lambda b: self.broker_address(b),
             "broker_activity": lambda b: self.broker_activity(b), "pool_wish": lambda b: self.pool_wish(b),
@@ -296,7 +301,6 @@ cdef class Layout:
             "broker_counters": lambda b: self.broker_counters(b),
             "sequencer_counters": lambda: self.sequencer_counters(),
         }
-        return places[record](*index)
 
     def _directory(self):
         return self.directory()

@@ -19,6 +19,7 @@ from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_now_ns, cxl_sto
 WAITING = {"latency": -1, "balanced": 1_000_000, "saver": 0}
 
 cdef enum:
+    YIELD_SHORT = 20
     SLEEP_NS = 100000000        # a sleeper looks by itself this often, whatever the doorbells say
 
 
@@ -76,7 +77,7 @@ cdef class Pipeline:
         self.doorbell.disarm()
 
     cdef void loop(self) noexcept nogil:
-        cdef int64_t idle_since = 0
+        cdef int64_t idle_since = 0, window = self.yield_ns, now
         while not cxl_load_acquire(&self.stopping):
             cxl_count(&self.counters.loops, 1)
             if self.step():
@@ -88,11 +89,14 @@ cdef class Pipeline:
                 continue
             if idle_since == 0:
                 idle_since = cxl_now_ns()
-            if cxl_now_ns() - idle_since < self.yield_ns:
+            now = cxl_now_ns()
+            if now - idle_since < window:
                 cxl_yield()
             else:
                 # Stays idle until there is work: a wake-up without any goes straight back to sleep.
                 self.sleep()
+                # Yielding pays when work comes sooner than the window lasts; after longer sleeps it only costs.
+                window = self.yield_ns if cxl_now_ns() - now < 2 * self.yield_ns else self.yield_ns // YIELD_SHORT
 
     def run(self) -> None:
         """Run until `stop`; without the GIL."""

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -46,7 +46,7 @@ POLITE_SECONDS = 1.0
 
 
 class LimitError(RuntimeError):
-    """A server or publisher process of the baseline failed; the message names it and how it ended."""
+    """A process of a measurement failed; the message names it and how it ended."""
 
 
 @dataclass(frozen=True)
@@ -153,13 +153,16 @@ def answer(line: str) -> None:
 
 
 class Child:
-    """A process of the baseline: it answers lines with lines, and ends when its standard input does."""
+    """A process that answers lines with lines, and ends when its standard input does.
 
-    def __init__(self, module: str, role: str, argument: str, settings: Settings) -> None:
+    `role` names it in errors; an answer that takes longer than `seconds_max` counts as a hang.
+    """
+
+    def __init__(self, role: str, module: str, arguments: Sequence[str], seconds_max: float) -> None:
         self._role = role
-        self._seconds_max = settings.round_seconds_max
+        self._seconds_max = seconds_max
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, f"--{role}", argument, "--settings", json.dumps(asdict(settings))],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -169,10 +172,15 @@ class Child:
         assert self._process.stdout
         self._input, self._output = self._process.stdin, self._process.stdout
 
-    def ask(self) -> None:
-        """Have a publisher run one round."""
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def ask(self, line: str = "") -> None:
+        """Send one line: have a publisher run one round."""
         with contextlib.suppress(BrokenPipeError):
-            self._input.write("\n")
+            self._input.write(line + "\n")
             self._input.flush()
 
     def read_answer(self) -> str:
@@ -244,7 +252,8 @@ def _started(module: str, settings: Settings) -> Iterator[tuple[list[Child], lis
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="cxlmq-limit-", ignore_cleanup_errors=True))
 
         def start(role: str, argument: str) -> Child:
-            child = Child(module, role, argument, settings)
+            arguments = [f"--{role}", argument, "--settings", json.dumps(asdict(settings))]
+            child = Child(role, module, arguments, settings.round_seconds_max)
             stack.callback(child.close)
             return child
 

@@ -39,7 +39,7 @@ class StartType(click.ParamType):
               help="How to print a message; see below.")
 @click.option("--count", "-c", type=click.IntRange(0), metavar="N", help="End after N messages.")
 @click.option("--follow", is_flag=True, help="Go on at the end of the topic, and wait for more.")
-@click.option("--transport", default="auto", show_default=True, metavar="auto|unix|tcp", help="How to reach a broker.")
+@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc", help="How to reach a broker.")
 @target_options
 def consume(topic: str, start: str | int, text: str, count: int | None, follow: bool, transport: str,
             target: Target) -> None:
@@ -100,9 +100,9 @@ class Output:
         self._pieces: list[bytes] = []
         self._bytes = 0
 
-    def done(self, position: int) -> bool:
-        """Whether everything that was asked for is rendered, when `position` is next."""
-        return self._left == 0 or (self._end is not None and position >= self._end)
+    def done(self, position: int | None) -> bool:
+        """Whether everything that was asked for is rendered, when `position` is next (None: not known yet)."""
+        return self._left == 0 or (self._end is not None and position is not None and position >= self._end)
 
     def write(self, batch: Batch) -> None:
         """Take a batch, as far as it is wanted."""

@@ -7,8 +7,8 @@ r"""Message formats as in kcat's `-f`, compiled once and applied to whole batche
 
 import re
 import struct
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 from broker.errors import ConfigError
 
@@ -30,43 +30,36 @@ class Batch(Protocol):
         ...
 
 
-class _Place(NamedTuple):
-    """What of a message is not its payload."""
-
-    position: int
-    topic: bytes
-    broker: int
-    timestamp_ns: int
-
-
-_Part = Callable[[bytes, _Place], bytes]
-
-_FIELDS: dict[str, _Part] = {
-    "s": lambda payload, place: payload,
-    "S": lambda payload, place: b"%d" % len(payload),
-    "R": lambda payload, place: _LENGTH.pack(len(payload)),
-    "o": lambda payload, place: b"%d" % place.position,
-    "t": lambda payload, place: place.topic,
-    "p": lambda payload, place: b"%d" % place.broker,
-    "T": lambda payload, place: b"%d" % (place.timestamp_ns // 1_000_000),
+# What differs from message to message: its place in a %-template, and its values for a batch.
+_COLUMNS: dict[str, tuple[bytes, Callable[[list[bytes], int], Iterable[Any]]]] = {
+    "s": (b"%b", lambda messages, position: messages),
+    "S": (b"%d", lambda messages, position: map(len, messages)),
+    "R": (b"%b", lambda messages, position: map(_LENGTH.pack, map(len, messages))),
+    "o": (b"%d", lambda messages, position: range(position, position + len(messages))),
+}
+# What a whole batch shares.
+_SHARED: dict[str, Callable[[Batch, bytes], bytes]] = {
+    "t": lambda batch, topic: topic,
+    "p": lambda batch, topic: b"%d" % batch.broker,
+    "T": lambda batch, topic: b"%d" % (batch.timestamp_ns // 1_000_000),
 }
 _CONSTANTS = {"k": b"", "K": b"-1", "h": b"", "%": b"%"}
 
 
 class Formatter:
-    """A compiled format."""
+    """A compiled format: one template a batch, filled for each message without a loop in Python."""
 
     def __init__(self, parts: Sequence[bytes | str], topic: str) -> None:
         """`parts`: literal bytes, or the letter of a field."""
         self._topic = topic.encode()
         self._parts = list(parts)
-        literals = [part for part in parts if isinstance(part, bytes)]
-        fields = [part for part in parts if isinstance(part, str)]
+        self._columns = [_COLUMNS[part][1] for part in parts if isinstance(part, str) and part in _COLUMNS]
         # With the payload alone between literals, a batch is one join.
         self._around: tuple[bytes, bytes] | None = None
-        if fields == ["s"] and len(literals) == len(parts) - 1 and len(parts) <= 3:
-            at = parts.index("s")
-            self._around = b"".join(literals[:at]), b"".join(literals[at:])
+        if [part for part in parts if isinstance(part, str)] == ["s"]:
+            at = self._parts.index("s")
+            before, after = parts[:at], parts[at + 1:]
+            self._around = b"".join(map(_literal, before)), b"".join(map(_literal, after))
 
     def render(self, batch: Batch, limit: int | None = None) -> tuple[bytes, int]:
         """The bytes for a batch, and how many messages they are (at most `limit`)."""
@@ -78,13 +71,25 @@ class Formatter:
         if self._around is not None:
             before, after = self._around
             return before + (after + before).join(messages) + after, len(messages)
-        out = bytearray()
-        constant = self._parts
-        for position, payload in enumerate(messages, batch.position):
-            place = _Place(position, self._topic, batch.broker, batch.timestamp_ns)
-            for part in constant:
-                out += part if isinstance(part, bytes) else _FIELDS[part](payload, place)
-        return bytes(out), len(messages)
+        template = b"".join(self._template(batch))
+        if not self._columns:
+            return (template % ()) * len(messages), len(messages)
+        rows = zip(*(column(messages, batch.position) for column in self._columns), strict=True)
+        return b"".join(map(template.__mod__, rows)), len(messages)
+
+    def _template(self, batch: Batch) -> Iterator[bytes]:
+        for part in self._parts:
+            if isinstance(part, bytes):
+                yield part.replace(b"%", b"%%")
+            elif part in _COLUMNS:
+                yield _COLUMNS[part][0]
+            else:
+                yield _SHARED[part](batch, self._topic).replace(b"%", b"%%")
+
+
+def _literal(part: bytes | str) -> bytes:
+    assert isinstance(part, bytes)
+    return part
 
 
 def compile_format(text: str, topic: str = "") -> Formatter:
@@ -103,12 +108,12 @@ def compile_format(text: str, topic: str = "") -> Formatter:
             literal(plain.encode(errors="surrogateescape"))
         elif escape is not None:
             literal(_escape(escape, text))
-        elif field in _FIELDS:
+        elif field in _COLUMNS or field in _SHARED:
             parts.append(field)
         elif field in _CONSTANTS:
             literal(_CONSTANTS[field])
         else:
-            allowed = " ".join(f"%{each}" for each in (*_FIELDS, *_CONSTANTS))
+            allowed = " ".join(f"%{each}" for each in (*_COLUMNS, *_SHARED, *_CONSTANTS))
             raise ConfigError(f"the format {text!r} has %{field}, which is not known: allowed are {allowed}",
                               setting="format", value=text, allowed=allowed)
     return Formatter(parts, topic)

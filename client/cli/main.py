@@ -34,6 +34,10 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
+class OutputClosed(Exception):
+    """Whoever read the output has enough (`| head`)."""
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are run."""
 
@@ -48,6 +52,13 @@ class LazyGroup(click.Group):
         module, attribute, _ = _COMMANDS[cmd_name]
         command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run; a reader that went away is told to `run`, before click makes a failure of it."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise OutputClosed from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands in the help."""
@@ -109,8 +120,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _usage_error(error, settings)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        _discard_output()               # whoever read it has enough (`| head`): that is no error
+    except (OutputClosed, BrokenPipeError):
+        _discard_output()               # that is no error
     except CxlmqError as error:
         _show_traceback(settings)
         hint = _hint(error)

@@ -4,6 +4,7 @@ import os
 import stat
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ class Outcome:
 @click.option("--batch-size", type=common.SIZE, help="Bytes of a batch [adapted between 64KiB and 4MiB].")
 @click.option("--linger", type=common.DURATION, default="1ms", show_default=True,
               help="How long a batch that is not full waits for more.")
-@click.option("--transport", default="auto", show_default=True, metavar="auto|unix|tcp",
+@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc",
               help="How to reach the brokers; auto takes the fastest that works.")
 @click.option("--timeout", type=common.DURATION, default="30s", show_default=True,
               help="A message that is not acknowledged by then has failed.")
@@ -149,20 +150,24 @@ def _publish_all(topic: str, target: Target, descriptor: int,
         failed = failed or error
     outcome.seconds = time.monotonic() - started
     outcome.acknowledged = publisher.statistics()["acked"]
+    if failed is None and outcome.acknowledged < outcome.messages:
+        failed = CxlmqError("some messages in the middle were not acknowledged: publish them again")
     return outcome, failed
 
 
 def _pump(publisher: Any, groups: Iterator[list[bytes]], outcome: Outcome, progress: Any) -> None:
-    delivery = None
+    """Publish group after group; stop at the first that has failed."""
+    outstanding: deque[Any] = deque()       # the delivery of each group's last message
     for messages in groups:
-        delivery = publisher.publish_many(messages)
+        outstanding.append(publisher.publish_many(messages))
         outcome.messages += len(messages)
         outcome.bytes += sum(map(len, messages))
+        while outstanding and outstanding[0].done():
+            outcome.last_position = outstanding.popleft().result().position
         progress.show(outcome)
     publisher.flush()
-    if delivery is not None:
-        receipt = delivery.result()
-        outcome.last_position = receipt.position
+    for delivery in outstanding:
+        outcome.last_position = delivery.result().position
 
 
 def _report(outcome: Outcome, error: BaseException | None) -> None:

@@ -1,0 +1,214 @@
+"""What the sequencer's lock costs: mutex, semaphore and lock-free order, over several scanner threads.
+
+    stage alone    rings of 4 brokers filled and delegated in advance ─► N scanner threads, nothing else on the clock
+    end to end     a cluster, tiny batches over gRPC: here the publisher is the bottleneck and hides the lock
+
+Both run the product's own stages. The stage alone uses a private region, refilled outside the clock.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from broker.config import SEQUENCER_LOCKS, ClusterConfig, TopicConfig, load_config
+from broker.doorbell import Doorbell
+from broker.log import BrokerLog
+from broker.notifier import Notifier
+from broker.order_lock import LOCK_MODES
+from broker.region import Region, create_region, region_statistics
+from broker.segments import make_pool
+from broker.sessions import SessionTable
+from broker.stages.ack import AckStage
+from broker.stages.delegation import Delegation
+from broker.stages.directory import Directory
+from broker.stages.receiver import Receiver
+from broker.stages.release import Release
+from broker.stages.sequencer import OrderState, Scanner
+from broker.topics import TopicEntry, TopicTable
+from client.bench import sequencer_bench
+from client.bench.throughput import lock_advice, measure_run, subtract
+from client.bench.workload import Workload
+from sim.cxl.clock import SystemClock
+from sim.cxl.memory import Memory, Role
+
+SCANNER_COUNTS = (1, 2, 4)
+BROKERS = 4
+TOPIC = "bench"
+LEASE_NS = 30_000_000_000
+START_NS = 3_000_000
+ORDER_ENTRIES = 32768
+# Scanners leave places in the order index for one another.
+SPARE_ENTRIES = 64
+SESSIONS_VERSION = 40                       # byte offset in BrokerLine
+PIPELINE_BELL = 0
+END_TO_END = {"message_bytes": 256, "batch_bytes": 4096, "region_bytes": 256 << 20, "transport": "grpc"}
+
+Progress = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def private_region(config: ClusterConfig) -> Iterator[Region]:
+    """A region that nobody else attaches to, removed at the end."""
+    region = create_region(config)
+    try:
+        yield region
+    finally:
+        region.unlink()
+        region.close()
+
+
+def bench_name() -> str:
+    """A cluster name of our own."""
+    return f"bench-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+# ---- the stage alone -----------------------------------------------------------------------------------------------
+
+
+class SequencerAlone:
+    """A sequencer with N scanners over the rings of `BROKERS` brokers, each with one session."""
+
+    def __init__(self, region: Region, lock: str, scanners: int) -> None:
+        self._region, self._layout = region, region.layout
+        brokers = range(self._layout.numbers["broker_count"])
+        receiving = [self._door(Role.ROLE_RECEIVER, b) for b in brokers]
+        bells = [Doorbell(self._door(Role.ROLE_BROKER, b), self._layout.offset_of("doorbell", b, PIPELINE_BELL))
+                 for b in brokers]
+        self._notifier = Notifier()
+        self._logs = [BrokerLog(receiving[b], self._layout, make_pool(receiving[b], self._layout, b), b)
+                      for b in brokers]
+        acks = [AckStage(self._door(Role.ROLE_ACK, b), self._logs[b], self._notifier) for b in brokers]
+        self._receivers = [Receiver(receiving[b], self._logs[b], acks[b], bells[b], bells[0]) for b in brokers]
+        self._delegations = [Delegation(self._door(Role.ROLE_DELEGATION, b), self._logs[b], bells[0]) for b in brokers]
+        self._releases = [Release(self._door(Role.ROLE_RECLAIM, b), self._logs[b]) for b in brokers]
+        self._order = OrderState(self._door(Role.ROLE_SEQUENCER, 0), self._layout, 0, LOCK_MODES[lock], scanners,
+                                 semaphore_name="/" + region.semaphore_name)
+        self._scanners = [Scanner(self._order, self._door(Role.ROLE_SEQUENCER, 0), SystemClock(), number,
+                                  [b for b in brokers if b % scanners == number], bells) for number in range(scanners)]
+        self._directories = [Directory(self._door(Role.ROLE_BROKER, b), self._logs[b],
+                                       *((self._order, self._scanners) if b == 0 else ())) for b in brokers]
+        self._topic, self._sessions = asyncio.run(self._open())
+        self._sequences = 0
+        self.batches = (ORDER_ENTRIES - SPARE_ENTRIES) // len(brokers) * len(brokers)
+
+    def _door(self, role: int, broker: int) -> Memory:
+        return self._region.memory(role, self._layout.offset_of("role_statistics", broker, int(role)))
+
+    async def _open(self) -> tuple[TopicEntry, list[int]]:
+        """A topic, and a session at every broker."""
+        admin = self._door(Role.ROLE_ADMIN, 0)
+        table = TopicTable(admin, self._layout, lambda: [each.step_once() for each in self._directories])
+        topic = await table.create(TopicConfig(name=TOPIC), LEASE_NS, lambda: list(range(len(self._logs))))
+        slots = []
+        for broker in range(len(self._logs)):
+            sessions = SessionTable(admin, self._layout, broker, lambda broker=broker: self._announce(admin, broker))
+            opened = await sessions.open(broker + 1, 1, topic.generation << 16 | topic.number, 1)
+            slots.append(opened["slot"])
+        return topic, slots
+
+    def _announce(self, memory: Memory, broker: int) -> None:
+        """A session line changed: the sequencer looks."""
+        at = self._layout.offset_of("broker", broker) + SESSIONS_VERSION
+        memory.store_word(at, memory.load_word(at) + 1)
+        for scanner in self._scanners:
+            scanner.step_once()
+
+    def run_round(self) -> int:
+        """Fill the rings, let the scanners loose, take everything back; ns from the first scanner to the last."""
+        number, before = self._topic.number, sequencer_bench.committed_index(self._order, self._topic.number)
+        share = self.batches // len(self._logs)
+        for broker, receiver in enumerate(self._receivers):
+            sequencer_bench.fill_ring(receiver, number, broker + 1, self._sessions[broker], self._sequences, share)
+            while self._delegations[broker].step_once():
+                pass
+        self._sequences += share
+        start_ns = time.monotonic_ns() + START_NS
+        with ThreadPoolExecutor(len(self._scanners)) as pool:
+            runs = [pool.submit(sequencer_bench.run_scanner, scanner, number, start_ns) for scanner in self._scanners]
+            times = [run.result() for run in runs]
+        ordered = sequencer_bench.committed_index(self._order, number) - before
+        if ordered != self.batches:
+            raise sequencer_bench.BenchError(f"{ordered} of {self.batches} batches were ordered")
+        self._take_back(number)
+        return int(max(end for _, end in times) - min(begin for begin, _ in times))
+
+    def _take_back(self, number: int) -> None:
+        """Give all slots and segments back, as readers and the reclaimer would in time."""
+        sequencer_bench.forget_committed(self._order, self._door(Role.ROLE_ADMIN, 0), number)
+        for log, release in zip(self._logs, self._releases, strict=True):
+            release.look_everywhere()
+            while log.topic_state(number)["tail"] < log.topic_state(number)["head"]:
+                release.step_once()
+
+    def close(self) -> None:
+        """Give back what is not memory."""
+        self._notifier.close()
+
+
+def measure_stage(lock: str, scanners: int, rounds: int = 20) -> dict[str, Any]:
+    """The sequencer stage alone; M batches/s is the median of the rounds, the lock's counters are of all of them."""
+    config = load_config(
+        name=bench_name(), brokers=BROKERS, region_bytes="192MiB", topic_count_max=1, sequencer_lock=lock,
+        scanners=scanners, ring_slot_count=ORDER_ENTRIES // BROKERS, order_entry_count=ORDER_ENTRIES)
+    with private_region(config) as region:
+        bench = SequencerAlone(region, lock, scanners)
+        try:
+            bench.run_round()               # touches the pages
+            before = region_statistics(region)["sequencer"]
+            times = [bench.run_round() for _ in range(rounds)]
+            counters = subtract(region_statistics(region)["sequencer"], before)
+        finally:
+            bench.close()
+    return {"lock": lock, "scanners": scanners, "rounds": rounds, "batches": bench.batches * rounds,
+            "million_batches_per_second": bench.batches / statistics.median(times) * 1000,
+            **lock_figures(lock, counters, sum(times) / 1e9)}
+
+
+def lock_figures(lock: str, counters: dict[str, int], seconds: float) -> dict[str, Any]:
+    """What the lock's counters say of so many seconds."""
+    contended, samples = counters["lock_contended"], counters["lock_hold_samples"]
+    return {
+        "seconds": seconds, "acquisitions": counters["lock_acquisitions"], "contended": contended,
+        "contended_per_second": contended / seconds, "wait_us": counters["lock_wait_ns"] / 1000,
+        "wait_us_mean": counters["lock_wait_ns"] / contended / 1000 if contended else 0.0,
+        "hold_us_mean": counters["lock_hold_ns"] / samples / 1000 if samples else None,
+        "advice": lock_advice(lock, contended / seconds),
+    }
+
+
+# ---- end to end ----------------------------------------------------------------------------------------------------
+
+
+def measure_end_to_end(lock: str, scanners: int, batches: int) -> dict[str, Any]:
+    """A cluster with tiny batches over gRPC; everything is read back and verified."""
+    workload = Workload.parse({**END_TO_END, "brokers": BROKERS, "sequencer_lock": lock, "scanners": scanners,
+                               "total_bytes": batches * END_TO_END_BATCH_BYTES})
+    run = measure_run(workload, "grpc", {})
+    lock_report = run["sequencer_lock"]
+    names = ("acquisitions", "contended", "contended_per_second", "wait_us", "wait_us_mean", "hold_us_mean", "advice")
+    return {"lock": lock, "scanners": scanners, "batches": run["batches"], "seconds": run["seconds"],
+            "million_batches_per_second": run["batches_per_second"] / 1e6, "ack_latency_us": run["ack_latency_us"],
+            "verified": run["verified"], **{name: lock_report[name] for name in names}}
+
+
+END_TO_END_BATCH_BYTES = 4096 // (256 + 8) * 256
+
+
+def compare(locks: tuple[str, ...] = SEQUENCER_LOCKS, scanner_counts: tuple[int, ...] = SCANNER_COUNTS, *,
+            rounds: int = 20, batches: int = 20_000, progress: Progress = lambda _: None) -> dict[str, Any]:
+    """All locks over all scanner counts, the stage alone and (unless `batches` is 0) end to end."""
+    cases = [(lock, scanners) for scanners in scanner_counts for lock in locks]
+    stage, end_to_end = [], []
+    for lock, scanners in cases:
+        progress(f"the stage alone: {lock}, {scanners} scanners")
+        stage.append(measure_stage(lock, scanners, rounds))
+    for lock, scanners in cases if batches else ():
+        progress(f"end to end: {lock}, {scanners} scanners")
+        end_to_end.append(measure_end_to_end(lock, scanners, batches))
+    return {"stage_alone": stage, "end_to_end": end_to_end, "brokers": BROKERS}
