@@ -316,8 +316,8 @@ class TopicConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     name: str
     order: int = 5                  # 0 none, 1 per broker, 2 global, 5 global and per session (4 is an alias of 5)
-    ack: int = 1                    # 0 none, 1 ordered in memory, 2 durable on replication_factor disks
-    replication_factor: int = 1
+    ack: int = 1                    # 0 none, 1 ordered in memory, 2 durable on replication_factor - 1 disks as well
+    replication_factor: int = 1     # copies, the one in memory included
     retention_bytes: int = 0        # 0: while the region has room; N: drop beyond N bytes; -1: never drop
 
     def validate(self, broker_count: int) -> tuple["TopicConfig", list[str]]:

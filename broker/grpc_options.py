@@ -48,6 +48,8 @@ def apply_process_tuning() -> None:
     A `GRPC_EXPERIMENTS` set by the user is kept. On a C library without `mallopt` the allocator stays as it is.
     """
     os.environ.setdefault(EXPERIMENTS_VARIABLE, EXPERIMENTS)
+    # numpy is used for a few tables; its thread pool would cost every broker a tenth of a second.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _tune_allocator()
 
 

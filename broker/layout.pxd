@@ -17,9 +17,18 @@ cdef enum:
     ADDRESS_BYTES = 128
     POOL_RING = 64              # grants and returns under way to and from the leader's pool
     ATTACH_RING = 64            # descriptors and completions per attached client
+    LEASE_RING = 16             # leases that an attached client may hold at once
+    ATTACH_PAGE = 4096          # who writes differs from page to page, so that mappings can be limited
 
 cpdef enum BatchFlag:
     BATCH_VOID = 1              # reserved and never filled: takes no position, frees its slot
+    BATCH_FENCE = 2             # with BATCH_VOID: its session broke the contract and is fenced
+
+cpdef enum AttachState:
+    ATTACH_FREE = 0
+    ATTACH_OPEN = 1
+    ATTACH_FENCED = 2           # a bad descriptor, or its lease ended: nothing more is taken
+    ATTACH_CLOSING = 3
 
 cpdef enum ResultStatus:
     RESULT_NONE = 0
@@ -266,6 +275,40 @@ cpdef enum HolderKind:
     HOLDER_RETENTION = 4        # a topic that never drops; number: the topic
     HOLDER_UNCOMMITTED = 5      # batches that wait for order; number: the topic
 
+cdef packed struct AttachLine:              # writer: receiver (the attach stage)
+    uint64_t state                          # generation << 8 | AttachState
+    uint64_t topic                          # generation << 16 | topic number
+    uint64_t granted                        # leases given so far
+    uint64_t session_slot
+    uint64_t session_epoch
+    uint64_t client_id
+    uint64_t taken                          # descriptors taken so far
+    uint64_t reserved
+
+cdef packed struct Lease:                   # 16 bytes, LEASE_RING of them; writer: receiver
+    uint64_t offset
+    uint64_t nbytes
+
+cdef packed struct AttachClientLine:        # writer: client
+    uint64_t heartbeat_ns
+    uint64_t using_lease                    # number of the lease that it fills now
+    uint64_t retired                        # leases it is done with
+    uint64_t wanted_bytes                   # smallest lease that is of use to it
+    uint64_t acknowledged                   # generation of the fence that it has seen: it writes no more
+    uint64_t released_index                 # a subscriber's: order entries below it are no longer viewed
+    uint64_t pid
+    uint64_t start_time
+
+cdef packed struct Descriptor:              # one line of the submission ring; writer: client
+    uint64_t commit                         # tag(generation, submission number), stored last
+    uint64_t payload_offset
+    uint32_t payload_bytes
+    uint32_t message_count
+    uint64_t lease
+    uint64_t batch_sequence
+    uint64_t published_wall_ns
+    uint64_t reserved[2]
+
 cdef packed struct SegmentLine:             # writer: the broker that owns the segment
     uint64_t owner                          # 0 free; else broker + 1 | topic << 16 | generation << 32
     uint64_t opened_ns
@@ -341,6 +384,7 @@ cdef packed struct Geometry:
     uint64_t pool_strategy
     uint64_t sessions_per_broker
     uint64_t cursors_per_broker
+    uint64_t attach_per_broker
     uint64_t control
     uint64_t brokers
     uint64_t broker_stride
@@ -390,6 +434,12 @@ cdef class Layout:
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil
+    cdef uint64_t attach_line(self, uint64_t a) noexcept nogil
+    cdef uint64_t attach_lease(self, uint64_t a, uint64_t number) noexcept nogil
+    cdef uint64_t attach_completion(self, uint64_t a, uint64_t number) noexcept nogil
+    cdef uint64_t attach_client(self, uint64_t a) noexcept nogil
+    cdef uint64_t attach_doorbell(self, uint64_t a) noexcept nogil
+    cdef uint64_t attach_descriptor(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil
     cdef uint64_t segment(self, uint64_t s) noexcept nogil
     cdef uint64_t bitmap(self) noexcept nogil

@@ -58,6 +58,10 @@ def _records() -> dict:
     cdef DoorbellLine x
     cdef CursorName ee
     cdef ReclaimAnswerLine ff
+    cdef AttachLine gg
+    cdef Lease hh
+    cdef AttachClientLine ii
+    cdef Descriptor jj
     cdef BrokerCounters y
     cdef SequencerCounters z
     cdef AccessStatistics aa
@@ -74,6 +78,8 @@ def _records() -> dict:
         "BatchHeader": <BatchHeader[:1]>&p, "BatchResult": <BatchResult[:1]>&q, "OrderEntry": <OrderEntry[:1]>&r,
         "SessionLine": <SessionLine[:1]>&s, "SessionProgressLine": <SessionProgressLine[:1]>&t,
         "CursorName": <CursorName[:1]>&ee, "ReclaimAnswerLine": <ReclaimAnswerLine[:1]>&ff,
+        "AttachLine": <AttachLine[:1]>&gg, "Lease": <Lease[:1]>&hh, "AttachClientLine": <AttachClientLine[:1]>&ii,
+        "Descriptor": <Descriptor[:1]>&jj,
         "CursorLine": <CursorLine[:1]>&u, "CursorGrantLine": <CursorGrantLine[:1]>&v,
         "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
         "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
@@ -137,7 +143,8 @@ cdef class Layout:
         g.session_count_max = g.sessions_per_broker * g.broker_count
         g.cursors_per_broker = cursor_count_max // broker_count
         g.cursor_count_max = g.cursors_per_broker * g.broker_count
-        g.attach_slot_count = attach_slot_count
+        g.attach_per_broker = attach_slot_count // broker_count
+        g.attach_slot_count = g.attach_per_broker * g.broker_count
         g.segment_bytes = segment_bytes
         g.region_bytes = region_bytes
         g.message_bytes_max = message_bytes_max
@@ -182,7 +189,9 @@ cdef class Layout:
         g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
         g.sessions = section("sessions", g.session_count_max * 2 * LINE_BYTES)
         g.cursors = section("cursors", g.cursor_count_max * 3 * LINE_BYTES)
-        g.attach_stride = LINE_BYTES * (6 + 2 * ATTACH_RING)
+        # A page that the broker writes, one with the client's line and doorbell, one with its descriptors.
+        g.attach_stride = 3 * ATTACH_PAGE
+        at = _round_up(at, ATTACH_PAGE)
         g.attach = section("attached-client slots", g.attach_slot_count * g.attach_stride)
         g.segment_table = section("segment table", segment_count * LINE_BYTES)
         bitmap = _round_up(self._bitmap_words(segment_count) * 8, LINE_BYTES)
@@ -254,6 +263,20 @@ cdef class Layout:
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 64
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 128
+    cdef uint64_t attach_line(self, uint64_t a) noexcept nogil: return self.g.attach + a * self.g.attach_stride
+
+    cdef uint64_t attach_lease(self, uint64_t a, uint64_t number) noexcept nogil:
+        return self.attach_line(a) + 64 + (number % LEASE_RING) * sizeof(Lease)
+
+    cdef uint64_t attach_completion(self, uint64_t a, uint64_t number) noexcept nogil:
+        return self.attach_line(a) + 1024 + (number % ATTACH_RING) * sizeof(BatchResult)
+
+    cdef uint64_t attach_client(self, uint64_t a) noexcept nogil: return self.attach_line(a) + ATTACH_PAGE
+    cdef uint64_t attach_doorbell(self, uint64_t a) noexcept nogil: return self.attach_line(a) + ATTACH_PAGE + 64
+
+    cdef uint64_t attach_descriptor(self, uint64_t a, uint64_t number) noexcept nogil:
+        return self.attach_line(a) + 2 * ATTACH_PAGE + (number % ATTACH_RING) * sizeof(Descriptor)
+
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil: return self.g.segment_table + s * 64
     cdef uint64_t segment(self, uint64_t s) noexcept nogil: return self.g.segments + s * self.g.segment_bytes
     cdef uint64_t bitmap(self) noexcept nogil: return self.g.coherent
@@ -294,6 +317,10 @@ cdef class Layout:
             "session": lambda s: self.session(s), "session_progress": lambda s: self.session_progress(s),
             "cursor": lambda c: self.cursor(c), "cursor_grant": lambda c: self.cursor_grant(c),
             "cursor_name": lambda c: self.cursor_name(c), "reclaim_answer": lambda b: self.reclaim_answer(b),
+            "attach_line": lambda a: self.attach_line(a), "attach_client": lambda a: self.attach_client(a),
+            "attach_lease": lambda a, n: self.attach_lease(a, n), "attach_doorbell": lambda a: self.attach_doorbell(a),
+            "attach_completion": lambda a, n: self.attach_completion(a, n),
+            "attach_descriptor": lambda a, n: self.attach_descriptor(a, n),
             "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),
             "bitmap": lambda: self.bitmap(), "warm_bitmap": lambda: self.warm_bitmap(),
             "doorbell": lambda b, w: self.doorbell(b, w), "order_lock": lambda: self.order_lock(),
@@ -315,6 +342,7 @@ WRITERS = {
     "OffsetBrokerLine": "delegation", "OffsetSequencerLine": "sequencer", "ReplicaLine": "replication",
     "BatchHeader": "receiver, then delegation of the same broker", "BatchResult": "sequencer",
     "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
+    "AttachLine": "receiver", "Lease": "receiver", "AttachClientLine": "client", "Descriptor": "client",
     "CursorName": "delivery", "ReclaimAnswerLine": "reclaim", "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
     "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
     "AccessStatistics": "the role that counts",
@@ -330,11 +358,13 @@ def _assert_sizes() -> None:
                         (sizeof(ReplicaLine), 1), (sizeof(BatchHeader), 1), (sizeof(OrderEntry), 1),
                         (sizeof(SessionLine), 1), (sizeof(SessionProgressLine), 1), (sizeof(CursorLine), 1),
                         (sizeof(CursorGrantLine), 1), (sizeof(CursorName), 1),
-                        (sizeof(ReclaimAnswerLine), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
+                        (sizeof(ReclaimAnswerLine), 1), (sizeof(AttachLine), 1),
+                        (sizeof(AttachClientLine), 1), (sizeof(Descriptor), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
                         (sizeof(LockLine), 1), (sizeof(BrokerCounters), 3), (sizeof(SequencerCounters), 3),
                         (sizeof(AccessStatistics), 1)):
         assert size == lines * LINE_BYTES, f"a record of {lines} lines has {size} bytes"
-    assert sizeof(BatchResult) == 16
+    assert sizeof(BatchResult) == 16 and sizeof(Lease) == 16
+    assert 64 + LEASE_RING * sizeof(Lease) <= 1024 and 1024 + ATTACH_RING * sizeof(BatchResult) <= ATTACH_PAGE
     assert cxl_mutex_bytes() <= LINE_BYTES
 
 

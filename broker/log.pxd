@@ -17,14 +17,14 @@ cpdef enum ReserveStatus:
     RESERVE_TOPIC_CLOSED = 4
 
 cdef struct Slot:
-    uint64_t first_ordinal      # segments that the batch touches
-    uint64_t last_ordinal
+    uint32_t first_segment      # segments that the batch touches
+    uint32_t last_segment
     uint32_t bytes
     uint32_t messages
 
 cdef struct OpenSegment:
-    uint64_t segment
-    uint64_t last_slot          # sequence of the last batch in it
+    uint64_t used_to            # one past the sequence of the last batch in it, 0 none
+    uint64_t leased             # an attached client may still write here
     uint64_t end_position       # messages below it are those that the segment holds
 
 cdef struct TopicLog:
@@ -42,13 +42,11 @@ cdef struct TopicLog:
     uint64_t written_bytes
     uint64_t cursor             # next free byte of the current run
     uint64_t end                # end of the current run
-    uint64_t run_start
-    uint64_t run_ordinal        # ordinal of the segment at run_start
-    uint64_t segments_head      # ordinals: [segments_tail, segments_head) are held
-    uint64_t segments_tail
-    uint64_t damaged
+    uint64_t segment_count      # held
+    uint64_t release_seen       # reclaimed frontier at the last look for segments to release
+    uint64_t release_again      # some could not be released then for a reason that passes
     Slot* slots
-    OpenSegment* segments
+    uint64_t* held              # one bit for each segment of the region
 
 cdef struct DirtySet:
     uint64_t words[16]
@@ -62,7 +60,8 @@ cdef class BrokerLog:
     cdef readonly SegmentPool pool
     cdef readonly int broker
     cdef TopicLog* topics
-    cdef uint64_t segment_ring          # capacity of each topic's list of segments, a power of two
+    cdef OpenSegment* segments          # by segment number; of those that some topic holds
+    cdef uint64_t held_words
     cdef DirtySet to_delegate
     cdef DirtySet to_release
     cdef BrokerCounters* counters
@@ -74,6 +73,15 @@ cdef class BrokerLog:
     cdef void unlock(self) noexcept nogil
     cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
                      uint64_t* slot, uint64_t* offset) noexcept nogil
+    cdef void note_segments(self, uint64_t topic, uint64_t first, uint64_t run, bint leased) noexcept nogil
+    cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil
+    cdef uint64_t segment_of(self, uint64_t offset) noexcept nogil
+    cdef int lease(self, uint64_t topic, uint64_t nbytes, uint64_t* offset, uint64_t* granted) noexcept nogil
+    cdef void end_lease(self, uint64_t topic, uint64_t offset, uint64_t nbytes) noexcept nogil
+    cdef int reserve_leased(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
+                            uint64_t* slot) noexcept nogil
+    cdef void take_slot(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
+                        uint64_t* slot) noexcept nogil
     cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil
     cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil
     cdef void press(self, uint64_t nbytes) noexcept nogil

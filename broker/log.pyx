@@ -49,9 +49,10 @@ cdef class BrokerLog:
         self.topics = <TopicLog*>calloc(layout.g.topic_count_max, sizeof(TopicLog))
         if self.topics == NULL:
             raise MemoryError
-        self.segment_ring = 1
-        while self.segment_ring < layout.g.segment_count + 1:
-            self.segment_ring *= 2
+        self.held_words = (layout.g.segment_count + 63) // 64
+        self.segments = <OpenSegment*>calloc(layout.g.segment_count, sizeof(OpenSegment))
+        if self.segments == NULL:
+            raise MemoryError
         self.counters = <BrokerCounters*>memory.coherent_area(layout.broker_counters(broker))
         cxl_mutex_init(self.lock_words)
 
@@ -60,8 +61,9 @@ cdef class BrokerLog:
         if self.topics != NULL:
             for t in range(self.layout.g.topic_count_max):
                 free(self.topics[t].slots)
-                free(self.topics[t].segments)
+                free(self.topics[t].held)
             free(self.topics)
+        free(self.segments)
 
     cdef void lock(self) noexcept nogil:
         cxl_mutex_lock(self.lock_words)
@@ -76,14 +78,13 @@ cdef class BrokerLog:
         cdef uint64_t at = self.layout.offset_broker(topic, self.broker)
         if log.slots == NULL:
             log.slots = <Slot*>calloc(self.layout.g.ring_slot_count, sizeof(Slot))
-            log.segments = <OpenSegment*>calloc(self.segment_ring, sizeof(OpenSegment))
-            if log.slots == NULL or log.segments == NULL:
+            log.held = <uint64_t*>calloc(self.held_words, 8)
+            if log.slots == NULL or log.held == NULL:
                 raise MemoryError
         self.memory.invalidate(self.layout.topic(topic), 64)
         self.memory.read_line(self.layout.topic(topic), &line)
         log.head = log.tail = log.delegated = log.written = log.written_bytes = 0
-        log.cursor = log.end = log.run_start = log.run_ordinal = 0
-        log.segments_head = log.segments_tail = log.damaged = 0
+        log.cursor = log.end = 0
         log.order = line.order
         log.replication_factor = line.replication_factor
         log.message_bytes_max = line.message_bytes_max
@@ -112,12 +113,11 @@ cdef class BrokerLog:
     cdef void close_topic(self, uint64_t topic) noexcept nogil:
         """Give every segment back. All brokers have quiesced: nobody reads or fills them any more."""
         cdef TopicLog* log = &self.topics[topic]
-        cdef uint64_t ordinal
+        cdef uint64_t segment
         self.lock()
-        for ordinal in range(log.segments_tail, log.segments_head):
-            self.pool.release(log.segments[ordinal % self.segment_ring].segment)
-            cxl_count(&self.counters.segments_released, 1)
-        log.segments_tail = log.segments_head
+        for segment in range(self.layout.g.segment_count):
+            if log.held[segment // 64] >> (segment % 64) & 1:
+                self.drop_segment(topic, segment)
         log.cursor = log.end = 0
         self.unlock()
 
@@ -133,51 +133,137 @@ cdef class BrokerLog:
             self.memory.flush(wish, 64)
             self.memory.fence()
 
+    cdef uint64_t segment_of(self, uint64_t offset) noexcept nogil:
+        return (offset - self.layout.g.segments) // self.layout.g.segment_bytes
+
     cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil:
         """Make room for `nbytes`: the segments right behind the current run when free, a new run otherwise."""
         cdef TopicLog* log = &self.topics[topic]
-        cdef uint64_t size = self.layout.g.segment_bytes, run, i, next_segment
-        cdef int64_t first = -1
-        cdef OpenSegment* entry
-        cdef SegmentLine line
+        cdef uint64_t size = self.layout.g.segment_bytes, run, next_segment
+        cdef int64_t first
         if log.end:
             run = (log.cursor + nbytes - log.end + size - 1) // size
-            next_segment = (log.end - self.layout.g.segments) // size
+            next_segment = self.segment_of(log.end)
             if self.pool.claim(next_segment, run):
-                first = next_segment
                 log.end += run * size
+                self.note_segments(topic, next_segment, run, False)
+                return True
+        run = (nbytes + size - 1) // size
+        first = self.pool.allocate(run)
         if first < 0:
-            run = (nbytes + size - 1) // size
-            first = self.pool.allocate(run)
-            if first < 0:
-                return False
-            log.run_start = log.cursor = self.layout.segment(first)
-            log.end = log.cursor + run * size
-            log.run_ordinal = log.segments_head
+            return False
+        log.release_again = 1           # the old run is no longer being filled
+        log.cursor = self.layout.segment(first)
+        log.end = log.cursor + run * size
+        self.note_segments(topic, first, run, False)
+        return True
+
+    cdef void note_segments(self, uint64_t topic, uint64_t first, uint64_t run, bint leased) noexcept nogil:
+        """Write down that these segments are ours."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef SegmentLine line
+        cdef uint64_t segment
         memset(&line, 0, sizeof(line))
         line.owner = (self.broker + 1) | topic << 16 | log.generation << 32
         line.opened_ns = cxl_wall_ns()
-        for i in range(run):
-            entry = &log.segments[log.segments_head % self.segment_ring]
-            entry.segment = first + i
-            entry.last_slot = 0
-            entry.end_position = 0
-            log.segments_head += 1
-            self.memory.write_line(self.layout.segment_line(first + i), &line)
-            self.memory.flush(self.layout.segment_line(first + i), 64)
+        for segment in range(first, first + run):
+            memset(&self.segments[segment], 0, sizeof(OpenSegment))
+            self.segments[segment].leased = leased
+            log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
+            self.memory.write_line(self.layout.segment_line(segment), &line)
+            self.memory.flush(self.layout.segment_line(segment), 64)
+        log.segment_count += run
         cxl_count(&self.counters.segments_allocated, run)
         self.counters.segments_cold = self.pool.cold
-        return True
+
+    cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil:
+        """Give a segment back to the pool. The lock is held."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef SegmentLine line
+        memset(&line, 0, sizeof(line))
+        self.memory.write_line(self.layout.segment_line(segment), &line)
+        self.memory.flush(self.layout.segment_line(segment), 64)
+        log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
+        log.segment_count -= 1
+        self.pool.release(segment)
+        cxl_count(&self.counters.segments_released, 1)
+
+    cdef int lease(self, uint64_t topic, uint64_t nbytes, uint64_t* offset, uint64_t* granted) noexcept nogil:
+        """Set whole segments aside for an attached client; a `ReserveStatus`."""
+        cdef uint64_t size = self.layout.g.segment_bytes, run = (nbytes + size - 1) // size
+        cdef int64_t first
+        cdef int status = RESERVED
+        self.lock()
+        if self.topics[topic].generation == 0:
+            status = RESERVE_TOPIC_CLOSED
+        else:
+            first = self.pool.allocate(run)
+            if first >= 0:
+                offset[0] = self.layout.segment(first)
+                granted[0] = run * size
+                self.note_segments(topic, first, run, True)
+            else:
+                status = RESERVE_POOL_EMPTY
+                cxl_count(&self.counters.pool_empty, 1)
+                self.press(nbytes)
+                dirty_add(&self.to_release, topic)
+        self.unlock()
+        return status
+
+    cdef void end_lease(self, uint64_t topic, uint64_t offset, uint64_t nbytes) noexcept nogil:
+        """The client writes there no more: what was not used is a hole that goes with the segment."""
+        cdef uint64_t first = self.segment_of(offset), segment
+        self.lock()
+        for segment in range(first, first + nbytes // self.layout.g.segment_bytes):
+            self.segments[segment].leased = 0
+        self.topics[topic].release_again = 1
+        self.unlock()
+        dirty_add(&self.to_release, topic)
+
+    cdef int reserve_leased(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
+                            uint64_t* slot) noexcept nogil:
+        """Reserve a ring slot for a payload that lies in a lease already; a `ReserveStatus`."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef int status = RESERVED
+        self.lock()
+        if log.generation == 0:
+            status = RESERVE_TOPIC_CLOSED
+        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count:
+            cxl_count(&self.counters.ring_full, 1)
+            status = RESERVE_RING_FULL
+        else:
+            self.take_slot(topic, offset, nbytes, messages, slot)
+        self.unlock()
+        return status
+
+    cdef void take_slot(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
+                        uint64_t* slot) noexcept nogil:
+        cdef TopicLog* log = &self.topics[topic]
+        cdef Slot* record = &log.slots[log.head & (self.layout.g.ring_slot_count - 1)]
+        cdef uint64_t segment
+        slot[0] = log.head
+        if nbytes:
+            record.first_segment = self.segment_of(offset)
+            record.last_segment = self.segment_of(offset + nbytes - 1)
+        else:
+            record.first_segment = 1            # touches none
+            record.last_segment = 0
+        record.bytes = nbytes
+        record.messages = messages
+        for segment in range(record.first_segment, record.last_segment + 1):
+            self.segments[segment].used_to = log.head + 1
+        log.written += messages
+        log.written_bytes += nbytes
+        cxl_fetch_add(&log.filling, 1)
+        cxl_store_release(&log.head, log.head + 1)
 
     cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
                      uint64_t* slot, uint64_t* offset) noexcept nogil:
         """Reserve a ring slot and room for a payload; a `ReserveStatus`. What is reserved must be completed."""
         cdef TopicLog* log = &self.topics[topic]
         cdef uint64_t need = (nbytes + LINE_BYTES - 1) // LINE_BYTES * LINE_BYTES
-        cdef Slot* record
         cdef int status = RESERVED
-        cdef uint64_t ordinal
-        if nbytes > self.layout.g.batch_bytes_max:
+        if nbytes == 0 or nbytes > self.layout.g.batch_bytes_max:
             return RESERVE_TOO_BIG
         self.lock()
         if log.generation == 0:
@@ -191,20 +277,9 @@ cdef class BrokerLog:
             dirty_add(&self.to_release, topic)
             status = RESERVE_POOL_EMPTY
         else:
-            slot[0] = log.head
             offset[0] = log.cursor
-            record = &log.slots[log.head & (self.layout.g.ring_slot_count - 1)]
-            record.first_ordinal = log.run_ordinal + (log.cursor - log.run_start) // self.layout.g.segment_bytes
             log.cursor += need
-            record.last_ordinal = log.run_ordinal + (max(log.cursor, 1) - 1 - log.run_start) // self.layout.g.segment_bytes
-            record.bytes = nbytes
-            record.messages = messages
-            for ordinal in range(record.first_ordinal, record.last_ordinal + 1):
-                log.segments[ordinal % self.segment_ring].last_slot = log.head
-            log.written += messages
-            log.written_bytes += nbytes
-            cxl_fetch_add(&log.filling, 1)
-            cxl_store_release(&log.head, log.head + 1)
+            self.take_slot(topic, offset[0], need, messages, slot)
         self.unlock()
         return status
 
@@ -254,4 +329,4 @@ cdef class BrokerLog:
         """This broker's view of a topic's log, for tests and tools."""
         cdef TopicLog* log = &self.topics[topic]
         return {"generation": log.generation, "head": log.head, "tail": log.tail, "delegated": log.delegated,
-                "written": log.written, "segments": log.segments_head - log.segments_tail}
+                "written": log.written, "segments": log.segment_count}

@@ -1,5 +1,29 @@
 """One broker process: the region, the stages and their threads, the gRPC server, the heartbeat."""
 
+import ctypes
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent(arguments: list[str]) -> None:
+    """End when the parent ends, from the first moment on: a parent that died meanwhile sends no signal."""
+    if "--parent" not in arguments:
+        return
+    parent = int(arguments[arguments.index("--parent") + 1])
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):
+        return
+    if os.getppid() != parent:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    _die_with_parent(sys.argv)
+
 from broker.grpc_options import apply_process_tuning
 
 apply_process_tuning()                  # before anything imports grpc
@@ -7,11 +31,7 @@ apply_process_tuning()                  # before anything imports grpc
 import argparse
 import asyncio
 import contextlib
-import ctypes
 import json
-import os
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -32,6 +52,7 @@ from broker.records import pack, unpack
 from broker.region import Region, attach_region, create_region
 from broker.segments import PoolLeader, make_pool
 from broker.stages.ack import AckStage
+from broker.stages.attach import AttachStage
 from broker.stages.delegation import Delegation
 from broker.stages.directory import Directory
 from broker.stages.receiver import Receiver
@@ -50,7 +71,6 @@ HEAD = 0
 REGION_WAIT_SECONDS = 20.0
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
-PR_SET_PDEATHSIG = 1
 
 
 class BrokerNode:
@@ -63,6 +83,7 @@ class BrokerNode:
         self.layout = region.layout
         self.is_head = broker == HEAD
         self.pid = os.getpid()
+        self.host = host_identity()
         self.clock = SystemClock()
         self.notifier = Notifier()
         self.memory = self._door(Role.ROLE_BROKER)
@@ -72,6 +93,8 @@ class BrokerNode:
         receiver_door = self._door(Role.ROLE_RECEIVER)
         self.log = BrokerLog(receiver_door, self.layout, make_pool(receiver_door, self.layout, broker), broker)
         self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
+        self.attach = AttachStage(receiver_door, self.log, self.acks, self.clock,
+                                  int(config.session_lease_seconds * 1e9))
         self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
         self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.doorbells[HEAD])
         self.delivery_door = self._door(Role.ROLE_DELIVERY)
@@ -105,11 +128,11 @@ class BrokerNode:
         replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
                                   self._replica_superblock)
         if self.config.thread_plan == "staged":
-            plan = [[directory, delegation, release], [self.acks, self.watch], *([stage] for stage in head_stages)]
+            plan = [[directory, self.attach, delegation, release], [self.acks, self.watch], *([stage] for stage in head_stages)]
         else:
             first, others = head_stages[:1], head_stages[1:]
             extra = [[stage] for stage in others if isinstance(stage, Scanner)]
-            plan = [[directory, delegation, *first, self.acks, self.watch, release,
+            plan = [[directory, self.attach, delegation, *first, self.acks, self.watch, release,
                      *(stage for stage in others if not isinstance(stage, Scanner))], *extra]
         yield_ns = WAITING[self.config.waiting]
         pipelines = [self._pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], yield_ns)
@@ -195,6 +218,9 @@ class BrokerNode:
         self.memory.flush_range(at, 8)
         self.memory.store_fence()
         self.log.note_cpu(time.process_time_ns())
+        for slot in self.attach.open_slots():
+            if not process_alive(slot["pid"], slot["start_time"], self.host):
+                self.attach.close_slot(slot["number"], slot["generation"])
 
     def bump(self, word: int) -> None:
         """Change a version word of this broker's line and wake the head."""
@@ -248,11 +274,6 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.write_line(BrokerState.BROKER_STOPPED)
         await server.stop()
         node.stop()
-
-
-def _die_with_parent() -> None:
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _others_alive(region: Region, broker: int) -> bool:
@@ -315,11 +336,9 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = lambda: s
     """`python -m broker.node --id K`: the configuration comes as JSON on standard input."""
     parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
     parser.add_argument("--id", type=int, required=True, help="number of this broker, 0 is the head")
-    parser.add_argument("--standalone", action="store_true", help="go on when the parent process ends")
+    parser.add_argument("--parent", type=int, help="process that this broker ends with")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
-    if not options.standalone:
-        _die_with_parent()
     try:
         run_broker(ClusterConfig.from_json(read()), options.id)
     except CxlmqError as error:

@@ -78,6 +78,8 @@ class AdminService:
             "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic),
             "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session),
             "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse),
+            "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment),
+            "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
         }
         return {name: grpc.unary_unary_rpc_method_handler(call, request.FromString, reply.SerializeToString)
                 for name, (call, request, reply) in methods.items()}
@@ -164,6 +166,37 @@ class AdminService:
         return pb.CloseSessionResponse()
 
 
+    @_guarded
+    async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
+        opened, node = request.open, self._node
+        entry = node.topics.find(opened.topic)
+        self._server.check_ack(entry, opened.ack)
+        self._server.check_session(entry, opened)
+        found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
+                                 opened.client_id, opened.ack, entry.replication_factor, request.pid,
+                                 request.start_time)
+        if found is None:
+            raise AttachSlotsFull(broker=node.broker)
+        node.doorbells[node.broker].ring_now()
+        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
+                             topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
+
+    @_guarded
+    async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
+        self._node.attach.close_slot(request.slot, request.generation)
+        self._node.doorbells[self._node.broker].ring_now()
+        return pb.DetachResponse()
+
+
+class AttachSlotsFull(CxlmqError):
+    """No slot for another attached client."""
+
+    code = "attach-slots-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all slots for attached clients of broker {broker} are taken: close some, raise attach_slot_count, "
+                "or use transport=\"grpc\"")
+
+
 class PublishStream:
     """One publish stream: the batches of one session that come through this broker."""
 
@@ -192,7 +225,7 @@ class PublishStream:
         opened, payload = self._parse_open(first)
         entry = self._node.topics.find(opened.topic)
         self._server.check_ack(entry, opened.ack)
-        self._check_session(entry, opened)
+        self._server.check_session(entry, opened)
         self._number = self._acks.open_stream(entry.number, entry.generation, opened.ack, entry.replication_factor)
         self._server.publish_streams[self._number] = self
         self._server.sessions.attach(opened.session_slot)
@@ -226,17 +259,6 @@ class PublishStream:
             return pb.PublishOpen.FromString(fields[1]), fields[2]
         except DecodeError as error:
             raise BadBatch(reason="`open` is not a PublishOpen") from error
-
-    def _check_session(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
-        if opened.session_slot >= self._node.layout.numbers["session_count_max"]:
-            raise SessionUnknown(session=opened.session_slot)
-        line = self._server.sessions.line(opened.session_slot)
-        if (line["client_id"] != opened.client_id or line["session_epoch"] != opened.session_epoch
-                or line["topic"] != entry.generation << 16 | entry.number):
-            raise SessionUnknown(session=opened.session_slot)
-        progress = self._server.sessions.progress(opened.session_slot)
-        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
-            raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
 
     async def _read_batches(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
         while True:
@@ -409,6 +431,18 @@ class BrokerServer:
         """Refuse an ack level that the topic cannot give."""
         TopicConfig(name=entry.name, order=entry.order, ack=ack, replication_factor=entry.replication_factor).validate(
             max(entry.replication_factor, 2))
+
+    def check_session(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
+        """Refuse a stream or slot whose session is not open, or is somebody else's."""
+        if opened.session_slot >= self.node.layout.numbers["session_count_max"]:
+            raise SessionUnknown(session=opened.session_slot)
+        line = self.sessions.line(opened.session_slot)
+        if (line["client_id"] != opened.client_id or line["session_epoch"] != opened.session_epoch
+                or line["topic"] != entry.generation << 16 | entry.number):
+            raise SessionUnknown(session=opened.session_slot)
+        progress = self.sessions.progress(opened.session_slot)
+        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
+            raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
 
     # ---- publish ----------------------------------------------------------------------------------------------------
 

@@ -177,6 +177,13 @@ class Dropped(Exception):
         self.error = error
 
 
+def dropped_delivery(publisher, error) -> Delivery:
+    """A delivery that is settled with `error` already."""
+    cdef Batch batch = Batch(publisher, 0)
+    batch.settle(None, None, None, False, error)
+    return Delivery(batch, 0)
+
+
 cdef class Packer:
     """Packs messages into the current batch and hands full ones over. The hot part of `publish`.
 
@@ -218,11 +225,6 @@ cdef class Packer:
             self.batch.opened = time.monotonic()
         return 0
 
-    cdef Delivery _dropped(self, object error):
-        cdef Batch batch = Batch(self.publisher, 0)
-        batch.settle(None, None, None, False, error)
-        return Delivery(batch, 0)
-
     cdef int _append(self, const void* source, uint64_t nbytes) except -1:
         while self.batch is None or not self.batch.append(source, nbytes):
             self._make_room(nbytes)
@@ -245,7 +247,7 @@ cdef class Packer:
                 finally:
                     PyBuffer_Release(&view)
         except Dropped as dropped:
-            return self._dropped(dropped.error)
+            return dropped_delivery(self.publisher, dropped.error)
         batch = self.batch
         delivery = Delivery.__new__(Delivery)
         delivery.batch = batch

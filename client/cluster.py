@@ -52,15 +52,6 @@ _LOG_TAIL_BYTES = 4000
 # happens to be called "broker".
 _CODE_FOLDER = Path(__file__).resolve().parent.parent
 
-# `python -m broker.node`, but the request to die with the parent (PR_SET_PDEATHSIG = 1, SIGTERM = 15) comes first. A
-# broker makes it only after half a second of imports; a supervisor killed in that time would leave it running for ever.
-_BROKER_PROGRAM = """
-import ctypes, os, runpy
-ctypes.CDLL(None).prctl(1, 15, 0, 0, 0)
-if os.getppid() != {parent}: os._exit(1)
-runpy.run_module("broker.node", run_name="__main__", alter_sys=True)
-""".strip()
-
 # The connection preface of HTTP/2 (RFC 9113, 3.4) with an empty SETTINGS frame; a server answers with its SETTINGS.
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 _HTTP2_FRAME_BYTES, _HTTP2_SETTINGS = 9, 4
@@ -184,7 +175,7 @@ class Cluster:
     def _spawn(self, broker: int) -> None:
         log = self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
         self._children[broker] = subprocess.Popen(
-            [sys.executable, "-c", _BROKER_PROGRAM.format(parent=os.getpid()), "--id", str(broker), "--json-errors"],
+            [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid())],
             stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
             process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
 

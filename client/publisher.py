@@ -30,12 +30,14 @@ from broker.errors import (
 from broker.grpc_options import RECOMMENDED_WINDOW_BYTES
 from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
+from client.attached import Loan
+from client.attached_publisher import AttachedEngine
 from client.batch import Batch, Delivery, Dropped, Packer, now_ns
 from client.connection import BrokerAddress, ClientLoop, Connection
 from client.transport import PublishTransport, rendezvous
 
 POLICIES = ("block", "error", "drop_oldest", "drop_newest")
-TRANSPORTS = ("auto", "grpc")
+TRANSPORTS = ("auto", "grpc", "attached")
 TICK_SECONDS = 0.05
 RECONNECT_SECONDS = 0.5
 RETRY_SECONDS = 0.02
@@ -49,7 +51,7 @@ class PublisherEngine:
     Invariant: a batch is in exactly one of: the packer, `pending` (no sequence yet), `inflight` (by sequence), settled.
     """
 
-    def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int | None,
+    def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int,
                  batch_bytes: int | None, batch_bytes_min: int, batch_bytes_max: int, linger_ms: float,
                  in_flight: int, buffer_bytes: int, when_full: str, delivery_timeout: float,
                  on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,
@@ -59,7 +61,7 @@ class PublisherEngine:
         self.loop = self.client_loop.loop
         self.connection = Connection(cluster, bootstrap)
         self.ack = ack
-        self.client_id = client_id if client_id is not None else secrets.randbits(63) + 1
+        self.client_id = client_id
         self.fixed_batch = batch_bytes is not None
         self.batch_bytes = (batch_bytes or batch_bytes_min, batch_bytes_min, batch_bytes_max)
         self.linger = linger_ms / 1000
@@ -217,6 +219,11 @@ class PublisherEngine:
         if not self.pump_scheduled:
             self.pump_scheduled = True
             self.loop.call_soon_threadsafe(self._pump)
+
+    def take_latencies(self) -> "array[int]":
+        """Send-to-ack times since the last call, ns."""
+        taken, self.latencies = self.latencies, array("q")
+        return taken
 
     def urge(self, batch: Batch) -> None:
         """Somebody waits for this batch: do not linger."""
@@ -580,12 +587,16 @@ class _PublisherBase:
                  delivery_timeout: float = 30.0, on_delivery: Callable[[Delivery], None] | None = None,
                  on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None) -> None:
         options: dict[str, Any] = {
-            "ack": ack, "client_id": client_id, "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
+            "ack": ack, "client_id": client_id if client_id is not None else secrets.randbits(63) + 1,
+            "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
             "batch_bytes_max": batch_bytes_max, "linger_ms": linger_ms, "in_flight": in_flight,
             "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression}
         _check_options(when_full, transport, options)
-        self._engine = PublisherEngine(topic, cluster=cluster, bootstrap=bootstrap, when_full=when_full,
-                                       on_delivery=on_delivery, on_event=on_event, **options)
+        engine: type[PublisherEngine] | type[AttachedEngine] = PublisherEngine
+        if transport == "attached":
+            engine = AttachedEngine
+        self._engine = engine(topic, cluster=cluster, bootstrap=bootstrap, when_full=when_full,
+                              on_delivery=on_delivery, on_event=on_event, **options)
         self._on_delivery = on_delivery
 
     @property
@@ -617,8 +628,7 @@ class _PublisherBase:
         """Send-to-ack times of the batches settled since the last call: numpy int64, ns."""
         import numpy
 
-        taken, self._engine.latencies = self._engine.latencies, array("q")
-        return numpy.array(taken, numpy.int64)
+        return numpy.array(self._engine.take_latencies(), numpy.int64)
 
 
 class Publisher(_PublisherBase):
@@ -654,6 +664,15 @@ class Publisher(_PublisherBase):
     def publish_array(self, rows: Any) -> Delivery:
         """Publish a 2-D uint8 array, one row a message; the delivery of the last."""
         return self._noted(self._packer.append_array(rows))
+
+    def loan(self, nbytes: int) -> "Loan":
+        """A writable view of `nbytes` of a segment itself (attached transport only): `with publisher.loan(n) as view:`
+
+        The message is published when the block ends, and given back when it raises; then see the loan's `delivery`.
+        """
+        if not isinstance(self._engine, AttachedEngine):
+            raise ConfigError(setting="transport", value="grpc", allowed="attached, for loans")
+        return self._engine.loan(nbytes)
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""

@@ -246,6 +246,62 @@ class CloseSessionResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class AttachPublisherRequest(_message.Message):
+    __slots__ = ("open", "pid", "start_time")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    open: PublishOpen
+    pid: int
+    start_time: int
+    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
+
+class AttachSubscriberRequest(_message.Message):
+    __slots__ = ("subscribe", "pid", "start_time")
+    SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    subscribe: SubscribeRequest
+    pid: int
+    start_time: int
+    def __init__(self, subscribe: _Optional[_Union[SubscribeRequest, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
+
+class Attachment(_message.Message):
+    __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_NUMBER_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    END_POSITION_FIELD_NUMBER: _ClassVar[int]
+    DOORBELL_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    generation: int
+    region: str
+    run_id: int
+    topic_number: int
+    topic_generation: int
+    index: int
+    first_position: int
+    end_position: int
+    doorbell: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., region: _Optional[str] = ..., run_id: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., index: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., doorbell: _Optional[int] = ...) -> None: ...
+
+class DetachRequest(_message.Message):
+    __slots__ = ("slot", "generation")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    generation: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
+
+class DetachResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class DescribeClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

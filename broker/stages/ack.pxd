@@ -31,6 +31,9 @@ cdef struct AckStream:
     uint64_t waiting_tail       # the stage's
     uint64_t acks_head          # the stage's
     uint64_t acks_tail          # the event loop's
+    uint64_t slot_and_one       # attached client's slot + 1: its acks go into memory; 0 none
+    uint64_t slot_generation
+    uint64_t news               # something was settled in this step
     Waiting* waiting
     Ack* acks
 
@@ -42,8 +45,13 @@ cdef class AckStage(Stage):
     cdef int broker
     cdef AckStream* streams
     cdef uint64_t stream_limit          # streams at and above were never opened
+    cdef uint64_t completion_line       # a line of completions not flushed yet, 0 none
 
     cdef int64_t poll_stream(self, AckStream* stream) noexcept nogil
+    cdef void complete(self, AckStream* stream, Ack* ack) noexcept nogil
+    cdef void ring_client(self, uint64_t slot) noexcept nogil
+    cdef int64_t open_number(self, uint64_t topic, uint64_t generation, uint64_t level,
+                             uint64_t replication_factor) noexcept nogil
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil
     cdef bint expect(self, uint64_t number, uint64_t sequence, uint64_t slot, uint64_t messages) noexcept nogil
     cdef uint64_t room(self, uint64_t number) noexcept nogil

@@ -49,6 +49,7 @@ cdef class AckStage(Stage):
     cdef int64_t step(self) noexcept nogil:
         cdef uint64_t i
         cdef int64_t work = 0
+        cdef bint notify = False
         cdef AckStream* stream
         for i in range(cxl_load_acquire(&self.stream_limit)):
             stream = &self.streams[i]
@@ -58,9 +59,37 @@ cdef class AckStage(Stage):
                 cxl_store_release(&stream.active, 0)
             elif stream.waiting_tail != cxl_load_acquire(&stream.waiting_head):
                 work += self.poll_stream(stream)
+        if self.completion_line:
+            self.memory.flush(self.completion_line, 64)
+            self.completion_line = 0
         if work:
+            self.memory.full_fence()
+            for i in range(self.stream_limit):
+                if self.streams[i].active == 1 and self.streams[i].slot_and_one and self.streams[i].news:
+                    self.streams[i].news = 0
+                    self.ring_client(self.streams[i].slot_and_one - 1)
+                elif self.streams[i].news:
+                    self.streams[i].news = 0
+                    notify = True
+        if notify:
             self.notifier.notify()
         return work
+
+    cdef void ring_client(self, uint64_t slot) noexcept nogil:
+        cdef uint64_t bell = self.layout.attach_doorbell(slot)
+        if self.memory.load(bell + 8):
+            self.memory.fetch_add(bell, 1)
+            self.memory.wake(bell)
+
+    cdef void complete(self, AckStream* stream, Ack* ack) noexcept nogil:
+        """Tell an attached client: completion n answers its descriptor n. Four share a line."""
+        cdef uint64_t at = self.layout.attach_completion(stream.slot_and_one - 1, stream.acks_head)
+        cdef uint64_t line = at & ~<uint64_t>63
+        self.memory.store(at + 8, ack.position)
+        self.memory.store(at, make_tag(stream.slot_generation, stream.acks_head) | ack.status << 40)
+        if self.completion_line and self.completion_line != line:
+            self.memory.flush(self.completion_line, 64)
+        self.completion_line = line
 
     cdef int64_t poll_stream(self, AckStream* stream) noexcept nogil:
         cdef uint64_t head = cxl_load_acquire(&stream.waiting_head)
@@ -71,10 +100,15 @@ cdef class AckStage(Stage):
             if not self.settled(stream, &stream.waiting[stream.waiting_tail % STREAM_BATCHES],
                                 &stream.acks[stream.acks_head % STREAM_BATCHES]):
                 break
+            if stream.slot_and_one:
+                self.complete(stream, &stream.acks[stream.acks_head % STREAM_BATCHES])
+                stream.acks_tail = stream.acks_head + 1
             cxl_store_release(&stream.waiting_tail, stream.waiting_tail + 1)
             cxl_store_release(&stream.acks_head, stream.acks_head + 1)
             done += 1
-        cxl_count(&self.log.counters.acks_sent, done)
+        if done:
+            stream.news = 1
+            cxl_count(&self.log.counters.acks_sent, done)
         return done
 
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil:
@@ -122,6 +156,16 @@ cdef class AckStage(Stage):
 
     def open_stream(self, uint64_t topic, uint64_t generation, uint64_t level, uint64_t replication_factor) -> int:
         """Register a publish stream; its number. Raises RuntimeError when all are in use."""
+        cdef int64_t number = self.open_number(topic, generation, level, replication_factor)
+        if number == -2:
+            raise MemoryError
+        if number < 0:
+            raise RuntimeError(f"this broker serves {STREAM_COUNT} publish streams already")
+        return number
+
+    cdef int64_t open_number(self, uint64_t topic, uint64_t generation, uint64_t level,
+                             uint64_t replication_factor) noexcept nogil:
+        """A free stream's number; -1 when all are in use, -2 without memory."""
         cdef uint64_t i
         cdef AckStream* stream
         for i in range(STREAM_COUNT):
@@ -132,17 +176,18 @@ cdef class AckStage(Stage):
                 stream.waiting = <Waiting*>calloc(STREAM_BATCHES, sizeof(Waiting))
                 stream.acks = <Ack*>calloc(STREAM_BATCHES, sizeof(Ack))
                 if stream.waiting == NULL or stream.acks == NULL:
-                    raise MemoryError
+                    return -2
             stream.topic = topic
             stream.generation = generation
             stream.level = level
             stream.replication_factor = replication_factor
+            stream.slot_and_one = stream.news = 0
             stream.waiting_head = stream.waiting_tail = stream.acks_head = stream.acks_tail = 0
             cxl_store_release(&stream.active, 1)
             if i >= self.stream_limit:
                 cxl_store_release(&self.stream_limit, i + 1)
             return i
-        raise RuntimeError(f"this broker serves {STREAM_COUNT} publish streams already")
+        return -1
 
     def close_stream(self, uint64_t number) -> None:
         """Forget a stream; what it has in memory is ordered all the same."""

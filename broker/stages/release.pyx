@@ -2,12 +2,11 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from broker.layout cimport Layout, RESULT_COMMITTED, SegmentLine, make_tag
+from broker.layout cimport Layout, RESULT_COMMITTED, make_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
 from broker.stages.stage cimport Stage
-from libc.string cimport memset
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count, cxl_count_trailing_zeros, cxl_load_relaxed, cxl_store_release
+from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_relaxed, cxl_store_release
 
 cdef enum:
     STEP_SLOTS = 256
@@ -50,7 +49,7 @@ cdef class Release(Stage):
 
     cdef int64_t release_slots(self, uint64_t topic) noexcept nogil:
         cdef TopicLog* log = &self.log.topics[topic]
-        cdef uint64_t tail = log.tail, at, state, end, ordinal
+        cdef uint64_t tail = log.tail, at, state, end, number
         cdef Slot* slot
         cdef OpenSegment* segment
         while tail < log.delegated and tail - log.tail < STEP_SLOTS:
@@ -62,8 +61,8 @@ cdef class Release(Stage):
             slot = &log.slots[tail & (self.layout.g.ring_slot_count - 1)]
             if state >> 40 & 0xFF == RESULT_COMMITTED:
                 end = self.memory.load(at + 8) + slot.messages
-                for ordinal in range(slot.first_ordinal, slot.last_ordinal + 1):
-                    segment = &log.segments[ordinal % self.log.segment_ring]
+                for number in range(slot.first_segment, slot.last_segment + 1):
+                    segment = &self.log.segments[number]
                     segment.end_position = max(segment.end_position, end)
             tail += 1
         if tail < log.delegated:
@@ -75,28 +74,37 @@ cdef class Release(Stage):
         return <int64_t>end
 
     cdef int64_t release_segments(self, uint64_t topic) noexcept nogil:
-        """Give back closed segments below the reclaimed frontier, oldest first."""
+        """Give back segments below the reclaimed frontier that nobody fills any more."""
         cdef TopicLog* log = &self.log.topics[topic]
-        cdef uint64_t reclaimed, current
+        cdef uint64_t reclaimed, filling_from, filling_to, word, bits, number
         cdef OpenSegment* segment
-        cdef SegmentLine line
         cdef int64_t done = 0
-        if log.segments_tail == log.segments_head:
+        if log.segment_count == 0:
             return 0
         self.memory.invalidate(self.layout.topic_reclaim(topic), 64)
         reclaimed = self.memory.load(self.layout.topic_reclaim(topic) + 8)
-        memset(&line, 0, sizeof(line))
+        if reclaimed == log.release_seen and not log.release_again:
+            return 0
         self.log.lock()
-        current = log.run_ordinal + (log.cursor - log.run_start) // self.layout.g.segment_bytes
-        while log.segments_tail < current:
-            segment = &log.segments[log.segments_tail % self.log.segment_ring]
-            if segment.last_slot >= log.tail or segment.end_position > reclaimed:
-                break
-            self.memory.write_line(self.layout.segment_line(segment.segment), &line)
-            self.memory.flush(self.layout.segment_line(segment.segment), 64)
-            self.log.pool.release(segment.segment)
-            log.segments_tail += 1
-            done += 1
+        log.release_seen = reclaimed
+        log.release_again = 0
+        # The run that is being filled keeps its segments from the cursor's on.
+        filling_from = filling_to = 0
+        if log.end:
+            filling_from = self.log.segment_of(log.cursor)
+            filling_to = self.log.segment_of(log.end)
+        for word in range(self.log.held_words):
+            bits = log.held[word]
+            while bits:
+                number = word * 64 + cxl_count_trailing_zeros(bits)
+                bits &= bits - 1
+                segment = &self.log.segments[number]
+                if segment.leased or segment.end_position > reclaimed or filling_from <= number < filling_to:
+                    continue
+                if segment.used_to > log.tail:
+                    log.release_again = 1           # a batch in it has no result yet
+                    continue
+                self.log.drop_segment(topic, number)
+                done += 1
         self.log.unlock()
-        cxl_count(&self.log.counters.segments_released, done)
         return done

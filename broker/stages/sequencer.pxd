@@ -50,6 +50,9 @@ cdef struct TopicOrder:
 cdef struct ScanPlace:
     uint64_t scanned
     uint64_t generation
+
+cdef struct Ordered:
+    # What a broker has in the order. Any scanner adds, the broker's own scanner writes it down.
     uint64_t messages
     uint64_t nbytes
     uint64_t address
@@ -67,12 +70,15 @@ cdef class OrderState:
     cdef uint64_t gaps                  # sessions with a gap
     cdef uint64_t topics_open
     cdef uint64_t replicated_topics
+    cdef Ordered* ordered               # topic * brokers + broker
+    cdef uint64_t* ordered_news         # topics whose line has to be written, broker * 16 + word
     cdef uint64_t activity_claimed
     cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
 
     cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil
+    cdef void add(self, uint64_t* counter, uint64_t value) noexcept nogil
     cdef bint has_room(self, TopicOrder* order) noexcept nogil
 
 cdef struct Fresh:
@@ -118,13 +124,17 @@ cdef class Scanner(Stage):
                      uint64_t position) noexcept nogil
     cdef void claim(self, Session* session) noexcept nogil
     cdef void unclaim(self, Session* session) noexcept nogil
+    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil
     cdef void touch(self, Session* session) noexcept nogil
     cdef void finish(self) noexcept nogil
     cdef void advance(self, uint64_t topic) noexcept nogil
     cdef void write_progress(self, uint64_t number) noexcept nogil
+    cdef void put_progress(self, uint64_t number) noexcept nogil
     cdef int64_t look_at_sessions(self, uint64_t broker) noexcept nogil
     cdef void open_session(self, uint64_t number, uint64_t state) noexcept nogil
     cdef void fence_session(self, uint64_t number, uint64_t new_state) noexcept nogil
+    cdef void fence_claimed(self, uint64_t number, uint64_t new_state) noexcept nogil
+    cdef bint is_gap(self, Session* session, int64_t now) noexcept nogil
     cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil
     cdef int64_t check_gaps(self) noexcept nogil
     cdef int64_t retry_stalled(self) noexcept nogil

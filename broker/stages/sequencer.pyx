@@ -12,17 +12,18 @@ from libc.string cimport memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    BATCH_VOID, BatchHeader, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
+    BATCH_FENCE, BATCH_VOID, BatchHeader, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
     RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
     SequencerCounters, SessionLine, SessionProgressLine, TopicLine, make_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
 from broker.stages.stage cimport Stage
+from broker.wire cimport MESSAGE_HEADER_BYTES
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport (
-    cxl_compare_and_swap, cxl_count_trailing_zeros, cxl_fetch_add, cxl_full_fence, cxl_load_acquire, cxl_load_relaxed,
-    cxl_pause, cxl_store_release, cxl_yield,
+    cxl_compare_and_swap, cxl_count_trailing_zeros, cxl_fetch_add, cxl_fetch_and, cxl_fetch_or, cxl_full_fence,
+    cxl_load_acquire, cxl_load_relaxed, cxl_pause, cxl_store_release, cxl_yield,
 )
 
 cdef enum:
@@ -52,7 +53,9 @@ cdef class OrderState:
         self.scanners = scanners
         self.topics = <TopicOrder*>calloc(layout.g.topic_count_max, sizeof(TopicOrder))
         self.sessions = <Session*>calloc(layout.g.session_count_max, sizeof(Session))
-        if self.topics == NULL or self.sessions == NULL:
+        self.ordered = <Ordered*>calloc(layout.g.topic_count_max * layout.g.broker_count, sizeof(Ordered))
+        self.ordered_news = <uint64_t*>calloc(16 * layout.g.broker_count, 8)
+        if self.topics == NULL or self.sessions == NULL or self.ordered == NULL or self.ordered_news == NULL:
             raise MemoryError
         self.counters = <SequencerCounters*>memory.coherent_area(layout.sequencer_counters())
         self.lock = OrderLock.make(lock_mode, memory.coherent_area(layout.order_lock()), self.counters,
@@ -75,6 +78,8 @@ cdef class OrderState:
             for i in range(self.layout.g.session_count_max):
                 free(self.sessions[i].held)
             free(self.sessions)
+        free(self.ordered)
+        free(self.ordered_news)
 
     cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil:
         cdef TopicOrder* order = &self.topics[topic]
@@ -93,6 +98,7 @@ cdef class OrderState:
         order.assigned = 0
         order.committed_index = order.committed_position = order.committed_bytes = 0
         order.reclaimed_index = order.advancing = order.stalled = 0
+        memset(&self.ordered[topic * self.layout.g.broker_count], 0, self.layout.g.broker_count * sizeof(Ordered))
         self.topics_open += 1
         cxl_store_release(&order.generation, generation)
 
@@ -111,6 +117,13 @@ cdef class OrderState:
         memory.store(at, self.activity[topic // 8])
         memory.flush(at, 8)
         cxl_store_release(&self.activity_claimed, 0)
+
+    cdef void add(self, uint64_t* counter, uint64_t value) noexcept nogil:
+        """Add to a counter that every scanner adds to."""
+        if self.scanners > 1:
+            cxl_fetch_add(counter, value)
+        else:
+            counter[0] += value
 
     cdef bint has_room(self, TopicOrder* order) noexcept nogil:
         # Each scanner may be between this check and its fetch-add: leave a place for every one of them.
@@ -186,6 +199,12 @@ cdef class Scanner(Stage):
                     topic = word * 64 + cxl_count_trailing_zeros(bits)
                     bits &= bits - 1
                     work += self.scan(topic, b)
+                if cxl_load_relaxed(&self.state.ordered_news[16 * b + word]):
+                    bits = cxl_fetch_and(&self.state.ordered_news[16 * b + word], 0)
+                    while bits:
+                        self.write_ordered(word * 64 + cxl_count_trailing_zeros(bits), b)
+                        bits &= bits - 1
+                        work += 1
         if self.state.gaps and self.number == 0:
             work += self.check_gaps()
         if work:
@@ -243,14 +262,19 @@ cdef class Scanner(Stage):
             return 0
         self.memory.invalidate(line, 64)
         delegated = self.memory.load(line)
+        if delegated > place.scanned + self.layout.g.ring_slot_count:
+            self.state.add(&self.state.counters.damaged, 1)
+            delegated = 0                   # a ring cannot hold that much: a damaged frontier is not followed
         while place.scanned < delegated and done < STEP_BATCHES:
             at = self.layout.ring(topic, broker, place.scanned)
             self.memory.invalidate(at, 64)
             if not self.memory.read_line(at, &header) or header.complete != make_tag(generation, place.scanned):
-                # The frontier says it is there: a damaged line, or one of a topic that is being deleted.
-                self.state.counters.damaged += 1
-                break
-            if not self.classify(topic, broker, place.scanned, &header):
+                if cxl_load_acquire(&order.generation) != generation:
+                    break                   # the topic is being deleted
+                # The frontier says that it is there, so the line is damaged. Its publisher is told; others go on.
+                self.state.add(&self.state.counters.damaged, 1)
+                self.answer(topic, broker, place.scanned, RESULT_DAMAGED, 0)
+            elif not self.classify(topic, broker, place.scanned, &header):
                 break                       # no room in the order index: try again later
             place.scanned += 1
             done += 1
@@ -258,13 +282,20 @@ cdef class Scanner(Stage):
             self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
         if done:
             self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
-            at = self.layout.offset_sequencer(topic, broker)
-            self.memory.store(at, place.scanned)
-            self.memory.store(at + 8, place.messages)
-            self.memory.store(at + 16, place.nbytes)
-            self.memory.store(at + 24, place.address)
-            self.memory.flush(at, 64)
+            self.memory.store(self.layout.offset_sequencer(topic, broker), place.scanned)
+            self.write_ordered(topic, broker)
         return done
+
+    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        """Write down how much of this broker is in the order: also what another broker's batch brought there."""
+        cdef Ordered* ordered = &self.state.ordered[topic * self.layout.g.broker_count + broker]
+        cdef uint64_t at = self.layout.offset_sequencer(topic, broker)
+        if cxl_load_acquire(&self.state.topics[topic].generation) == 0:
+            return
+        self.memory.store(at + 8, cxl_load_relaxed(&ordered.messages))
+        self.memory.store(at + 16, cxl_load_relaxed(&ordered.nbytes))
+        self.memory.store(at + 24, cxl_load_relaxed(&ordered.address))
+        self.memory.flush(at, 64)
 
     cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil:
         cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
@@ -279,50 +310,52 @@ cdef class Scanner(Stage):
         cdef Session* session
         cdef bint done
         if header.flags & BATCH_VOID:
-            self.state.counters.voids += 1
+            self.state.add(&self.state.counters.voids, 1)
+            if header.flags & BATCH_FENCE and header.session_slot < self.layout.g.session_count_max:
+                session = &self.state.sessions[header.session_slot]
+                if (session.state & 0xFF == SESSION_OPEN and session.client_id == header.client_id
+                        and session.epoch == header.session_epoch):
+                    self.fence_session(header.session_slot, SESSION_FENCED)
             self.answer(topic, broker, slot, RESULT_VOID, 0)
             return True
         if (header.payload_offset < self.layout.g.segments or header.payload_offset % 64
                 or header.payload_bytes > self.layout.g.batch_bytes_max or header.message_count == 0
-                or header.payload_offset + header.payload_bytes > self.layout.g.region_bytes
+                or header.message_count > header.payload_bytes // MESSAGE_HEADER_BYTES
+                or header.payload_offset > self.layout.g.region_bytes - header.payload_bytes
                 or header.session_slot >= self.layout.g.session_count_max):
-            self.state.counters.damaged += 1
+            self.state.add(&self.state.counters.damaged, 1)
             self.answer(topic, broker, slot, RESULT_DAMAGED, 0)
             return True
         session = &self.state.sessions[header.session_slot]
-        if self.state.lock.mode == LOCK_ATOMIC:
-            self.claim(session)
-            done = self.classify_session(order, topic, broker, slot, header, session)
-            self.unclaim(session)
-        else:
-            self.state.lock.acquire()
-            done = self.classify_session(order, topic, broker, slot, header, session)
-            self.state.lock.release()
+        self.claim(session)
+        done = self.classify_session(order, topic, broker, slot, header, session)
+        self.unclaim(session)
         return done
 
     cdef bint classify_session(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
                                BatchHeader* header, Session* session) noexcept nogil:
         cdef uint64_t sequence = header.batch_sequence, state = session.state & 0xFF
         cdef Held* held
-        if session.client_id != header.client_id or session.epoch != header.session_epoch or state == SESSION_FREE:
-            self.state.counters.refused += 1
+        if (session.client_id != header.client_id or session.epoch != header.session_epoch or state == SESSION_FREE
+                or session.topic != (order.generation << 16 | topic)):
+            self.state.add(&self.state.counters.refused, 1)
             self.answer(topic, broker, slot, RESULT_FENCED, 0)
             return True
         if sequence < session.expected:
-            self.state.counters.duplicates += 1
+            self.state.add(&self.state.counters.duplicates, 1)
             self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
             return True
         if state != SESSION_OPEN:
-            self.state.counters.refused += 1
+            self.state.add(&self.state.counters.refused, 1)
             self.answer(topic, broker, slot, RESULT_FENCED, 0)
             return True
         if sequence - session.expected >= WINDOW:
-            self.state.counters.refused += 1
+            self.state.add(&self.state.counters.refused, 1)
             self.answer(topic, broker, slot, RESULT_REFUSED, 0)
             return True
         held = &session.held[sequence % WINDOW]
         if held.sequence_and_one == sequence + 1:
-            self.state.counters.duplicates += 1
+            self.state.add(&self.state.counters.duplicates, 1)
             if order.order == 5:
                 # The first copy is still held; this one needs no result of its own kind: resend until it commits.
                 self.answer(topic, broker, slot, RESULT_REFUSED, 0)
@@ -333,7 +366,7 @@ cdef class Scanner(Stage):
             held.sequence_and_one = sequence + 1
             held.broker = broker
             held.slot = slot
-            self.state.counters.held_now += 1
+            self.state.add(&self.state.counters.held_now, 1)
             self.state.counters.held_peak = max(self.state.counters.held_peak, self.state.counters.held_now)
             session.held_count += 1
             if session.gap_since == 0:
@@ -366,9 +399,10 @@ cdef class Scanner(Stage):
             if not self.commit(order, topic, held.broker, held.slot, &header, session):
                 cxl_store_release(&order.stalled, 1)
                 break
+            cxl_fetch_or(&self.state.ordered_news[16 * held.broker + topic // 64], <uint64_t>1 << (topic % 64))
             held.sequence_and_one = 0
             session.held_count -= 1
-            self.state.counters.held_now -= 1
+            self.state.add(&self.state.counters.held_now, <uint64_t>-1)
             session.expected += 1
             moved = True
         if session.gap_since:
@@ -383,9 +417,9 @@ cdef class Scanner(Stage):
         """Take an order number and write the entry and the result; False when the index is full."""
         cdef uint64_t taken, index, base, at
         cdef OrderEntry entry
-        cdef ScanPlace* place
+        cdef Ordered* ordered
         if self.fresh_count >= 65536 or not self.state.has_room(order):
-            self.state.counters.order_full += 1
+            self.state.add(&self.state.counters.order_full, 1)
             return False
         taken = (<uint64_t>1 << POSITION_BITS) + header.message_count
         if self.state.lock.mode == LOCK_ATOMIC:
@@ -417,12 +451,12 @@ cdef class Scanner(Stage):
         self.fresh_count += 1
         session.messages += header.message_count
         session.position = entry.position + header.message_count
-        place = &self.places[topic * self.layout.g.broker_count + broker]
-        place.messages += header.message_count
-        place.nbytes += header.payload_bytes
-        place.address = header.payload_offset
-        self.state.counters.batches_ordered += 1
-        self.state.counters.messages_ordered += header.message_count
+        ordered = &self.state.ordered[topic * self.layout.g.broker_count + broker]
+        self.state.add(&ordered.messages, header.message_count)
+        self.state.add(&ordered.nbytes, header.payload_bytes)
+        ordered.address = header.payload_offset
+        self.state.add(&self.state.counters.batches_ordered, 1)
+        self.state.add(&self.state.counters.messages_ordered, header.message_count)
         self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
         self.answer(topic, broker, slot, RESULT_COMMITTED, entry.position)
         return True
@@ -440,20 +474,27 @@ cdef class Scanner(Stage):
         self.answered |= <uint64_t>1 << broker
 
     cdef void claim(self, Session* session) noexcept nogil:
-        # Two scanners meet here only when one session's batches arrive by two brokers at the same moment.
+        # One session at a time, or under the lock all of them. Two scanners meet at a session only when its batches
+        # arrive by two brokers at the same moment.
         cdef int tries = 0
+        if self.state.lock.mode != LOCK_ATOMIC:
+            self.state.lock.acquire()
+            return
         while not cxl_compare_and_swap(&session.claimed, 0, 1):
             tries += 1
             if tries == 1:
-                self.state.counters.lock_contended += 1
+                self.state.add(&self.state.counters.lock_contended, 1)
             if tries < 32:
                 cxl_pause()
             else:
                 cxl_yield()
-        self.state.counters.lock_acquisitions += 1
+        self.state.add(&self.state.counters.lock_acquisitions, 1)
 
     cdef void unclaim(self, Session* session) noexcept nogil:
-        cxl_store_release(&session.claimed, 0)
+        if self.state.lock.mode == LOCK_ATOMIC:
+            cxl_store_release(&session.claimed, 0)
+        else:
+            self.state.lock.release()
 
     cdef void touch(self, Session* session) noexcept nogil:
         # Claimed by this scanner: its progress line is written at the end of the step.
@@ -467,6 +508,8 @@ cdef class Scanner(Stage):
     cdef void finish(self) noexcept nogil:
         """Fence what was written, then move the committed frontiers, then wake whom it concerns."""
         cdef uint64_t i, word, bits, b, interested = self.answered
+        if self.fresh_count and self.state.scanners > 1:
+            interested = <uint64_t>-1       # our entries may let those pass that other scanners answered before
         cdef TopicOrder* order
         if self.result_line:
             self.memory.flush(self.result_line, 64)
@@ -523,14 +566,17 @@ cdef class Scanner(Stage):
                 return
 
     cdef void write_progress(self, uint64_t number) noexcept nogil:
+        if self.state.scanners > 1:                     # another scanner may change the session meanwhile
+            self.claim(&self.state.sessions[number])
+            self.put_progress(number)
+            self.unclaim(&self.state.sessions[number])
+        else:
+            self.put_progress(number)
+
+    cdef void put_progress(self, uint64_t number) noexcept nogil:
         cdef Session* session = &self.state.sessions[number]
         cdef SessionProgressLine line
         cdef uint64_t at = self.layout.session_progress(number)
-        cdef bint shared = self.state.scanners > 1      # then another scanner may change the session meanwhile
-        if shared and self.state.lock.mode == LOCK_ATOMIC:
-            self.claim(session)
-        elif shared:
-            self.state.lock.acquire()
         session.touched = 0
         line.state = session.state
         line.expected = session.expected
@@ -542,10 +588,6 @@ cdef class Scanner(Stage):
         line.held = session.held_count
         self.memory.write_line(at, &line)
         self.memory.flush(at, 64)
-        if shared and self.state.lock.mode == LOCK_ATOMIC:
-            self.unclaim(session)
-        elif shared:
-            self.state.lock.release()
 
     # ---- sessions ----------------------------------------------------------------------------------------------------
 
@@ -574,6 +616,9 @@ cdef class Scanner(Stage):
         cdef SessionLine line
         cdef uint64_t i
         self.memory.read_line(self.layout.session(number), &line)
+        # The slot may be taken over from a session that nobody closed: what that one held gets its answer.
+        self.fence_session(number, SESSION_CLOSED)
+        self.claim(session)
         if session.held == NULL:
             session.held = <Held*>calloc(WINDOW, sizeof(Held))
         memset(session.held, 0, WINDOW * sizeof(Held))
@@ -584,6 +629,7 @@ cdef class Scanner(Stage):
         session.topic = line.topic
         session.client_id = line.client_id
         session.state = state
+        self.unclaim(session)
         for i in range(self.layout.g.session_count_max):
             other = &self.state.sessions[i]
             if i == number or other.client_id != line.client_id or other.topic != line.topic:
@@ -600,27 +646,37 @@ cdef class Scanner(Stage):
         self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
 
     cdef void fence_session(self, uint64_t number, uint64_t new_state) noexcept nogil:
-        """End a session: first its high-water mark is in memory, then what it held is dropped."""
+        """End a session. No other scanner commits for it meanwhile: its high-water mark is final."""
         cdef Session* session = &self.state.sessions[number]
+        self.claim(session)
+        self.fence_claimed(number, new_state)
+        self.unclaim(session)
+
+    cdef void fence_claimed(self, uint64_t number, uint64_t new_state) noexcept nogil:
+        """First the high-water mark is in memory, then what the session held is dropped."""
+        cdef Session* session = &self.state.sessions[number]
+        if session.state & 0xFF == SESSION_FREE:
+            return
         session.state = (session.state & ~<uint64_t>0xFF) | new_state
         if new_state == SESSION_FENCED:
-            self.state.counters.fenced_sessions += 1
-        self.write_progress(number)
+            self.state.add(&self.state.counters.fenced_sessions, 1)
+        self.put_progress(number)
         self.memory.fence()
         self.drop_held(session, RESULT_FENCED)
         self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
 
     cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil:
         cdef uint64_t i, topic = session.topic & 0xFFFF
+        cdef bint alive = self.state.topics[topic].generation == session.topic >> 16    # else its ring is another's
         cdef Held* held
-        if session.held == NULL or self.state.topics[topic].order != 5:
-            return
-        for i in range(WINDOW):
-            held = &session.held[i]
-            if held.sequence_and_one:
-                self.answer(topic, held.broker, held.slot, status, 0)
-                held.sequence_and_one = 0
-                self.state.counters.held_now -= 1
+        if session.held_count:
+            for i in range(WINDOW):
+                held = &session.held[i]
+                if held.sequence_and_one:
+                    if alive:
+                        self.answer(topic, held.broker, held.slot, status, 0)
+                    held.sequence_and_one = 0
+                    self.state.add(&self.state.counters.held_now, <uint64_t>-1)
         session.held_count = 0
         if session.gap_since:
             session.gap_since = 0
@@ -636,15 +692,25 @@ cdef class Scanner(Stage):
         self.next_gap_check = now + GAP_CHECK_NS
         for i in range(self.layout.g.session_count_max):
             session = &self.state.sessions[i]
-            if session.gap_since == 0 or now - session.gap_since < self.state.topics[session.topic & 0xFFFF].lease_ns:
+            if session.gap_since == 0:
                 continue
-            if self.state.lock.mode == LOCK_ATOMIC:
-                self.claim(session)
-                session.state = (session.state & ~<uint64_t>0xFF) | SESSION_FENCED
-                self.unclaim(session)
-            self.fence_session(i, SESSION_FENCED)
-            work += 1
+            self.claim(session)
+            if self.is_gap(session, now):
+                self.fence_claimed(i, SESSION_FENCED)
+                work += 1
+            self.unclaim(session)
         return work
+
+    cdef bint is_gap(self, Session* session, int64_t now) noexcept nogil:
+        """Whether the session's gap has outlived its lease. Back-pressure is no gap: then the clock starts anew."""
+        cdef TopicOrder* order = &self.state.topics[session.topic & 0xFFFF]
+        cdef bint waits = session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1
+        if session.gap_since == 0:
+            return False
+        if order.generation == session.topic >> 16 and (waits or not self.state.has_room(order)):
+            session.gap_since = now
+            return False
+        return now - session.gap_since >= order.lease_ns
 
     cdef int64_t retry_stalled(self) noexcept nogil:
         """Held batches that found the order index full are committed once there is room again."""
@@ -659,17 +725,12 @@ cdef class Scanner(Stage):
             order.stalled = 0
             for i in range(self.layout.g.session_count_max):
                 session = &self.state.sessions[i]
-                if session.held_count == 0 or session.topic & 0xFFFF != topic:
+                if session.held_count == 0 or session.topic != (order.generation << 16 | topic):
                     continue
-                if self.state.lock.mode == LOCK_ATOMIC:
-                    self.claim(session)
+                self.claim(session)
+                if session.state & 0xFF == SESSION_OPEN:
                     self.commit_held(order, topic, session)
                     self.touch(session)
-                    self.unclaim(session)
-                else:
-                    self.state.lock.acquire()
-                    self.commit_held(order, topic, session)
-                    self.touch(session)
-                    self.state.lock.release()
+                self.unclaim(session)
                 work += 1
         return work

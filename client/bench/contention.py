@@ -8,6 +8,8 @@ Both run the product's own stages. The stage alone uses a private region, refill
 
 import asyncio
 import contextlib
+import functools
+import itertools
 import os
 import secrets
 import statistics
@@ -39,7 +41,7 @@ from sim.cxl.memory import Memory, Role
 
 SCANNER_COUNTS = (1, 2, 4)
 BROKERS = 4
-TOPIC = "bench"
+TOPICS = 4                                  # one topic's order index holds a round of a few ms only
 LEASE_NS = 30_000_000_000
 START_NS = 3_000_000
 ORDER_ENTRIES = 32768
@@ -47,7 +49,10 @@ ORDER_ENTRIES = 32768
 SPARE_ENTRIES = 64
 SESSIONS_VERSION = 40                       # byte offset in BrokerLine
 PIPELINE_BELL = 0
-END_TO_END = {"message_bytes": 256, "batch_bytes": 4096, "region_bytes": 256 << 20, "transport": "grpc"}
+# Fifteen messages of 256 bytes, with their 8 bytes of framing, fill a batch.
+END_TO_END_MESSAGE_BYTES, END_TO_END_BATCH_MESSAGES = 256, 15
+END_TO_END = {"message_bytes": END_TO_END_MESSAGE_BYTES, "batch_bytes": 4096, "region_bytes": 256 << 20,
+              "transport": "grpc"}
 
 Progress = Callable[[str], None]
 
@@ -72,7 +77,7 @@ def bench_name() -> str:
 
 
 class SequencerAlone:
-    """A sequencer with N scanners over the rings of `BROKERS` brokers, each with one session."""
+    """A sequencer with N scanners over the rings of `BROKERS` brokers, each with one session a topic."""
 
     def __init__(self, region: Region, lock: str, scanners: int) -> None:
         self._region, self._layout = region, region.layout
@@ -93,24 +98,34 @@ class SequencerAlone:
                                   [b for b in brokers if b % scanners == number], bells) for number in range(scanners)]
         self._directories = [Directory(self._door(Role.ROLE_BROKER, b), self._logs[b],
                                        *((self._order, self._scanners) if b == 0 else ())) for b in brokers]
-        self._topic, self._sessions = asyncio.run(self._open())
-        self._sequences = 0
-        self.batches = (ORDER_ENTRIES - SPARE_ENTRIES) // len(brokers) * len(brokers)
+        self._topics, self._sessions = asyncio.run(self._open())
+        self._numbers = [topic.number for topic in self._topics]
+        self._sequence = 0
+        self._share = (ORDER_ENTRIES - SPARE_ENTRIES) // len(brokers)
+        self.batches = self._share * len(brokers) * len(self._topics)
 
     def _door(self, role: int, broker: int) -> Memory:
         return self._region.memory(role, self._layout.offset_of("role_statistics", broker, int(role)))
 
-    async def _open(self) -> tuple[TopicEntry, list[int]]:
-        """A topic, and a session at every broker."""
-        admin = self._door(Role.ROLE_ADMIN, 0)
-        table = TopicTable(admin, self._layout, lambda: [each.step_once() for each in self._directories])
-        topic = await table.create(TopicConfig(name=TOPIC), LEASE_NS, lambda: list(range(len(self._logs))))
-        slots = []
-        for broker in range(len(self._logs)):
-            sessions = SessionTable(admin, self._layout, broker, lambda broker=broker: self._announce(admin, broker))
-            opened = await sessions.open(broker + 1, 1, topic.generation << 16 | topic.number, 1)
-            slots.append(opened["slot"])
-        return topic, slots
+    async def _open(self) -> tuple[list[TopicEntry], dict[tuple[int, int], tuple[int, int]]]:
+        """Topics, and by (topic, broker) a session's client and slot."""
+        admin, brokers = self._door(Role.ROLE_ADMIN, 0), range(len(self._logs))
+        table = TopicTable(admin, self._layout, self._look_at_topics)
+        topics = [await table.create(TopicConfig(name=f"bench-{number}"), LEASE_NS, lambda: list(brokers))
+                  for number in range(TOPICS)]
+        found = {}
+        for broker in brokers:
+            sessions = SessionTable(admin, self._layout, broker, functools.partial(self._announce, admin, broker))
+            for topic in topics:
+                client = len(found) + 1
+                opened = await sessions.open(client, 1, topic.generation << 16 | topic.number, 1)
+                found[topic.number, broker] = client, opened["slot"]
+        return topics, found
+
+    def _look_at_topics(self) -> None:
+        """The topic table changed: every broker looks."""
+        for directory in self._directories:
+            directory.step_once()
 
     def _announce(self, memory: Memory, broker: int) -> None:
         """A session line changed: the sequencer looks."""
@@ -121,22 +136,25 @@ class SequencerAlone:
 
     def run_round(self) -> int:
         """Fill the rings, let the scanners loose, take everything back; ns from the first scanner to the last."""
-        number, before = self._topic.number, sequencer_bench.committed_index(self._order, self._topic.number)
-        share = self.batches // len(self._logs)
-        for broker, receiver in enumerate(self._receivers):
-            sequencer_bench.fill_ring(receiver, number, broker + 1, self._sessions[broker], self._sequences, share)
+        before = self._committed()
+        for (topic, broker), (client, slot) in self._sessions.items():
+            sequencer_bench.fill_ring(self._receivers[broker], topic, client, slot, self._sequence, self._share)
             while self._delegations[broker].step_once():
                 pass
-        self._sequences += share
+        self._sequence += self._share
         start_ns = time.monotonic_ns() + START_NS
         with ThreadPoolExecutor(len(self._scanners)) as pool:
-            runs = [pool.submit(sequencer_bench.run_scanner, scanner, number, start_ns) for scanner in self._scanners]
+            runs = [pool.submit(sequencer_bench.run_scanner, scanner, self._numbers, start_ns)
+                    for scanner in self._scanners]
             times = [run.result() for run in runs]
-        ordered = sequencer_bench.committed_index(self._order, number) - before
-        if ordered != self.batches:
-            raise sequencer_bench.BenchError(f"{ordered} of {self.batches} batches were ordered")
-        self._take_back(number)
+        if self._committed() - before != self.batches:
+            raise sequencer_bench.BenchError(f"{self._committed() - before} of {self.batches} batches were ordered")
+        for number in self._numbers:
+            self._take_back(number)
         return int(max(end for _, end in times) - min(begin for begin, _ in times))
+
+    def _committed(self) -> int:
+        return sum(sequencer_bench.committed_index(self._order, number) for number in self._numbers)
 
     def _take_back(self, number: int) -> None:
         """Give all slots and segments back, as readers and the reclaimer would in time."""
@@ -154,7 +172,7 @@ class SequencerAlone:
 def measure_stage(lock: str, scanners: int, rounds: int = 20) -> dict[str, Any]:
     """The sequencer stage alone; M batches/s is the median of the rounds, the lock's counters are of all of them."""
     config = load_config(
-        name=bench_name(), brokers=BROKERS, region_bytes="192MiB", topic_count_max=1, sequencer_lock=lock,
+        name=bench_name(), brokers=BROKERS, region_bytes="192MiB", topic_count_max=TOPICS, sequencer_lock=lock,
         scanners=scanners, ring_slot_count=ORDER_ENTRIES // BROKERS, order_entry_count=ORDER_ENTRIES)
     with private_region(config) as region:
         bench = SequencerAlone(region, lock, scanners)
@@ -188,7 +206,7 @@ def lock_figures(lock: str, counters: dict[str, int], seconds: float) -> dict[st
 def measure_end_to_end(lock: str, scanners: int, batches: int) -> dict[str, Any]:
     """A cluster with tiny batches over gRPC; everything is read back and verified."""
     workload = Workload.parse({**END_TO_END, "brokers": BROKERS, "sequencer_lock": lock, "scanners": scanners,
-                               "total_bytes": batches * END_TO_END_BATCH_BYTES})
+                               "total_bytes": batches * END_TO_END_BATCH_MESSAGES * END_TO_END_MESSAGE_BYTES})
     run = measure_run(workload, "grpc", {})
     lock_report = run["sequencer_lock"]
     names = ("acquisitions", "contended", "contended_per_second", "wait_us", "wait_us_mean", "hold_us_mean", "advice")
@@ -197,18 +215,15 @@ def measure_end_to_end(lock: str, scanners: int, batches: int) -> dict[str, Any]
             "verified": run["verified"], **{name: lock_report[name] for name in names}}
 
 
-END_TO_END_BATCH_BYTES = 4096 // (256 + 8) * 256
-
-
 def compare(locks: tuple[str, ...] = SEQUENCER_LOCKS, scanner_counts: tuple[int, ...] = SCANNER_COUNTS, *,
-            rounds: int = 20, batches: int = 20_000, progress: Progress = lambda _: None) -> dict[str, Any]:
+            end_to_end_scanners: tuple[int, ...] = SCANNER_COUNTS, rounds: int = 20, batches: int = 20_000,
+            progress: Progress = lambda _: None) -> dict[str, Any]:
     """All locks over all scanner counts, the stage alone and (unless `batches` is 0) end to end."""
-    cases = [(lock, scanners) for scanners in scanner_counts for lock in locks]
     stage, end_to_end = [], []
-    for lock, scanners in cases:
+    for scanners, lock in itertools.product(scanner_counts, locks):
         progress(f"the stage alone: {lock}, {scanners} scanners")
         stage.append(measure_stage(lock, scanners, rounds))
-    for lock, scanners in cases if batches else ():
+    for scanners, lock in itertools.product(end_to_end_scanners if batches else (), locks):
         progress(f"end to end: {lock}, {scanners} scanners")
         end_to_end.append(measure_end_to_end(lock, scanners, batches))
     return {"stage_alone": stage, "end_to_end": end_to_end, "brokers": BROKERS}

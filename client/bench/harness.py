@@ -167,6 +167,8 @@ class Child:
             stdout=subprocess.PIPE,
             text=True,
             cwd=Path(__file__).parents[2],
+            # numpy's linear algebra would start threads that spin for a tenth of a second.
+            env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
         )
         assert self._process.stdin
         assert self._process.stdout

@@ -15,7 +15,7 @@ from typing import Any
 
 from client.bench import limits
 from client.bench.grpc_limit import measure_grpc
-from client.bench.harness import RING_BYTES, warm_mapping
+from client.bench.harness import RING_BYTES, Limit, Transport, warm_mapping
 from client.bench.socket_limit import measure_sockets
 from sim.cxl import region as files
 from sim.cxl.memory import processor_features
@@ -45,14 +45,10 @@ def measure_limits(which: Iterable[str] = WHICH, *, batch_bytes: int = PIECE_BYT
     if "memory" in which:
         progress("memory: copies and reads beyond the cache")
         found.update(measure_memory(runs))
-    transports = [("grpc", "grpc", "unix", measure_grpc)] if "grpc" in which else []
-    if "grpc" in which and tcp:
-        transports.append(("grpc", "grpc_tcp", "tcp", measure_grpc))
-    if "sockets" in which:
-        transports.append(("sockets", "sockets", "unix", measure_sockets))
     batch_bytes = min(batch_bytes, RING_BYTES)
+    transports = [each for each in _TRANSPORTS if each[0] in which and (tcp or each[2] != "tcp")]
     for what, name, network, measure in transports:
-        progress(f"{what} over {network}, {batch_bytes} bytes a batch")
+        progress(f"{what} over {network}, {batch_bytes:,} bytes a batch")
         limit = measure(batch_bytes, transport_total(transport_bytes, batch_bytes), servers=servers, transport=network,
                         runs=min(runs, 3), publishers=publishers)
         found[f"{name}_gigabytes_per_second"] = limit.gigabytes_per_second
@@ -60,6 +56,12 @@ def measure_limits(which: Iterable[str] = WHICH, *, batch_bytes: int = PIECE_BYT
     if transports:
         found["transport_batch_bytes"] = batch_bytes
     return found
+
+
+# (what is asked for, name in the results, sockets, measurement)
+_TRANSPORTS: tuple[tuple[str, str, Transport, Callable[..., Limit]], ...] = (
+    ("grpc", "grpc", "unix", measure_grpc), ("grpc", "grpc_tcp", "tcp", measure_grpc),
+    ("sockets", "sockets", "unix", measure_sockets))
 
 
 def transport_total(wanted: int, batch_bytes: int) -> int:

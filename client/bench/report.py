@@ -83,12 +83,16 @@ def commit() -> str | None:
 def document(measured: dict[str, Any]) -> dict[str, Any]:
     """The JSON of throughput runs: the run itself, or `runs` and `medians` when there are several."""
     runs: list[dict[str, Any]] = measured["runs"]
-    about = {"notes": measured["notes"], "machine": machine(), "commit": commit(),
-             "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     if len(runs) == 1:
-        return {**runs[0], **about}
+        return {**runs[0], "notes": measured["notes"], **about()}
     return {"runs": runs, "medians": medians(runs), "limits": measured["limits"],
-            "verified": all(run["verified"] for run in runs), **about}
+            "verified": all(run["verified"] for run in runs), "notes": measured["notes"], **about()}
+
+
+def about() -> dict[str, Any]:
+    """When, where and with which code something was measured."""
+    return {"machine": machine(), "commit": commit(),
+            "measured_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
 def medians(runs: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -220,7 +224,7 @@ def bar_chart(values: Sequence[tuple[str, float]], unit: str = "GB/s") -> str:
 def throughput_text(report: dict[str, Any]) -> str:
     """Table, bars and remarks, as they are printed and kept in table.txt."""
     rows = throughput_rows(report)
-    names = [f"run {number}" if len(runs_of(report)) > 1 else "" for number in range(1, len(rows[0]))]
+    names = [f"run {number}" for number in range(1, len(rows[0]))]
     notes = [f"note: {note}" for note in report["notes"]]
     return "\n".join([table_text("", ["", *names], rows), "", bar_chart(bars(report)), *notes])
 
@@ -236,14 +240,14 @@ def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def save_results(root: Path, name: str, report: dict[str, Any], text: str,
-                 chart: Sequence[tuple[str, float]] = ()) -> Path:
+                 chart: Sequence[tuple[str, float]] = (), unit: str = "GB/s") -> Path:
     """Keep a report below `root` in a folder of its own: report.json, table.txt, and plot.png where matplotlib is."""
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = next(path for path in (root / f"{moment}-{name}{suffix}" for suffix in _suffixes()) if _make(path))
     write_json(str(folder / "report.json"), report)
     (folder / "table.txt").write_text(text + "\n")
     if chart:
-        plot_bars(folder / "plot.png", name, chart)
+        plot_bars(folder / "plot.png", name, chart, unit)
     return folder
 
 

@@ -17,6 +17,7 @@ from sim.cxl.primitives cimport cxl_load_acquire, cxl_now_ns, cxl_store_release,
 
 cdef enum:
     PAYLOAD_BYTES = 64
+    TOPICS_MAX = 64
     GIVE_UP_NS = 30000000000
 
 BATCH_BYTES = PAYLOAD_BYTES
@@ -46,28 +47,35 @@ def fill_ring(Receiver receiver, uint64_t topic, uint64_t client, uint64_t sessi
         raise BenchError(f"batch {i} of {count} was not received: reserve status {status}")
 
 
-cdef bint _is_behind(Scanner scanner, uint64_t topic) noexcept nogil:
+cdef bint _is_behind(Scanner scanner, uint64_t* topics, uint64_t count) noexcept nogil:
     """Whether one of the scanner's brokers has delegated what the scanner has not looked at."""
-    cdef uint64_t b, brokers = scanner.layout.g.broker_count
-    for b in range(brokers):
-        if (scanner.broker_mask >> b & 1 and scanner.places[topic * brokers + b].scanned
-                < scanner.memory.load(scanner.layout.offset_broker(topic, b))):
-            return True
+    cdef uint64_t b, i, brokers = scanner.layout.g.broker_count
+    for i in range(count):
+        for b in range(brokers):
+            if (scanner.broker_mask >> b & 1 and scanner.places[topics[i] * brokers + b].scanned
+                    < scanner.memory.load(scanner.layout.offset_broker(topics[i], b))):
+                return True
     return False
 
 
-def run_scanner(Scanner scanner, uint64_t topic, int64_t start_at_ns) -> tuple[int, int]:
+def run_scanner(Scanner scanner, topics, int64_t start_at_ns) -> tuple[int, int]:
     """Step a scanner from `start_at_ns` on until it has ordered all that is delegated; (begun, ended) in ns.
 
-    Raises `BenchError` when that takes for ever.
+    `topics` are at most `TOPICS_MAX` numbers. Raises `BenchError` when it takes for ever.
     """
     cdef int64_t begun, ended
     cdef bint late = False
+    cdef uint64_t numbers[TOPICS_MAX]
+    cdef uint64_t count = len(topics), i
+    if count > TOPICS_MAX:
+        raise ValueError(f"at most {TOPICS_MAX} topics, not {count}")
+    for i in range(count):
+        numbers[i] = topics[i]
     with nogil:
         while cxl_now_ns() < start_at_ns:
             cxl_yield()                     # there may be more scanners than cores
         begun = cxl_now_ns()
-        while _is_behind(scanner, topic):
+        while _is_behind(scanner, numbers, count):
             if scanner.step() == 0:
                 cxl_yield()
                 if cxl_now_ns() - begun > GIVE_UP_NS:

@@ -32,5 +32,5 @@ def broker(number: int, overrides: dict[str, Any]) -> None:
                           allowed=f"0 to {config.brokers - 1}, with {config.brokers} brokers")
     from broker.node import main
 
-    arguments = ["--id", str(number), "--standalone", *(["--json-errors"] if settings().as_json else [])]
+    arguments = ["--id", str(number), *(["--json-errors"] if settings().as_json else [])]
     raise CommandExit(main(arguments, config.to_json))

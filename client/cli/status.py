@@ -34,7 +34,8 @@ class Sampler:
             "age_seconds": round(time.time() - self._region.superblock["created_wall_ns"] / 1e9, 3),
             "brokers": [self._broker(each, statistics["brokers"][each["broker"]]) for each in inspected["brokers"]],
             "topics": [_topic(each) for each in inspected["topics"]],
-            "sessions": len(inspected["sessions"]), "readers": len(inspected["cursors"]),
+            "sessions": sum(each["state"] == "open" for each in inspected["sessions"]),
+            "readers": len(inspected["cursors"]),
             "pool": {key: inspected["pool"][key] for key in ("segments", "used", "free", "warm", "segment_bytes")},
         }
         _add_rates(values, self._before, seconds)
@@ -171,7 +172,7 @@ def _render(values: dict[str, Any]) -> Any:
         f"{common.bytes_text(pool['used'] * pool['segment_bytes'])} used of "
         f"{common.bytes_text(pool['segments'] * pool['segment_bytes'])}, {values['sessions']} publisher sessions, "
         f"{values['readers']} readers",
-        (">broker", "state", ">pid", ">heartbeat", ">CPU", ">memory", ">received", ">delivered", "address"),
+        (">broker", "state", ">pid", ">heartbeat", ">CPU", ">memory", ">messages in", "address"),
         [_broker_row(each) for each in values["brokers"]])
     topics = common.make_table(
         "topics", ("name", ">order", ">ack", ">RF", ">first", ">end", ">bytes", ">messages/s", ">MB/s", "held by"),
@@ -185,8 +186,7 @@ def _broker_row(broker: dict[str, Any]) -> tuple[object, ...]:
     age, cpu, memory = broker["heartbeat_age_ms"], broker["cpu_percent"], broker["private_bytes"]
     return (broker["id"], state, broker["pid"] or "-", "-" if age is None else f"{age:.0f} ms",
             "-" if cpu is None else f"{cpu:.0f} %", "-" if memory is None else common.bytes_text(memory),
-            f"{broker['messages_received']:,}", common.bytes_text(broker["bytes_delivered"]),
-            broker["tcp_address"] or "-")
+            f"{broker['messages_received']:,}", broker["tcp_address"] or "-")
 
 
 def _topic_row(topic: dict[str, Any]) -> tuple[object, ...]:

@@ -14,6 +14,8 @@ Atomic read-modify-write is for words that the layout marks as shared, and only 
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from sim.cxl.primitives cimport cxl_stream
+
 cdef enum:
     LINE_BYTES = 64
 
@@ -59,6 +61,10 @@ cdef class Memory:
     cdef uint64_t fetch_and(self, uint64_t offset, uint64_t value) noexcept nogil
     cdef bint compare_and_swap(self, uint64_t offset, uint64_t expected, uint64_t desired) noexcept nogil
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil
+    cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil
+    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
+                             uint32_t check) noexcept nogil
+    cdef void stream_finish(self, cxl_stream* stream) noexcept nogil
     cdef void copy_out(self, void* target, uint64_t offset, uint64_t count) noexcept nogil
     cdef void flush(self, uint64_t offset, uint64_t count) noexcept nogil
     cdef void invalidate(self, uint64_t offset, uint64_t count) noexcept nogil

@@ -9,7 +9,8 @@ from sim.cxl.primitives cimport (
     CXL_COPY_AVX512, CXL_COPY_MEMCPY, CXL_COPY_MOVDIR64B, CXL_COPY_SSE, CXL_COPY_STNP,
     cxl_compare_and_swap, cxl_copy_kind, cxl_copy_nontemporal, cxl_count, cxl_fetch_add, cxl_fetch_and, cxl_fetch_or,
     cxl_flush_kind, cxl_flush_range, cxl_full_fence, cxl_futex_wait, cxl_futex_wake, cxl_invalidate_range,
-    cxl_load_acquire, cxl_read_line, cxl_store_fence, cxl_store_release, cxl_touch_pages, cxl_write_line,
+    cxl_load_acquire, cxl_read_line, cxl_store_fence, cxl_store_release, cxl_stream, cxl_stream_finish,
+    cxl_stream_message, cxl_stream_start, cxl_touch_pages, cxl_write_line,
 )
 
 
@@ -37,6 +38,10 @@ cdef class Memory:
     cdef uint64_t fetch_and(self, uint64_t offset, uint64_t value) noexcept nogil: return 0
     cdef bint compare_and_swap(self, uint64_t offset, uint64_t expected, uint64_t desired) noexcept nogil: return False
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil: pass
+    cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil: pass
+    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
+                             uint32_t check) noexcept nogil: pass
+    cdef void stream_finish(self, cxl_stream* stream) noexcept nogil: pass
     cdef void copy_out(self, void* target, uint64_t offset, uint64_t count) noexcept nogil: pass
     cdef void flush(self, uint64_t offset, uint64_t count) noexcept nogil: pass
     cdef void invalidate(self, uint64_t offset, uint64_t count) noexcept nogil: pass
@@ -236,6 +241,17 @@ cdef class MappedMemory(Memory):
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil:
         cxl_count(&self.statistics.bytes_in, count)
         cxl_copy_nontemporal(self.base + offset, source, count, self.copy_kind, self.flush_kind)
+
+    cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil:
+        cxl_stream_start(stream, self.base + offset)
+
+    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
+                             uint32_t check) noexcept nogil:
+        cxl_count(&self.statistics.bytes_in, count)
+        cxl_stream_message(stream, source, count, check, self.copy_kind, self.flush_kind)
+
+    cdef void stream_finish(self, cxl_stream* stream) noexcept nogil:
+        cxl_stream_finish(stream, self.copy_kind, self.flush_kind)
 
     cdef void copy_out(self, void* target, uint64_t offset, uint64_t count) noexcept nogil:
         cxl_count(&self.statistics.bytes_out, count)

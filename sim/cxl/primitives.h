@@ -252,6 +252,59 @@ static inline void cxl_copy_nontemporal(void *target, const void *source, uint64
     }
 }
 
+/* ---- streams of small pieces ----------------------------------------------------------------------------------------
+ * Packs pieces of any size one behind the other around the cache: a line is put together here and stored when it is full;
+ * whole lines of a large piece go straight from their source. `at` is 64-byte aligned at the start. */
+struct cxl_stream {
+    uint8_t *at;                /* where the line under construction goes */
+    uint64_t fill;              /* bytes of it that are there */
+    uint8_t line[CXL_LINE] __attribute__((aligned(64)));
+};
+
+static inline void cxl_stream_start(struct cxl_stream *s, void *target) { s->at = (uint8_t *)target; s->fill = 0; }
+
+static inline void cxl_stream_line(struct cxl_stream *s, const void *line, int kind, int flush_kind) {
+    cxl_copy_nontemporal(s->at, line, CXL_LINE, kind, flush_kind);
+    s->at += CXL_LINE;
+}
+
+static inline void cxl_stream_append(struct cxl_stream *s, const void *source, uint64_t bytes, int kind, int flush_kind) {
+    const uint8_t *from = (const uint8_t *)source;
+    if (s->fill) {
+        uint64_t head = CXL_LINE - s->fill;
+        if (head > bytes) head = bytes;
+        memcpy(s->line + s->fill, from, head);
+        s->fill += head; from += head; bytes -= head;
+        if (s->fill < CXL_LINE) return;
+        cxl_stream_line(s, s->line, kind, flush_kind);
+        s->fill = 0;
+    }
+    uint64_t whole = bytes & ~(uint64_t)(CXL_LINE - 1);
+    if (whole) {
+        cxl_copy_nontemporal(s->at, from, whole, kind, flush_kind);
+        s->at += whole; from += whole; bytes -= whole;
+    }
+    if (bytes) { memcpy(s->line, from, bytes); s->fill = bytes; }
+}
+
+/* One message: size, check, bytes, zeroes up to a multiple of 8. */
+static inline void cxl_stream_message(struct cxl_stream *s, const void *source, uint64_t bytes, uint32_t check, int kind,
+                                      int flush_kind) {
+    static const uint8_t zeroes[8];
+    uint32_t header[2] = {(uint32_t)bytes, check};
+    cxl_stream_append(s, header, 8, kind, flush_kind);
+    cxl_stream_append(s, source, bytes, kind, flush_kind);
+    if (bytes & 7) cxl_stream_append(s, zeroes, 8 - (bytes & 7), kind, flush_kind);
+}
+
+/* Stores what is left, the rest of its line zeroed. The caller fences. */
+static inline void cxl_stream_finish(struct cxl_stream *s, int kind, int flush_kind) {
+    if (!s->fill) return;
+    memset(s->line + s->fill, 0, CXL_LINE - s->fill);
+    cxl_stream_line(s, s->line, kind, flush_kind);
+    s->fill = 0;
+}
+
 /* ---- checksum: CRC-32C (Castagnoli), by instruction where there is one ------------------------------------------------ */
 static inline uint32_t cxl_crc32c_table_step(uint32_t crc, uint8_t byte) {
     crc ^= byte;

@@ -27,6 +27,12 @@ cdef extern from "primitives.h" nogil:
     int cxl_read_line(void* target, const void* line)
     int cxl_copy_kind()
     void cxl_copy_nontemporal(void* target, const void* source, uint64_t bytes, int kind, int flush_kind)
+    struct cxl_stream:
+        pass
+    void cxl_stream_start(cxl_stream* s, void* target)
+    void cxl_stream_append(cxl_stream* s, const void* source, uint64_t bytes, int kind, int flush_kind)
+    void cxl_stream_message(cxl_stream* s, const void* source, uint64_t bytes, uint32_t check, int kind, int flush_kind)
+    void cxl_stream_finish(cxl_stream* s, int kind, int flush_kind)
     uint32_t cxl_crc32c(uint32_t seed, const void* data, uint64_t bytes)
     int64_t cxl_now_ns()
     int64_t cxl_wall_ns()

@@ -105,6 +105,11 @@ def map_region_file(file_name: str, writable: bool = True) -> mmap.mmap:
         os.close(descriptor)
 
 
+def private_mapping(nbytes: int) -> mmap.mmap:
+    """Memory of this process alone (and of what it forks), aligned as a region is, for tests and simulations."""
+    return mmap.mmap(-1, nbytes)
+
+
 def remove_region_file(file_name: str) -> bool:
     """Unlink a region file; False when there was none. Processes that have mapped it keep their mapping."""
     try:

@@ -241,6 +241,21 @@ def test_kill_of_the_supervisor_leaves_nothing(supervised: Supervised) -> None:
     assert eventually(lambda: not traces(supervised.name)), traces(supervised.name)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3])
+def test_kill_of_the_supervisor_while_it_starts(supervised: Supervised, seconds: float) -> None:
+    folder = load_config(environment={}, name=supervised.name).folder
+    assert eventually((folder / "broker-1.log").exists)
+    children = Path(f"/proc/{supervised.process.pid}/task/{supervised.process.pid}/children").read_text().split()
+    time.sleep(seconds)
+    supervised.process.kill()
+    supervised.process.wait()
+    assert children
+    assert eventually(lambda: not any(alive(int(child)) for child in children))
+    # What is left has no process and no region, or a dead one: the next start removes it.
+    collect_leftovers()
+    assert traces(supervised.name) == []
+
+
 def test_crashed_script_leaves_nothing() -> None:
     config = small_config(brokers=2)
     program = ("import sys, os\nfrom broker.config import ClusterConfig\nfrom client.cluster import Cluster\n"

@@ -1,0 +1,56 @@
+from libc.stdint cimport int64_t, uint64_t
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport Descriptor, Layout
+from broker.log cimport BrokerLog
+from broker.stages.ack cimport AckStage
+from broker.stages.stage cimport Stage
+from sim.cxl.clock cimport Clock
+from sim.cxl.memory cimport Memory
+
+cdef struct HeldLease:
+    uint64_t offset
+    uint64_t nbytes
+    uint64_t used               # bytes below are taken by descriptors
+
+cdef struct AttachSlot:
+    # Invariant: retired <= granted <= retired + LEASE_RING; taken counts descriptors, in order.
+    uint64_t state              # AttachState
+    uint64_t generation
+    uint64_t topic
+    uint64_t topic_generation
+    uint64_t session_slot
+    uint64_t session_epoch
+    uint64_t client_id
+    uint64_t level
+    uint64_t stream
+    uint64_t taken
+    uint64_t granted
+    uint64_t retired
+    uint64_t subscriber         # order entries are viewed, not written
+    uint64_t closing
+    int64_t heard_at
+    uint64_t heartbeat
+    HeldLease leases[16]
+
+cdef class AttachStage(Stage):
+    cdef Memory memory
+    cdef Layout layout
+    cdef BrokerLog log
+    cdef AckStage acks
+    cdef Clock clock
+    cdef int broker
+    cdef AttachSlot* slots
+    cdef uint64_t first                 # number of this broker's first slot in the region
+    cdef uint64_t count
+    cdef uint64_t limit                 # slots at and above were never opened
+    cdef int64_t lease_ns
+    cdef int64_t next_check
+
+    cdef int64_t take(self, uint64_t i) noexcept nogil
+    cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil
+    cdef int64_t grant(self, uint64_t i) noexcept nogil
+    cdef void fence_slot(self, uint64_t i) noexcept nogil
+    cdef void write_line(self, uint64_t i) noexcept nogil
+    cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil
+    cdef int64_t finish(self, uint64_t i) noexcept nogil

@@ -1,0 +1,304 @@
+"""Attached publishers: takes the descriptors of clients that write their payload into the segments themselves.
+
+    client: lease ─► payload (non-temporal), fence ─► descriptor n, flush, fence
+    broker: descriptor n ─► checked against the lease ─► ring slot, header ─► ... ─► completion n
+
+A client is trusted with the bytes of its leases and with nothing else: offsets, lengths, counts and order are checked
+before they are used. A descriptor that breaks the contract fences its session and touches nobody else.
+"""
+
+from libc.stdint cimport int64_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport (
+    ATTACH_CLOSING, ATTACH_FENCED, ATTACH_FREE, ATTACH_OPEN, ATTACH_RING, AttachClientLine, AttachLine, BATCH_FENCE,
+    BATCH_VOID, BatchHeader, Descriptor, LEASE_RING, Layout, make_tag,
+)
+from broker.log cimport BrokerLog, RESERVED, RESERVE_TOPIC_CLOSED
+from broker.stages.ack cimport AckStage
+from broker.stages.stage cimport Stage
+from broker.wire cimport MESSAGE_HEADER_BYTES
+from sim.cxl.clock cimport Clock
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_store_release
+
+cdef enum:
+    STEP_DESCRIPTORS = 64
+    LEASES_AHEAD = 2            # leases beyond the one in use that a busy client is given
+    CHECK_NS = 50000000
+
+
+cdef class AttachStage(Stage):
+    """One broker's attached publishers. Slots are opened and closed by the gRPC service, polled by the pipeline."""
+
+    def __cinit__(self):
+        self.slots = NULL
+
+    def __init__(self, Memory memory, BrokerLog log, AckStage acks, Clock clock, int64_t lease_ns):
+        self.memory = memory
+        self.layout = log.layout
+        self.log = log
+        self.acks = acks
+        self.clock = clock
+        self.broker = log.broker
+        self.lease_ns = lease_ns
+        self.count = self.layout.g.attach_per_broker
+        self.first = self.broker * self.count
+        self.slots = <AttachSlot*>calloc(max(self.count, 1), sizeof(AttachSlot))
+        if self.slots == NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        free(self.slots)
+
+    cdef int64_t step(self) noexcept nogil:
+        cdef uint64_t i, state, limit = cxl_load_acquire(&self.limit)
+        cdef int64_t work = 0, now
+        for i in range(limit):
+            state = cxl_load_acquire(&self.slots[i].state)
+            if state == ATTACH_OPEN:
+                work += self.take(i)
+                work += self.grant(i)
+        if limit == 0:
+            return 0
+        now = self.clock.now_ns()
+        if now >= self.next_check:
+            self.next_check = now + CHECK_NS
+            for i in range(limit):
+                if self.slots[i].state != ATTACH_FREE:
+                    work += self.finish(i)
+        return work
+
+    cdef int64_t take(self, uint64_t i) noexcept nogil:
+        """Take the client's next descriptors as far as they are there and there is room."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef Descriptor descriptor
+        cdef BatchHeader header
+        cdef uint64_t at, ring_slot = 0
+        cdef int64_t done = 0
+        cdef int status
+        while done < STEP_DESCRIPTORS and self.acks.room(slot.stream):
+            at = self.layout.attach_descriptor(self.first + i, slot.taken)
+            self.memory.invalidate(at, 64)
+            if self.memory.load(at) != make_tag(slot.generation, slot.taken):
+                break
+            # A private copy: what was checked cannot change any more.
+            self.memory.read_line(at, &descriptor)
+            if not self.accept(slot, &descriptor):
+                self.fence_slot(i)
+                return done + 1
+            status = self.log.reserve_leased(slot.topic, descriptor.payload_offset, descriptor.payload_bytes,
+                                             descriptor.message_count, &ring_slot)
+            if status == RESERVE_TOPIC_CLOSED:
+                self.fence_slot(i)
+                return done + 1
+            if status != RESERVED:
+                break
+            header.payload_offset = descriptor.payload_offset
+            header.payload_bytes = descriptor.payload_bytes
+            header.message_count = descriptor.message_count
+            header.client_id = slot.client_id
+            header.session_slot = slot.session_slot
+            header.session_epoch = slot.session_epoch
+            header.batch_sequence = descriptor.batch_sequence
+            header.received_wall_ns = descriptor.published_wall_ns
+            header.flags = header.local_order = 0
+            self.log.complete(slot.topic, ring_slot, &header)
+            self.acks.expect(slot.stream, descriptor.batch_sequence, ring_slot, descriptor.message_count)
+            slot.leases[descriptor.lease % LEASE_RING].used = (
+                descriptor.payload_offset + descriptor.payload_bytes
+                - slot.leases[descriptor.lease % LEASE_RING].offset + 63) & ~<uint64_t>63
+            slot.taken += 1
+            done += 1
+        return done
+
+    cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil:
+        """Whether a descriptor lies within its lease, behind what was taken of it, and adds up."""
+        cdef HeldLease* lease
+        cdef uint64_t start
+        if descriptor.lease < slot.retired or descriptor.lease >= slot.granted:
+            return False
+        lease = &slot.leases[descriptor.lease % LEASE_RING]
+        if descriptor.payload_offset < lease.offset or descriptor.payload_offset % 64:
+            return False
+        start = descriptor.payload_offset - lease.offset
+        return (start >= lease.used and start <= lease.nbytes and descriptor.payload_bytes <= lease.nbytes - start
+                and 0 < descriptor.payload_bytes <= self.layout.g.batch_bytes_max
+                and 0 < descriptor.message_count
+                and <uint64_t>descriptor.message_count * MESSAGE_HEADER_BYTES <= descriptor.payload_bytes)
+
+    cdef int64_t grant(self, uint64_t i) noexcept nogil:
+        """Take back retired leases, and keep a busy client supplied."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef uint64_t at = self.layout.attach_client(self.first + i), using, retired, wanted, offset = 0, nbytes = 0
+        cdef HeldLease* lease
+        cdef int64_t done = 0
+        self.memory.invalidate(at, 64)
+        using = self.memory.load(at + 8)
+        retired = self.memory.load(at + 16)
+        if retired > slot.granted or using > slot.granted:
+            self.fence_slot(i)
+            return 1
+        if retired > slot.retired:
+            self.end_leases(slot, retired)
+        while slot.granted - slot.retired < LEASE_RING and slot.granted < using + LEASES_AHEAD:
+            wanted = min(max(self.memory.load(at + 24), self.layout.g.segment_bytes), self.layout.g.batch_bytes_max)
+            if self.log.lease(slot.topic, wanted, &offset, &nbytes) != RESERVED:
+                break
+            lease = &slot.leases[slot.granted % LEASE_RING]
+            lease.offset = offset
+            lease.nbytes = nbytes
+            lease.used = 0
+            at = self.layout.attach_lease(self.first + i, slot.granted)
+            self.memory.store(at, offset)
+            self.memory.store(at + 8, nbytes)
+            self.memory.flush(at, 16)
+            self.memory.fence()
+            slot.granted += 1
+            at = self.layout.attach_line(self.first + i)
+            self.memory.store(at + 16, slot.granted)
+            self.memory.flush(at, 64)
+            self.memory.fence()
+            at = self.layout.attach_client(self.first + i)
+            done += 1
+        if done:
+            self.memory.full_fence()
+            self.acks.ring_client(self.first + i)
+        return done
+
+    cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil:
+        cdef HeldLease* lease
+        while slot.retired < up_to:
+            lease = &slot.leases[slot.retired % LEASE_RING]
+            self.log.end_lease(slot.topic, lease.offset, lease.nbytes)
+            slot.retired += 1
+
+    cdef void fence_slot(self, uint64_t i) noexcept nogil:
+        """Take nothing more from this client, and have its session fenced."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef BatchHeader header
+        cdef uint64_t ring_slot = 0
+        slot.state = ATTACH_FENCED
+        cxl_count(&self.log.counters.batches_refused, 1)
+        memset(&header, 0, sizeof(header))
+        if self.log.reserve_leased(slot.topic, slot.leases[0].offset, 0, 0, &ring_slot) == RESERVED:
+            header.flags = BATCH_VOID | BATCH_FENCE
+            header.session_slot = slot.session_slot
+            header.session_epoch = slot.session_epoch
+            header.client_id = slot.client_id
+            self.log.complete(slot.topic, ring_slot, &header)
+        self.write_line(i)
+        self.acks.ring_client(self.first + i)
+
+    cdef void write_line(self, uint64_t i) noexcept nogil:
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef AttachLine line
+        memset(&line, 0, sizeof(line))
+        line.state = slot.generation << 8 | slot.state
+        line.topic = slot.topic_generation << 16 | slot.topic
+        line.granted = slot.granted
+        line.session_slot = slot.session_slot
+        line.session_epoch = slot.session_epoch
+        line.client_id = slot.client_id
+        line.taken = slot.taken
+        self.memory.write_line(self.layout.attach_line(self.first + i), &line)
+        self.memory.flush(self.layout.attach_line(self.first + i), 64)
+        self.memory.full_fence()
+
+    cdef int64_t finish(self, uint64_t i) noexcept nogil:
+        """Slow checks: a silent client's lease ends; a slot that is being closed gives everything back."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef uint64_t at = self.layout.attach_client(self.first + i), heartbeat
+        cdef int64_t now = self.clock.now_ns()
+        self.memory.invalidate(at, 64)
+        heartbeat = self.memory.load(at)
+        if heartbeat != slot.heartbeat:
+            slot.heartbeat = heartbeat
+            slot.heard_at = now
+        elif slot.state == ATTACH_OPEN and now - slot.heard_at > self.lease_ns:
+            self.fence_slot(i)
+            return 1
+        if slot.closing == 0:
+            return 0
+        # What it submitted is taken first. The client is gone, or said that it writes no more.
+        if slot.state == ATTACH_OPEN and self.take(i):
+            return 1
+        self.end_leases(slot, slot.granted)
+        slot.state = ATTACH_CLOSING
+        if self.acks.streams[slot.stream].waiting_tail != cxl_load_acquire(
+                &self.acks.streams[slot.stream].waiting_head):
+            return 0                            # acks are still to be written
+        cxl_store_release(&self.acks.streams[slot.stream].active, 2)
+        slot.closing = 0
+        self.write_line(i)
+        cxl_store_release(&slot.state, ATTACH_FREE)
+        return 1
+
+    # ---- for the service ----------------------------------------------------------------------------------------------
+
+    def open(self, uint64_t topic, uint64_t topic_generation, uint64_t session_slot, uint64_t session_epoch,
+             uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t start_time):
+        """Hand out a slot; (its number in the region, its generation). None when all are taken."""
+        cdef uint64_t i, at, offset
+        cdef int64_t stream
+        cdef AttachSlot* slot
+        for i in range(self.count):
+            slot = &self.slots[i]
+            if cxl_load_acquire(&slot.state) != ATTACH_FREE:
+                continue
+            stream = self.acks.open_number(topic, topic_generation, level, replication_factor)
+            if stream < 0:
+                return None
+            generation = (self.memory.load(self.layout.attach_line(self.first + i)) >> 8) % 0xFFFF + 1
+            memset(slot, 0, sizeof(AttachSlot))
+            slot.generation = generation
+            slot.topic = topic
+            slot.topic_generation = topic_generation
+            slot.session_slot = session_slot
+            slot.session_epoch = session_epoch
+            slot.client_id = client_id
+            slot.level = level
+            slot.stream = stream
+            slot.heard_at = self.clock.now_ns()
+            at = self.layout.attach_client(self.first + i)
+            for offset in range(0, 128, 8):
+                self.memory.store(at + offset, 0)
+            self.memory.store(at + 48, pid)
+            self.memory.store(at + 56, start_time)
+            self.memory.flush(at, 128)
+            self.acks.streams[stream].slot_generation = generation
+            self.acks.streams[stream].slot_and_one = self.first + i + 1
+            slot.state = ATTACH_OPEN
+            self.write_line(i)
+            slot.state = ATTACH_FREE            # not polled before all of it is there
+            cxl_store_release(&slot.state, ATTACH_OPEN)
+            if i >= self.limit:
+                cxl_store_release(&self.limit, i + 1)
+            return self.first + i, generation
+        return None
+
+    def close_slot(self, uint64_t number, uint64_t generation) -> bool:
+        """The client is gone, or writes no more: what it submitted is taken, everything else comes back."""
+        cdef uint64_t i = number - self.first
+        if number < self.first or i >= self.count or self.slots[i].generation != generation:
+            return False
+        if cxl_load_acquire(&self.slots[i].state) == ATTACH_FREE:
+            return False
+        cxl_store_release(&self.slots[i].closing, 1)
+        self.next_check = 0
+        return True
+
+    def open_slots(self) -> list[dict]:
+        """Slots in use: number, generation, pid, start_time, state, leases held."""
+        cdef uint64_t i, at
+        out = []
+        for i in range(self.limit):
+            if cxl_load_acquire(&self.slots[i].state) == ATTACH_FREE:
+                continue
+            at = self.layout.attach_client(self.first + i)
+            out.append({"number": self.first + i, "generation": self.slots[i].generation,
+                        "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
+                        "state": self.slots[i].state, "leases": self.slots[i].granted - self.slots[i].retired})
+        return out

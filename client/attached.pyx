@@ -1,0 +1,759 @@
+"""The native half of an attached publisher: leases, packing straight into segments, descriptors, completions.
+
+    begin (a channel with room in its lease) ─► pack, around the cache ─► seal: fence, descriptor, ring ─► poll: settle
+
+No system call is made while both sides are awake. What is in flight is kept by sequence in `sent`; its payload stays in
+its lease until it is settled, so that it can be submitted again without a copy of ours. Calls hold the GIL; where the
+GIL is released (large copies, waiting) `busy` keeps other threads out.
+"""
+
+import time
+from array import array
+
+from cpython.buffer cimport (
+    PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from broker.doorbell cimport Doorbell
+from broker.layout cimport (
+    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED,
+    make_tag,
+)
+from broker.wire cimport MESSAGE_HEADER_BYTES, message_check, message_stride
+from client.batch cimport Batch, Delivery
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_wall_ns, cxl_yield
+
+from client.batch import Dropped, dropped_delivery
+
+cdef enum:
+    SENT_RING = 1024
+    SEQUENCES_IN_FLIGHT = 200       # below the sequencer's window of 256
+    NOGIL_BYTES = 32768             # copies from here on release the GIL
+    LATENCY_RING = 65536
+    YIELD_NS = 2000000
+
+cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
+
+cdef enum SentState:
+    SENT_FREE = 0
+    SENT_WAITING = 1
+    SENT_RETRY = 2                  # refused: to be submitted again
+
+cdef struct Channel:
+    # Invariant: retired <= using <= granted; completed <= submitted <= completed + ATTACH_RING.
+    uint64_t slot
+    uint64_t generation
+    uint64_t broker
+    bint alive
+    bint loaned                     # a loan is open in its lease: nothing else goes there
+    bint has_lease
+    uint64_t submitted
+    uint64_t completed
+    uint64_t granted
+    uint64_t using
+    uint64_t retired
+    uint64_t wanted
+    uint64_t lease_offset
+    uint64_t lease_bytes
+    uint64_t lease_used
+    uint64_t lease_waiting[16]      # batches of each lease that are not settled
+    uint64_t sequences[64]          # by submission number
+
+cdef struct Sent:
+    uint64_t sequence
+    uint64_t state
+    uint64_t channel
+    uint64_t lease
+    uint64_t offset
+    uint64_t nbytes
+    uint64_t messages
+    uint64_t wall_ns
+    int64_t sent_ns
+    PyObject* batch                 # a reference of ours, NULL when nobody holds a delivery
+
+
+cdef class Loan:
+    """A writable view of a segment: fill it, then leave the `with` block; an exception gives it back."""
+
+    cdef AttachedCore core
+    cdef uint64_t channel
+    cdef uint64_t offset
+    cdef uint64_t nbytes
+    cdef uint8_t* data
+    cdef uint64_t exports
+    cdef readonly object delivery
+    cdef object view
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, self.data, self.nbytes, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer* buffer):
+        self.exports -= 1
+
+    def __enter__(self):
+        self.view = memoryview(self)
+        return self.view
+
+    def __exit__(self, kind, *_):
+        view, self.view = self.view, None
+        try:
+            view.release()
+        except BufferError:
+            pass
+        if kind is None and self.exports:
+            self.core.give_back(self)
+            raise BufferError("release every view of a loan before its block ends; the message was not published")
+        if kind is None:
+            self.delivery = self.core.commit_loan(self)
+        else:
+            self.core.give_back(self)
+        return False
+
+
+cdef class AttachedCore:
+    """Publishes through the slots of several brokers. See `client.attached_publisher` for who drives it."""
+
+    cdef readonly Memory memory
+    cdef Layout layout
+    cdef object engine
+    cdef list bells
+    cdef Channel* channels
+    cdef readonly uint64_t channel_count
+    cdef Sent* sent
+    cdef readonly uint64_t next_sequence
+    cdef readonly uint64_t oldest       # every lower sequence is settled
+    cdef readonly uint64_t in_flight
+    cdef readonly uint64_t in_flight_bytes
+    cdef uint64_t window_bytes
+    cdef readonly uint64_t message_bytes_max
+    cdef public uint64_t target
+    cdef readonly uint64_t messages
+    cdef readonly uint64_t nbytes
+    cdef readonly uint64_t batches
+    cdef readonly uint64_t acked
+    cdef readonly uint64_t duplicates
+    cdef readonly uint64_t retries
+    cdef uint64_t turn
+    cdef readonly bint fenced
+    cdef readonly bint retry_wanted
+    cdef bint busy
+    cdef public int level
+    cdef public uint64_t epoch
+    # The batch that is being packed.
+    cdef bint is_open
+    cdef uint64_t at_channel
+    cdef uint64_t at_offset
+    cdef uint64_t capacity
+    cdef uint64_t used
+    cdef uint64_t count
+    cdef readonly double opened
+    cdef cxl_stream stream
+    cdef Batch batch
+    cdef int64_t* latencies
+    cdef uint64_t latency_count
+
+    def __cinit__(self):
+        self.channels = NULL
+        self.sent = <Sent*>calloc(SENT_RING, sizeof(Sent))
+        self.latencies = <int64_t*>calloc(LATENCY_RING, 8)
+        if self.sent == NULL or self.latencies == NULL:
+            raise MemoryError
+
+    def __init__(self, engine, Memory memory, Layout layout, uint64_t target, uint64_t window_bytes,
+                 uint64_t message_bytes_max, int level):
+        self.engine = engine
+        self.memory = memory
+        self.layout = layout
+        self.target = target
+        self.window_bytes = window_bytes
+        self.message_bytes_max = message_bytes_max
+        self.level = level
+
+    def __dealloc__(self):
+        cdef int i
+        for i in range(SENT_RING):
+            if self.sent[i].batch != NULL:
+                Py_DECREF(<object>self.sent[i].batch)
+        free(self.channels)
+        free(self.sent)
+        free(self.latencies)
+
+    def use_channels(self, slots) -> None:
+        """Go on with these slots: (slot, generation, broker) each. Nothing may be open or in flight."""
+        free(self.channels)
+        self.channel_count = len(slots)
+        self.channels = <Channel*>calloc(max(1, len(slots)), sizeof(Channel))
+        if self.channels == NULL:
+            raise MemoryError
+        self.bells = []
+        for i, (slot, generation, broker) in enumerate(slots):
+            self.channels[i].slot = slot
+            self.channels[i].generation = generation
+            self.channels[i].broker = broker
+            self.channels[i].alive = True
+            self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
+        self.next_sequence = self.oldest = 0
+        self.fenced = False
+        self.turn = 0
+
+    # ---- leases and channels ------------------------------------------------------------------------------------------
+
+    cdef bint has_lease_for(self, Channel* channel, uint64_t need) noexcept nogil:
+        """Whether the channel's lease has room; moves on to the next lease when it has not."""
+        cdef uint64_t at
+        while True:
+            if channel.has_lease:
+                if channel.lease_bytes - channel.lease_used >= need:
+                    return True
+                channel.has_lease = False
+                channel.using += 1
+                self.retire(channel)
+                if channel.wanted != need and need > self.layout.g.segment_bytes:
+                    channel.wanted = need
+                self.tell(channel)
+            at = self.layout.attach_line(channel.slot)
+            if channel.granted <= channel.using:
+                self.memory.invalidate(at, 64)
+                if self.memory.load(at) != (channel.generation << 8 | ATTACH_OPEN):
+                    self.fenced = True
+                    return False
+                channel.granted = self.memory.load(at + 16)
+                if channel.granted <= channel.using:
+                    if need > self.layout.g.segment_bytes and channel.wanted != need:
+                        channel.wanted = need
+                        self.tell(channel)
+                    return False
+            at = self.layout.attach_lease(channel.slot, channel.using)
+            self.memory.invalidate(at, 16)
+            channel.lease_offset = self.memory.load(at)
+            channel.lease_bytes = self.memory.load(at + 8)
+            channel.lease_used = 0
+            channel.has_lease = True
+
+    cdef void retire(self, Channel* channel) noexcept nogil:
+        """Give up leases, oldest first, whose batches are all settled."""
+        while channel.retired < channel.using and channel.lease_waiting[channel.retired % LEASE_RING] == 0:
+            channel.retired += 1
+
+    cdef void tell(self, Channel* channel) noexcept nogil:
+        """Write our line: which lease we fill, which we are done with, what we want."""
+        cdef uint64_t at = self.layout.attach_client(channel.slot)
+        self.memory.store(at + 24, channel.wanted)
+        self.memory.store(at + 16, channel.retired)
+        self.memory.store(at + 8, channel.using)
+        self.memory.flush(at, 64)
+
+    cdef int64_t pick(self, uint64_t need) noexcept nogil:
+        """The next channel in turn that takes a batch of `need` bytes; -1 when none does now."""
+        cdef uint64_t i, c
+        cdef Channel* channel
+        if self.next_sequence - self.oldest >= SEQUENCES_IN_FLIGHT:
+            return -1
+        if self.in_flight >= 2 and self.in_flight_bytes + need > self.window_bytes:
+            return -1
+        for i in range(self.channel_count):
+            c = (self.turn + i) % self.channel_count
+            channel = &self.channels[c]
+            if (channel.alive and not channel.loaned and channel.submitted - channel.completed < ATTACH_RING
+                    and self.has_lease_for(channel, need)):
+                self.turn = (c + 1) % self.channel_count
+                return <int64_t>c
+        return -1
+
+    cdef int begin(self, uint64_t nbytes) except -1:
+        """Open a batch that has room for a message of `nbytes`; waits by the engine's policy."""
+        cdef uint64_t need = (message_stride(nbytes) + 63) & ~<uint64_t>63
+        cdef int64_t c
+        cdef Channel* channel
+        if nbytes > self.message_bytes_max:
+            self.engine.too_big(nbytes)
+        self.seal()
+        c = self.pick(need)
+        if c < 0:
+            c = self.wait_for_channel(need)
+        channel = &self.channels[c]
+        self.at_channel = c
+        self.at_offset = channel.lease_offset + channel.lease_used
+        self.capacity = min(max(self.target, need), channel.lease_bytes - channel.lease_used)
+        self.used = self.count = 0
+        self.memory.stream_start(&self.stream, self.at_offset)
+        self.is_open = True
+        self.opened = time.monotonic()
+        self.batch = None
+        return 0
+
+    cdef int64_t wait_for_channel(self, uint64_t need) except -1:
+        """Wait until some channel has room: the policy, the session's end and the time-out are the engine's."""
+        cdef int64_t c, until
+        cdef double deadline = 0
+        while True:
+            self.engine.check()
+            if self.poll() or self.retry_wanted:
+                self.engine.retry()
+            c = self.pick(need)
+            if c >= 0:
+                return c
+            if deadline == 0:
+                deadline = time.monotonic() + self.engine.patience()
+            elif time.monotonic() > deadline:
+                self.engine.no_room()
+            self.ring_all()
+            self.wait_for_news(YIELD_NS)
+
+    cdef void ring_all(self):
+        self.memory.full_fence()
+        for bell in self.bells:
+            (<Doorbell>bell).ring_fenced()
+
+    cdef bint news(self) noexcept nogil:
+        """Whether some channel has a completion, a lease that it waits for, or was fenced."""
+        cdef uint64_t c, at
+        cdef Channel* channel
+        for c in range(self.channel_count):
+            channel = &self.channels[c]
+            if channel.completed < channel.submitted:
+                at = self.layout.attach_completion(channel.slot, channel.completed)
+                self.memory.invalidate(at, 16)
+                if self.memory.load(at) & ~STATUS_MASK == make_tag(channel.generation, channel.completed):
+                    return True
+            at = self.layout.attach_line(channel.slot)
+            self.memory.invalidate(at, 64)
+            if not channel.has_lease and self.memory.load(at + 16) > channel.using:
+                return True
+            if channel.alive and self.memory.load(at) != (channel.generation << 8 | ATTACH_OPEN):
+                return True
+        return False
+
+    cdef int wait_for_news(self, int64_t nanoseconds) except -1:
+        """Yield for a while, then sleep on the doorbell of the channel whose batch is the oldest."""
+        cdef int64_t until = cxl_now_ns() + min(nanoseconds, YIELD_NS), start = cxl_now_ns()
+        cdef uint64_t bell, channel
+        cdef uint32_t seen
+        cdef bint found = False
+        cdef Sent* sent = &self.sent[self.oldest % SENT_RING]
+        channel = sent.channel if sent.state != SENT_FREE and sent.sequence == self.oldest else 0
+        if self.channel_count == 0:
+            time.sleep(0.001)
+            return 0
+        self.busy = True
+        bell = self.layout.attach_doorbell(self.channels[channel % self.channel_count].slot)
+        with nogil:
+            while not found and cxl_now_ns() < until:
+                found = self.news()
+                if not found:
+                    cxl_yield()
+            if not found and nanoseconds > cxl_now_ns() - start:
+                seen = <uint32_t>self.memory.load(bell)
+                self.memory.fetch_add(bell + 8, 1)
+                self.memory.full_fence()
+                if not self.news():
+                    self.memory.wait(bell, seen, min(nanoseconds, 5000000))
+                self.memory.fetch_add(bell + 8, <uint64_t>-1)
+        self.busy = False
+        return 0
+
+    # ---- packing --------------------------------------------------------------------------------------------------------
+
+    cdef int wait_idle(self) except -1:
+        while self.busy:
+            time.sleep(0)
+        return 0
+
+    cdef int pack(self, const void* source, uint64_t nbytes) except -1:
+        cdef uint64_t stride = message_stride(nbytes)
+        if not self.is_open or self.used + stride > self.capacity:
+            self.begin(nbytes)
+        if nbytes >= NOGIL_BYTES:
+            self.busy = True
+            with nogil:
+                self.memory.stream_message(&self.stream, source, nbytes, message_check(<uint32_t>nbytes))
+            self.busy = False
+        else:
+            self.memory.stream_message(&self.stream, source, nbytes, message_check(<uint32_t>nbytes))
+        self.used += stride
+        self.count += 1
+        self.messages += 1
+        self.nbytes += nbytes
+        return 0
+
+    cdef Delivery delivery_of_last(self):
+        cdef Delivery delivery = Delivery.__new__(Delivery)
+        if self.batch is None:
+            self.batch = Batch(self.engine, 0)
+            self.batch.level = self.level
+        delivery.batch = self.batch
+        delivery.index = self.count - 1
+        return delivery
+
+    cdef int pack_object(self, object data) except -1:
+        cdef Py_buffer view
+        if self.busy:
+            self.wait_idle()
+        if PyBytes_CheckExact(data):
+            return self.pack(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
+        try:
+            return self.pack(view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def append(self, data) -> Delivery:
+        """Pack one message: bytes, or anything with the buffer protocol."""
+        cdef Delivery delivery
+        try:
+            self.pack_object(data)
+        except Dropped as dropped:
+            return dropped_delivery(self.engine, dropped.error)
+        delivery = self.delivery_of_last()
+        if self.used + MESSAGE_HEADER_BYTES >= self.capacity:
+            self.seal()
+        return delivery
+
+    def append_many(self, messages) -> Delivery:
+        """Pack a sequence of messages; the delivery of the last."""
+        cdef Delivery delivery
+        cdef uint64_t before = self.messages
+        for data in messages:
+            self.pack_object(data)
+        if self.messages == before:
+            raise ValueError("publish_many needs at least one message")
+        delivery = self.delivery_of_last()
+        if self.used + MESSAGE_HEADER_BYTES >= self.capacity:
+            self.seal()
+        return delivery
+
+    def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
+        """Pack a 2-D array, one row a message; the delivery of the last row."""
+        cdef uint64_t i = 0, k, fit, total = rows.shape[0], nbytes = rows.shape[1], stride = message_stride(nbytes)
+        cdef const uint8_t* source = &rows[0, 0] if total and nbytes else NULL
+        cdef uint32_t check = message_check(<uint32_t>nbytes)
+        cdef Delivery delivery
+        if total == 0:
+            raise ValueError("publish_array needs at least one row")
+        if self.busy:
+            self.wait_idle()
+        while i < total:
+            if not self.is_open or self.used + stride > self.capacity:
+                self.begin(nbytes)
+            fit = min(total - i, (self.capacity - self.used) // stride)
+            self.busy = True
+            with nogil:
+                for k in range(i, i + fit):
+                    self.memory.stream_message(&self.stream, source + k * nbytes, nbytes, check)
+            self.busy = False
+            self.used += fit * stride
+            self.count += fit
+            self.messages += fit
+            self.nbytes += fit * nbytes
+            i += fit
+        delivery = self.delivery_of_last()
+        if self.used + stride > self.capacity:
+            self.seal()
+        return delivery
+
+    # ---- submitting -----------------------------------------------------------------------------------------------------
+
+    cdef int seal(self) except -1:
+        """Submit the open batch. Empty ones are simply closed."""
+        cdef Batch batch = self.batch
+        if not self.is_open:
+            return 0
+        self.is_open = False
+        self.batch = None
+        if self.count == 0:
+            return 0
+        self.memory.stream_finish(&self.stream)
+        self.channels[self.at_channel].lease_used += (self.used + 63) & ~<uint64_t>63
+        self.submit(self.at_channel, self.at_offset, self.used, self.count, self.next_sequence, cxl_wall_ns(), batch)
+        self.next_sequence += 1
+        return 0
+
+    cdef void submit(self, uint64_t c, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t sequence,
+                     uint64_t wall_ns, Batch batch):
+        """Fence the payload, write the descriptor, ring. The channel has room for it."""
+        cdef Channel* channel = &self.channels[c]
+        cdef Sent* sent = &self.sent[sequence % SENT_RING]
+        cdef Descriptor descriptor
+        cdef uint64_t at = self.layout.attach_descriptor(channel.slot, channel.submitted)
+        if sent.batch != NULL:
+            Py_DECREF(<object>sent.batch)
+            sent.batch = NULL
+        sent.sequence = sequence
+        sent.state = SENT_WAITING
+        sent.channel = c
+        sent.lease = channel.using
+        sent.offset = offset
+        sent.nbytes = nbytes
+        sent.messages = messages
+        sent.wall_ns = wall_ns
+        if batch is not None:
+            batch.sequence = sequence
+            Py_INCREF(batch)
+            sent.batch = <PyObject*>batch
+        descriptor.commit = make_tag(channel.generation, channel.submitted)
+        descriptor.payload_offset = offset
+        descriptor.payload_bytes = nbytes
+        descriptor.message_count = messages
+        descriptor.lease = channel.using
+        descriptor.batch_sequence = sequence
+        descriptor.published_wall_ns = wall_ns
+        descriptor.reserved[0] = descriptor.reserved[1] = 0
+        channel.sequences[channel.submitted % ATTACH_RING] = sequence
+        channel.lease_waiting[channel.using % LEASE_RING] += 1
+        channel.submitted += 1
+        self.in_flight += 1
+        self.in_flight_bytes += nbytes
+        self.batches += 1
+        sent.sent_ns = cxl_now_ns()
+        # The payload first: a broker that sees the descriptor may hand the payload to anyone.
+        self.memory.fence()
+        self.memory.write_line(at, &descriptor)
+        self.memory.flush(at, 64)
+        self.memory.full_fence()
+        (<Doorbell>self.bells[c]).ring_fenced()
+
+    # ---- settling -------------------------------------------------------------------------------------------------------
+
+    cpdef uint64_t poll(self) except? 0xFFFFFFFFFFFFFFFF:
+        """Settle what was answered; how many batches that were."""
+        cdef uint64_t c, at, state, status, done = 0, was_retired
+        cdef Channel* channel
+        cdef Sent* sent
+        for c in range(self.channel_count):
+            channel = &self.channels[c]
+            was_retired = channel.retired
+            while channel.completed < channel.submitted:
+                at = self.layout.attach_completion(channel.slot, channel.completed)
+                self.memory.invalidate(at, 16)
+                state = self.memory.load(at)
+                if state & ~STATUS_MASK != make_tag(channel.generation, channel.completed):
+                    break
+                status = state >> 40 & 0xFF
+                sent = &self.sent[channel.sequences[channel.completed % ATTACH_RING] % SENT_RING]
+                channel.completed += 1
+                if sent.state != SENT_WAITING or sent.channel != c:
+                    continue                # it was submitted again elsewhere
+                if status == RESULT_COMMITTED or status == RESULT_DUPLICATE:
+                    self.settle(sent, self.memory.load(at + 8), status == RESULT_DUPLICATE)
+                    done += 1
+                elif status == RESULT_FENCED:
+                    self.fenced = True
+                else:
+                    sent.state = SENT_RETRY
+                    self.retry_wanted = True
+            if channel.retired != was_retired:
+                self.tell(channel)
+        while self.oldest < self.next_sequence and self.sent[self.oldest % SENT_RING].state == SENT_FREE:
+            self.oldest += 1
+        return done
+
+    cdef void settle(self, Sent* sent, uint64_t position, bint duplicate):
+        cdef Channel* channel = &self.channels[sent.channel]
+        cdef Batch batch
+        channel.lease_waiting[sent.lease % LEASE_RING] -= 1
+        self.retire(channel)
+        self.in_flight -= 1
+        self.in_flight_bytes -= sent.nbytes
+        self.acked += sent.messages
+        self.duplicates += duplicate
+        sent.state = SENT_FREE
+        self.latencies[self.latency_count % LATENCY_RING] = cxl_now_ns() - sent.sent_ns
+        self.latency_count += 1
+        if sent.batch != NULL:
+            batch = <Batch>sent.batch
+            sent.batch = NULL
+            batch.settle(None if duplicate else position, self.epoch, self.channels[sent.channel].broker, duplicate, None)
+            Py_DECREF(batch)
+
+    # ---- for the engine ---------------------------------------------------------------------------------------------------
+
+    def flush_open(self) -> None:
+        """Submit what is packed so far."""
+        if self.busy:
+            self.wait_idle()
+        self.seal()
+
+    def is_current(self, batch) -> bool:
+        """Whether this batch is still being packed."""
+        return self.is_open and self.batch is batch
+
+    @property
+    def open_count(self) -> int:
+        """Messages in the batch that is being packed."""
+        return self.count if self.is_open else 0
+
+    def wait(self, double seconds) -> None:
+        """Wait until there is news, at most so long."""
+        if self.busy:
+            self.wait_idle()
+        self.wait_for_news(<int64_t>(seconds * 1e9))
+
+    def beat(self) -> None:
+        """Say that we are alive: a silent client's leases end."""
+        cdef uint64_t c, at
+        for c in range(self.channel_count):
+            at = self.layout.attach_client(self.channels[c].slot)
+            self.memory.store(at, cxl_now_ns())
+            self.memory.flush(at, 64)
+        self.memory.fence()
+
+    def drop_channel(self, uint64_t broker) -> None:
+        """A broker died: its unsettled batches are to go elsewhere."""
+        cdef uint64_t c, sequence
+        cdef Sent* sent
+        for c in range(self.channel_count):
+            if self.channels[c].broker != broker or not self.channels[c].alive:
+                continue
+            self.channels[c].alive = False
+            if self.is_open and self.at_channel == c:
+                self.seal()
+            for sequence in range(self.oldest, self.next_sequence):
+                sent = &self.sent[sequence % SENT_RING]
+                if sent.state == SENT_WAITING and sent.channel == c:
+                    sent.state = SENT_RETRY
+                    self.retry_wanted = True
+
+    def brokers_alive(self) -> list[int]:
+        """Brokers whose channel is in use."""
+        return [self.channels[c].broker for c in range(self.channel_count) if self.channels[c].alive]
+
+    def resubmit(self) -> int:
+        """Submit again what was refused or lost, with the sequence it has; how many batches."""
+        cdef uint64_t sequence, done = 0
+        cdef Sent* sent
+        if self.busy or self.is_open and self.count:
+            return 0                        # the lease of the open batch must not be shared
+        self.is_open = False
+        self.retry_wanted = False
+        for sequence in range(self.oldest, self.next_sequence):
+            sent = &self.sent[sequence % SENT_RING]
+            if sent.state == SENT_RETRY:
+                if not self.submit_copy(sent.offset, sent.nbytes, sent.messages, sequence, sent.wall_ns,
+                                        <object>sent.batch if sent.batch != NULL else None, sent):
+                    self.retry_wanted = True
+                    break
+                done += 1
+        self.retries += done
+        return done
+
+    cdef bint submit_copy(self, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t sequence,
+                          uint64_t wall_ns, object batch, Sent* sent) except -1:
+        """Copy a payload from where it lies into a lease of ours, and submit it."""
+        cdef uint64_t need = (nbytes + 63) & ~<uint64_t>63, i, c, to
+        cdef Channel* channel
+        for i in range(self.channel_count):
+            c = (self.turn + i) % self.channel_count
+            channel = &self.channels[c]
+            if not channel.alive or channel.loaned or channel.submitted - channel.completed >= ATTACH_RING:
+                continue
+            if not self.has_lease_for(channel, need):
+                continue
+            to = channel.lease_offset + channel.lease_used
+            self.memory.copy_in(to, self.memory.payload(offset, nbytes), nbytes)
+            channel.lease_used += need
+            if sent != NULL and sent.state != SENT_FREE:
+                self.channels[sent.channel].lease_waiting[sent.lease % LEASE_RING] -= 1
+                self.in_flight -= 1
+                self.in_flight_bytes -= sent.nbytes
+            self.turn = (c + 1) % self.channel_count
+            self.submit(c, to, nbytes, messages, sequence, wall_ns, batch)
+            return True
+        return False
+
+    def take_unsettled(self) -> list:
+        """Everything in flight, oldest first, for a new session: (sequence, offset, bytes, messages, wall_ns, batch)."""
+        cdef uint64_t sequence
+        cdef Sent* sent
+        cdef list out = []
+        self.seal()
+        for sequence in range(self.oldest, self.next_sequence):
+            sent = &self.sent[sequence % SENT_RING]
+            if sent.state != SENT_FREE:
+                batch = <object>sent.batch if sent.batch != NULL else None
+                out.append((sequence, sent.offset, sent.nbytes, sent.messages, sent.wall_ns, batch))
+                if sent.batch != NULL:
+                    Py_DECREF(<object>sent.batch)
+                    sent.batch = NULL
+                sent.state = SENT_FREE
+        self.oldest = self.next_sequence
+        self.in_flight = self.in_flight_bytes = 0
+        return out
+
+    def republish(self, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t wall_ns, batch) -> bool:
+        """Submit an earlier session's batch with this session's next sequence; False when there is no room now."""
+        if not self.submit_copy(offset, nbytes, messages, self.next_sequence, wall_ns, batch, NULL):
+            return False
+        self.next_sequence += 1
+        return True
+
+    def oldest_sent_ns(self) -> int:
+        """When the oldest unsettled batch was submitted, monotonic; 0 when none is."""
+        cdef Sent* sent = &self.sent[self.oldest % SENT_RING]
+        return sent.sent_ns if self.oldest < self.next_sequence and sent.state != SENT_FREE else 0
+
+    def take_latencies(self):
+        """Submit-to-settled times in ns since the last call, at most the last 65,536."""
+        cdef uint64_t i, count = min(self.latency_count, LATENCY_RING)
+        out = array("q", bytes(8 * count))
+        for i in range(count):
+            out[i] = self.latencies[(self.latency_count - count + i) % LATENCY_RING]
+        self.latency_count = 0
+        return out
+
+    # ---- loans ------------------------------------------------------------------------------------------------------------
+
+    def loan(self, uint64_t nbytes) -> Loan:
+        """A writable view of `nbytes` of a segment, published as one message when its block ends."""
+        cdef Loan loan
+        cdef Channel* channel
+        if self.busy:
+            self.wait_idle()
+        self.begin(nbytes)
+        self.is_open = False
+        loan = Loan.__new__(Loan)
+        loan.core = self
+        loan.channel = self.at_channel
+        loan.offset = self.at_offset
+        loan.nbytes = nbytes
+        loan.data = self.memory.payload_writable(self.at_offset + MESSAGE_HEADER_BYTES, nbytes)
+        channel = &self.channels[loan.channel]
+        channel.loaned = True
+        return loan
+
+    cpdef give_back(self, Loan loan):
+        """The loan is not published: its bytes are free for the next batch."""
+        self.channels[loan.channel].loaned = False
+
+    cpdef object commit_loan(self, Loan loan):
+        """Publish the loan's message."""
+        cdef Channel* channel = &self.channels[loan.channel]
+        cdef uint64_t used = message_stride(loan.nbytes)
+        cdef uint32_t header[2]
+        cdef uint64_t zero = 0
+        cdef Batch batch = Batch(self.engine, 0)
+        cdef Delivery delivery
+        header[0] = <uint32_t>loan.nbytes
+        header[1] = message_check(<uint32_t>loan.nbytes)
+        batch.level = self.level
+        self.memory.store(loan.offset, header[0] | <uint64_t>header[1] << 32)
+        if used > MESSAGE_HEADER_BYTES + loan.nbytes:
+            memset(loan.data + loan.nbytes, 0, used - MESSAGE_HEADER_BYTES - loan.nbytes)
+        # Written through the cache by the user: flushed here, fenced by submit.
+        self.memory.flush(loan.offset, used)
+        channel.loaned = False
+        channel.lease_used += (used + 63) & ~<uint64_t>63
+        self.submit(loan.channel, loan.offset, used, 1, self.next_sequence, cxl_wall_ns(), batch)
+        self.next_sequence += 1
+        self.messages += 1
+        self.nbytes += loan.nbytes
+        delivery = Delivery.__new__(Delivery)
+        delivery.batch = batch
+        delivery.index = 0
+        return delivery

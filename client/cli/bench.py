@@ -1,0 +1,483 @@
+"""`cxlmq bench`: the limits of this machine, and what a cluster makes of them."""
+
+import contextlib
+import functools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from broker.errors import ConfigError, TmpfsTooSmall
+from client.cli.common import (
+    DURATION,
+    EXIT_FAILED,
+    SIZE,
+    CommandExit,
+    CommandFunction,
+    RunSettings,
+    say,
+)
+
+# Option -> (metavar, help); the values stay text, `Workload.parse` checks all of them before anything starts.
+_WORKLOAD: dict[str, tuple[str, str]] = {
+    "transport": ("grpc|attached|both", "How publishers reach the brokers; both measures one after the other [both]."),
+    "brokers": ("N", "Broker processes [4]."),
+    "publishers": ("N", "Publisher processes, at once [1]."),
+    "message_bytes": ("SIZE", "Size of a message [1KiB]."),
+    "total_bytes": ("SIZE", "What all publishers publish together [2GiB]."),
+    "batch_bytes": ("SIZE|adaptive", "Size of a batch; adaptive lets the publisher choose [1MiB]."),
+    "order": ("0|1|2|5", "Order of the topic: none, per broker, total, total and per session [5]."),
+    "ack": ("0|1|2", "What publishers wait for: nothing, ordered in memory, durable on disks [1]."),
+    "replication_factor": ("N", "Copies: 1 is the memory alone, N adds N-1 disks [1]."),
+    "sequencer_lock": ("mutex|semaphore|atomic", "How scanners agree on the next position [atomic]."),
+    "scanners": ("N", "Threads of the sequencer, at most one a broker [1]."),
+    "waiting": ("latency|balanced|saver", "What an idle thread does [balanced]."),
+    "thread_plan": ("fused|staged", "One thread a broker, or one a stage [fused]."),
+    "region_bytes": ("SIZE", "Shared memory of all brokers [1GiB]."),
+    "network": ("unix|tcp", "Sockets that gRPC uses [unix]."),
+}
+_CLUSTER = ("brokers", "waiting", "thread_plan", "region_bytes")
+
+
+# ---- options and output --------------------------------------------------------------------------------------------
+
+
+def workload_options(*names: str) -> Callable[[CommandFunction], CommandFunction]:
+    """Options of a workload (all without `names`), given to the command as the dictionary `values`."""
+    chosen = names or tuple(_WORKLOAD)
+
+    def decorate(function: CommandFunction) -> CommandFunction:
+        @functools.wraps(function)
+        def command(*args: Any, **arguments: Any) -> Any:
+            return function(*args, values={name: arguments.pop(name) for name in chosen}, **arguments)
+
+        for name in reversed(chosen):
+            metavar, text = _WORKLOAD[name]
+            command = click.option("--" + name.replace("_", "-"), name, metavar=metavar, help=text)(command)
+        return command  # type: ignore[return-value]
+
+    return decorate
+
+
+def _json_target(context: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Check that the file can be written before hours are spent; errors are JSON too when the output is."""
+    if value is None:
+        return None
+    if value == "-":
+        context.ensure_object(RunSettings).as_json = True
+    elif not Path(value).resolve().parent.is_dir() or Path(value).is_dir():
+        raise ConfigError(setting="json", value=repr(value), allowed="- or a file in a folder that exists")
+    return value
+
+
+json_option = click.option("--json", "json_target", metavar="FILE|-", callback=_json_target,
+                           help="Write the results as JSON to a file, or to standard output for -.")
+results_option = click.option("--results", "results", metavar="FOLDER", type=click.Path(file_okay=False),
+                              help="Keep report, table and picture in a new folder below this one.")
+
+
+def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    context.ensure_object(RunSettings).debug |= value
+
+
+debug_option = click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
+                            help="Show the traceback of an error.")
+quiet_option = click.option("--quiet", "-q", is_flag=True, help="Do not say what is being measured.")
+
+
+def _progress(quiet: bool) -> Callable[[str], None]:
+    return (lambda _: None) if quiet else say
+
+
+@contextlib.contextmanager
+def _measuring() -> Iterator[None]:
+    """Signals end a measurement like Ctrl-C; what the measurement raises becomes an error of ours."""
+    from client.bench.harness import LimitError
+    from client.bench.sequencer_bench import BenchError
+    from client.bench.throughput import RunFailed
+    from client.cluster import interrupted_by_signals
+    from sim.cxl.region import TmpfsFull
+
+    try:
+        with interrupted_by_signals():
+            yield
+    except (LimitError, BenchError) as error:
+        raise RunFailed(f"the measurement failed: {error}") from error
+    except TmpfsFull as error:
+        raise TmpfsTooSmall(wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from error
+
+
+def _finish(value: dict[str, Any], text: str, json_target: str | None, results: str | None, name: str,
+            chart: list[tuple[str, float]] | None = None, unit: str = "GB/s") -> None:
+    """Print, write JSON, and keep a folder of results."""
+    from client.bench.report import save_results, write_json
+
+    if json_target != "-":
+        click.echo(text)
+    if json_target is not None:
+        write_json(json_target, value)
+    if results is not None:
+        folder = save_results(Path(results), re.sub(r"[^A-Za-z0-9._-]+", "-", name), value, text, chart or [], unit)
+        say(f"results: {folder}")
+
+
+def _about(value: dict[str, Any]) -> dict[str, Any]:
+    from client.bench.report import about
+
+    return {**value, **about()}
+
+
+def _figure(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+@click.group()
+def bench() -> None:
+    """Measure this machine's limits and a cluster's speed.
+
+    Every command starts what it needs and leaves nothing behind. Figures mean something only beside the limits of the
+    same machine in the same minutes: `limits` measures them, and `throughput` does so by itself.
+
+    \b
+    Where to begin:
+      cxlmq bench limits                    memory copies, bare gRPC, plain sockets
+      cxlmq bench throughput                2 GiB through 4 brokers, read back and verified
+      cxlmq bench latency --waiting latency
+      cxlmq bench contention                mutex or lock-free?
+    """
+
+
+# ---- limits --------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@click.argument("which", nargs=-1, metavar="[memory] [grpc] [sockets]")
+@click.option("--batch-bytes", type=SIZE, default="1MiB", show_default=True, help="Batch of gRPC and of the sockets.")
+@click.option("--brokers", type=click.IntRange(1, 64), default=4, show_default=True, help="Servers of these two.")
+@click.option("--publishers", type=click.IntRange(1, 64), default=1, show_default=True, help="Their clients.")
+@click.option("--tcp", is_flag=True, help="Measure bare gRPC over TCP as well.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def limits(which: tuple[str, ...], batch_bytes: int, brokers: int, publishers: int, tcp: bool, quiet: bool,
+           results: str | None, json_target: str | None) -> None:
+    """What memory, gRPC and sockets do here when nothing else is in the way.
+
+    memcpy and non-temporal copies go over up to 1 GiB, beyond any cache. Bare gRPC is the best configuration known
+    with a handler that only copies into warm memory; the sockets receive straight into it.
+
+    \b
+    Examples:
+      cxlmq bench limits
+      cxlmq bench limits grpc --batch-bytes 64KiB --tcp
+      cxlmq bench limits memory --json -
+    """
+    from client.bench import limit
+    from client.bench.report import LIMIT_NAMES, bar_chart
+
+    for name in which:
+        if name not in limit.WHICH:
+            raise ConfigError(setting="which", value=repr(name), allowed=", ".join(limit.WHICH))
+    with _measuring():
+        found = limit.measure_limits(which or limit.WHICH, batch_bytes=batch_bytes, servers=brokers,
+                                     publishers=publishers, tcp=tcp, progress=_progress(quiet))
+    labels = {name.replace("_gigabytes", "_two_cores_gigabytes"): label.replace("1 core", "2 cores")
+              for name, label in LIMIT_NAMES.items() if "1 core" in label} | LIMIT_NAMES
+    chart = sorted(((label.removeprefix("limit: "), found[name]) for name, label in labels.items() if found.get(name)),
+                   key=lambda bar: bar[1])
+    notes = [f"{found['footprint_bytes'] >> 20} MiB of memory, {found['bulk_copy']}"] if "bulk_copy" in found else []
+    notes += [f"batches of {found['transport_batch_bytes']:,} bytes"] if "transport_batch_bytes" in found else []
+    _finish(_about(found), "\n".join([bar_chart(chart), *notes]), json_target, results, "limits", chart)
+
+
+# ---- throughput ----------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@workload_options()
+@click.option("--trials", metavar="N", help="Repeat each run; medians are given beside the runs [1].")
+@click.option("--limits/--no-limits", "limits_too", default=True, help="Measure the machine's limits first [yes].")
+@click.option("--warm-up/--no-warm-up", default=True, help="Go over all segments once before the clock runs [yes].")
+@click.option("--name", default="throughput", show_default=True, help="Name of the results' folder.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def throughput(values: dict[str, Any], trials: str | None, limits_too: bool, warm_up: bool, name: str, quiet: bool,
+               results: str | None, json_target: str | None) -> None:
+    """Publish, read everything back, verify every byte and the order, report.
+
+    A cluster is started for it. The clock runs from the first publish to the last ack; where the region keeps less
+    than a run publishes, it goes in rounds, and reading back between them is not on the clock. Exit code 1 when what
+    came back is not what was published.
+
+    \b
+    Examples:
+      cxlmq bench throughput
+      cxlmq bench throughput --batch-bytes 64KiB --publishers 2 --no-limits
+      cxlmq bench throughput --ack 2 --replication-factor 2 --total-bytes 512MiB
+      cxlmq bench throughput --trials 5 --json runs.json --results results
+    """
+    from client.bench import report
+    from client.bench.throughput import measure_workload
+    from client.bench.workload import Workload
+
+    workload = Workload.parse({**values, "trials": trials})
+    with _measuring():
+        measured = measure_workload(workload, limits=limits_too, warm_up=warm_up, progress=_progress(quiet))
+    found = report.document(measured)
+    _finish(found, report.throughput_text(found), json_target, results, name, report.bars(found))
+    if not found["verified"]:
+        raise CommandExit(EXIT_FAILED)
+
+
+# ---- repeat --------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@workload_options()
+@click.option("--trials", metavar="N", default="5", show_default=True, help="Runs of each case.")
+@click.option("--matrix", is_flag=True, help="Several cases: batch and message sizes, orders, durability.")
+@click.option("--csv", "csv_file", metavar="FILE", type=click.Path(dir_okay=False), help="Write the table as CSV.")
+@click.option("--baseline", metavar="FILE", type=click.Path(dir_okay=False),
+              help="Compare with this stored baseline; exit code 1 when something became worse.")
+@click.option("--store-baseline", is_flag=True, help="Store the results in the --baseline file instead.")
+@click.option("--limits/--no-limits", "limits_too", default=True, help="Measure the machine's limits first [yes].")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def repeat(values: dict[str, Any], trials: str, matrix: bool, csv_file: str | None, baseline: str | None,
+           store_baseline: bool, limits_too: bool, quiet: bool, results: str | None, json_target: str | None) -> None:
+    """Measure throughput several times: mean, median, deviation, p95 and p99 of every figure.
+
+    A later run is compared with a stored baseline: a change counts when the medians differ by more than a tenth and
+    by more than two deviations.
+
+    \b
+    Examples:
+      cxlmq bench repeat --trials 10 --csv runs.csv
+      cxlmq bench repeat --matrix --baseline baseline.json --store-baseline
+      cxlmq bench repeat --matrix --baseline baseline.json
+    """
+    from client.bench import repeat as repeats
+    from client.bench.workload import Workload
+
+    if store_baseline and baseline is None:
+        raise ConfigError(setting="store-baseline", value="given", allowed="only with --baseline FILE")
+    before = repeats.read_baseline(Path(baseline)) if baseline and not store_baseline else []
+    given = {name: value for name, value in values.items() if value is not None}
+    cases = {name: Workload.parse({**case, **given, "trials": trials})
+             for name, case in (repeats.BASELINE_CASES if matrix else {"run": {}}).items()}
+    with _measuring():
+        found = repeats.measure_cases(cases, limits=limits_too, progress=_progress(quiet))
+    changes = repeats.compare(found["rows"], before)
+    value = _about({**found, "comparison": changes})
+    if csv_file is not None:
+        Path(csv_file).write_text(repeats.csv_text(found["rows"]))
+    if baseline and store_baseline:
+        Path(baseline).write_text(json.dumps(value, indent=2, default=str) + "\n")
+    _finish(value, _repeat_text(found, changes), json_target, results, "repeat")
+    if not found["verified"] or any(change["verdict"] == "worse" for change in changes):
+        raise CommandExit(EXIT_FAILED)
+
+
+def _repeat_text(found: dict[str, Any], changes: list[dict[str, Any]]) -> str:
+    from client.bench.report import table_text
+
+    figures = ("mean", "median", "deviation", "p95", "p99")
+    rows = [[row["case"], row["transport"], row["figure"], row["trials"],
+             *(_figure(row[name], 3 if row["mean"] < 100 else 0) for name in figures)] for row in found["rows"]]
+    parts = [table_text("Repeated runs", ["case", "transport", "figure", ">trials", *(f">{name}" for name in figures)],
+                        rows)]
+    if changes:
+        rows = [[each["case"], each["transport"], each["figure"], _figure(each["baseline"], 3),
+                 _figure(each["now"], 3), f"{each['change']:+.1%}", each["verdict"]] for each in changes]
+        parts.append(table_text("Against the baseline", ["case", "transport", "figure", ">baseline", ">now", ">change",
+                                                         "verdict"], rows))
+    return "\n\n".join([*parts, *(f"note: {note}" for note in found["notes"])])
+
+
+# ---- latency -------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@workload_options("transport", "message_bytes", "order", "ack", "replication_factor", "network", *_CLUSTER)
+@click.option("--gap", type=DURATION, default="1ms", show_default=True, help="Pause before each batch.")
+@click.option("--batches", type=click.IntRange(1), default=3000, show_default=True, help="How many are measured.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def latency(values: dict[str, Any], gap: float, batches: int, quiet: bool, results: str | None,
+            json_target: str | None) -> None:
+    """How long a lone batch takes from the call to its result, with nothing else in flight.
+
+    What a waiting thread does decides it: --waiting latency never sleeps and costs cores, saver sleeps at once.
+
+    \b
+    Examples:
+      cxlmq bench latency
+      cxlmq bench latency --waiting latency --message-bytes 64KiB --gap 0
+      cxlmq bench latency --ack 2 --replication-factor 2 --batches 500
+    """
+    from client.bench.latency import measure_latency
+    from client.bench.report import table_text
+    from client.bench.throughput import wanted_transports
+    from client.bench.workload import Workload
+
+    workload = Workload.parse(values)
+    transports, notes = wanted_transports(workload)
+    with _measuring():
+        runs = [measure_latency(workload, transport, gap_seconds=gap, batches=batches, progress=_progress(quiet))
+                for transport in transports]
+    names = ("p50", "p99", "p999", "max")
+    rows = [[run["transport"], *(_figure(run["ack_latency_us"][name], 1) for name in names),
+             *(_figure(run["sent_to_ack_us"][name], 1) for name in ("p50", "p99")), f"{run['broker_cores']:.3f}"]
+            for run in runs]
+    columns = ["transport", ">p50 us", ">p99 us", ">p99.9 us", ">max us", ">sent to ack p50", ">p99", ">broker cores"]
+    text = table_text(f"Lone batches of {workload.message_bytes:,} bytes, {gap * 1e6:,.0f} us apart", columns, rows)
+    _finish(_about({"runs": runs, "notes": notes}), "\n".join([text, *(f"note: {note}" for note in notes)]),
+            json_target, results, "latency")
+
+
+# ---- contention ----------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@click.option("--quick", is_flag=True, help="Fewer rounds, and the cluster only with the most scanners.")
+@click.option("--stage-only", is_flag=True, help="The sequencer's stage alone, no cluster.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def contention(quick: bool, stage_only: bool, quiet: bool, results: str | None, json_target: str | None) -> None:
+    """Compare mutex, semaphore and lock-free order over 1, 2 and 4 scanner threads.
+
+    The stage alone orders headers that were delegated in advance: this is where a lock shows. End to end, with tiny
+    batches over gRPC, the publisher is slower than any lock.
+
+    \b
+    Examples:
+      cxlmq bench contention
+      cxlmq bench contention --quick --json contention.json
+    """
+    from client.bench import contention as contentions
+
+    with _measuring():
+        found = contentions.compare(rounds=5 if quick else 20, batches=0 if stage_only else 3000 if quick else 20_000,
+                                    end_to_end_scanners=(4,) if quick else contentions.SCANNER_COUNTS,
+                                    progress=_progress(quiet))
+    chart = [(f"{row['lock']}, {row['scanners']} scanners", row["million_batches_per_second"])
+             for row in found["stage_alone"]]
+    _finish(_about(found), _contention_text(found), json_target, results, "contention", chart, "M batches/s")
+
+
+def _contention_text(found: dict[str, Any]) -> str:
+    from client.bench.report import table_text
+
+    columns = ["lock", ">scanners", ">M batches/s", ">acquisitions", ">contended", ">contentions/s", ">mean wait us",
+               ">mean hold us", "advice"]
+    parts = []
+    for key, title in (("stage_alone", "The sequencer's stage alone"), ("end_to_end", "End to end, tiny batches")):
+        rows = [[row["lock"], row["scanners"], _figure(row["million_batches_per_second"], 4),
+                 f"{row['acquisitions']:,}", f"{row['contended']:,}", _figure(row["contended_per_second"]),
+                 _figure(row["wait_us_mean"], 2), _figure(row["hold_us_mean"], 3), row["advice"]]
+                for row in found[key]]
+        if rows:
+            parts.append(table_text(title, columns, rows))
+    return "\n\n".join(parts)
+
+
+# ---- pipeline ------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@click.option("--brokers", "broker_counts", metavar="N,N,...", default="1,2,4,8", show_default=True,
+              help="Broker counts, with one topic.")
+@click.option("--topics", "topic_counts", metavar="N,N,...", default="1,4,16,64", show_default=True,
+              help="Topic counts, with four brokers.")
+@click.option("--batches", type=click.IntRange(1000), default=400_000, show_default=True, help="Batches of one run.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Medians of so many runs.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def pipeline(broker_counts: str, topic_counts: str, batches: int, runs: int, quiet: bool, results: str | None,
+             json_target: str | None) -> None:
+    """The native pipeline alone: batch headers to acks, no gRPC and no Python on the way.
+
+    All brokers run in this process with their own threads; native publishers feed them with tiny batches. The cost of
+    a batch should not depend on how many brokers and topics there are.
+
+    \b
+    Examples:
+      cxlmq bench pipeline
+      cxlmq bench pipeline --brokers 4 --topics 1 --runs 5
+    """
+    from client.bench.pipeline import measure_matrix
+    from client.bench.report import table_text
+
+    brokers, topics = _numbers("brokers", broker_counts), _numbers("topics", topic_counts)
+    with _measuring():
+        found = measure_matrix(brokers, topics, batches=batches, runs=runs, progress=_progress(quiet))
+    rows = [[each["brokers"], each["topics"], _figure(each["batches_per_second"]), _figure(each["ns_per_batch"]),
+             _figure(each["cpu_ns_per_batch"]), _figure(each["pushed_back"])] for each in found["results"]]
+    text = table_text("Header written to ack", [">brokers", ">topics", ">batches/s", ">ns a batch", ">CPU ns a batch",
+                                                ">pushed back"], rows)
+    chart = [(f"{each['brokers']} brokers, {each['topics']} topics", each["batches_per_second"])
+             for each in found["results"]]
+    _finish(_about(found), text, json_target, results, "pipeline", chart, "batches/s")
+
+
+def _numbers(setting: str, text: str) -> list[int]:
+    allowed = "whole numbers from 1 to 64 with commas between"
+    try:
+        found = [int(each) for each in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not all(1 <= each <= 64 for each in found):
+        raise ConfigError(setting=setting, value=repr(text), allowed=allowed)
+    return found
+
+
+# ---- idle ----------------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@workload_options(*_CLUSTER)
+@click.option("--seconds", type=DURATION, default="10s", show_default=True, help="How long to look on.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def idle(values: dict[str, Any], seconds: float, quiet: bool, results: str | None, json_target: str | None) -> None:
+    """What a cluster costs that does nothing: processor time, memory beside the region, time until it is ready.
+
+    \b
+    Examples:
+      cxlmq bench idle
+      cxlmq bench idle --waiting latency --seconds 5
+    """
+    from client.bench.idle import measure_idle
+    from client.bench.report import table_text
+    from client.bench.workload import Workload
+    from client.cli.common import bytes_text
+
+    workload = Workload.parse(values)
+    if seconds <= 0:
+        raise ConfigError(setting="seconds", value=seconds, allowed="more than 0")
+    with _measuring():
+        found = measure_idle(workload, seconds, _progress(quiet))
+    rows = [[broker, f"{cores:.4f}", bytes_text(found["memory_bytes_by_broker"][broker])]
+            for broker, cores in found["cores_by_broker"].items()]
+    rows.append(["all", f"{found['cores']:.4f}", f"at most {bytes_text(found['memory_bytes_max'])}"])
+    text = table_text(f"Idle cluster, waiting {workload.waiting}", ["broker", ">cores", ">memory beside the region"],
+                      rows)
+    text += (f"\n\nready after {found['ready_seconds']:.2f} s, {found['command_seconds']:.2f} s after the command "
+             f"was given")
+    _finish(_about(found), text, json_target, results, "idle")

@@ -1,0 +1,6 @@
+"""What all tests share: `support` can be imported from here, and property tests print how to replay a failure."""
+
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("cxlmq", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("cxlmq")
