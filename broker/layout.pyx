@@ -151,7 +151,13 @@ cdef class Layout:
         g.batch_bytes_max = max(batch_bytes_max, message_bytes_max + 64)
         g.pool_strategy = POOL_STRATEGIES.index(pool_strategy)
         # Room for the largest batch, and for one open segment a broker beside it.
-        smallest_count = int(g.batch_bytes_max + segment_bytes - 1) // segment_bytes + 2 * broker_count
+        longest_run = int(g.batch_bytes_max + segment_bytes - 1) // segment_bytes
+        require(pool_strategy != "leader" or longest_run <= POOL_RING,
+                f"with the leader's pool a batch may take {POOL_RING} segments: make segment_bytes at least "
+                f"{1 << (int(g.batch_bytes_max) // POOL_RING).bit_length()}, not {segment_bytes}")
+        smallest_count = longest_run + 2 * broker_count
+        if pool_strategy == "partitioned":      # every part must have that room
+            smallest_count = (longest_run + 2) * broker_count
         self._place(max(smallest_count, region_bytes // segment_bytes))
         fixed = g.segments
         g.segment_count = (region_bytes - fixed) // segment_bytes if region_bytes > fixed else 0

@@ -21,6 +21,7 @@ cdef struct Slot:
     uint32_t last_segment
     uint32_t bytes
     uint32_t messages
+    uint64_t awaited            # a stream has not taken its result yet: the slot is kept for it
 
 cdef struct OpenSegment:
     uint64_t used_to            # one past the sequence of the last batch in it, 0 none

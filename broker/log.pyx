@@ -250,6 +250,7 @@ cdef class BrokerLog:
             record.last_segment = 0
         record.bytes = nbytes
         record.messages = messages
+        cxl_store_release(&record.awaited, messages > 0)
         for segment in range(record.first_segment, record.last_segment + 1):
             self.segments[segment].used_to = log.head + 1
         log.written += messages

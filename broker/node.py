@@ -126,7 +126,7 @@ class BrokerNode:
         head_stages = self._head_stages() if self.is_head else []
         directory = Directory(self._door(Role.ROLE_BROKER), self.log, self.order, self.scanners)
         replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
-                                  self._replica_superblock)
+                                  self._replica_superblock, self.doorbells)
         if self.config.thread_plan == "staged":
             plan = [[directory, self.attach, delegation, release], [self.acks, self.watch], *([stage] for stage in head_stages)]
         else:
@@ -218,9 +218,11 @@ class BrokerNode:
         self.memory.flush_range(at, 8)
         self.memory.store_fence()
         self.log.note_cpu(time.process_time_ns())
-        for slot in self.attach.open_slots():
-            if not process_alive(slot["pid"], slot["start_time"], self.host):
-                self.attach.close_slot(slot["number"], slot["generation"])
+
+    def dead_clients(self) -> list[tuple[int, int]]:
+        """Slots (number, generation) of attached clients whose process is gone."""
+        return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
+                if not process_alive(slot["pid"], slot["start_time"], self.host)]
 
     def bump(self, word: int) -> None:
         """Change a version word of this broker's line and wake the head."""
@@ -268,6 +270,8 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.start_warming()
         while not stop.is_set():
             node.beat()
+            for slot, generation in node.dead_clients():
+                server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), node.config.heartbeat_ms / 1000)
     finally:

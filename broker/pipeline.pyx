@@ -20,6 +20,7 @@ WAITING = {"latency": -1, "balanced": 1_000_000, "saver": 0}
 
 cdef enum:
     YIELD_SHORT = 20
+    LOOK_AGAIN = 1024           # idle loops after which a loop that never sleeps looks everywhere
     SLEEP_NS = 100000000        # a sleeper looks by itself this often, whatever the doorbells say
 
 
@@ -78,6 +79,8 @@ cdef class Pipeline:
 
     cdef void loop(self) noexcept nogil:
         cdef int64_t idle_since = 0, window = self.yield_ns, now
+        cdef uint64_t idle_loops = 0
+        cdef int i
         while not cxl_load_acquire(&self.stopping):
             cxl_count(&self.counters.loops, 1)
             if self.step():
@@ -85,6 +88,10 @@ cdef class Pipeline:
                 continue
             cxl_count(&self.counters.idle_loops, 1)
             if self.yield_ns < 0:
+                idle_loops += 1
+                if idle_loops % LOOK_AGAIN == 0:
+                    for i in range(self.stage_count):
+                        (<Stage>self.stages[i]).prepare_to_sleep()
                 cxl_yield()
                 continue
             if idle_since == 0:

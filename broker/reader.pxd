@@ -10,12 +10,16 @@ cpdef enum ReadStatus:
     READ_CLOSED = -2        # the topic is gone
     READ_DAMAGED = -3
 
+cdef enum:
+    ANY_POSITION = -1
+
 cdef class OrderReader:
     cdef readonly Memory memory
     cdef readonly Layout layout
     cdef readonly uint64_t topic
     cdef readonly uint64_t generation
     cdef readonly uint64_t index
+    cdef uint64_t next_position     # where the entry at `index` has to begin; unknown after a jump
 
     cdef int peek(self, uint64_t index, OrderEntry* entry) noexcept nogil
     cdef uint64_t committed_index(self) noexcept nogil

@@ -4,7 +4,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from broker.layout cimport TOPIC_ACTIVE, Layout, OrderEntry, make_tag
-from broker.wire cimport BATCH_HEADER_BYTES, write_batch_header
+from broker.wire cimport BATCH_HEADER_BYTES, MESSAGE_HEADER_BYTES, write_batch_header
 from sim.cxl.memory cimport Memory
 
 cdef enum:
@@ -29,6 +29,7 @@ cdef class OrderReader:
         self.topic = topic
         self.generation = generation
         self.index = index
+        self.next_position = <uint64_t>ANY_POSITION
 
     cdef uint64_t committed_index(self) noexcept nogil:
         self.memory.invalidate(self.layout.topic_order(self.topic), 64)
@@ -56,13 +57,16 @@ cdef class OrderReader:
         if not self.memory.read_line(at, entry) or entry.commit != make_tag(self.generation, index):
             return READ_LOST if index < self.reclaimed_index() else READ_DAMAGED
         if (entry.payload_offset < self.layout.g.segments or entry.payload_bytes > self.layout.g.batch_bytes_max
-                or entry.payload_offset + entry.payload_bytes > self.layout.g.region_bytes):
+                or entry.payload_offset > self.layout.g.region_bytes - entry.payload_bytes
+                or entry.payload_offset % 64 or entry.broker >= self.layout.g.broker_count or entry.message_count == 0
+                or entry.message_count > entry.payload_bytes // MESSAGE_HEADER_BYTES):
             return READ_DAMAGED
         return READ_OK
 
     def move_to(self, uint64_t index) -> None:
         """Go to order entry `index`."""
         self.index = index
+        self.next_position = <uint64_t>ANY_POSITION
 
     def frontiers(self) -> dict:
         """committed_index, committed_position, reclaimed_index, reclaimed_position of the topic, now."""
@@ -76,13 +80,20 @@ cdef class OrderReader:
         return self.peek(self.index, &entry) != READ_NOTHING
 
     def find(self, uint64_t position) -> int:
-        """Index of the entry that holds `position`: the first kept when it is gone, the end when it is to come."""
+        """Index of the entry that holds `position`: the first kept when it is gone, the end when it is to come.
+
+        Raises ReadError when an entry on the way is damaged, or the topic is gone.
+        """
         cdef uint64_t low = self.reclaimed_index(), high = self.committed_index(), middle
         cdef OrderEntry entry
+        cdef int status
         while low < high:
             middle = (low + high) // 2
-            if self.peek(middle, &entry) != READ_OK:
+            status = self.peek(middle, &entry)
+            if status == READ_LOST:
                 low = max(middle + 1, self.reclaimed_index())       # reclaimed while we looked
+            elif status != READ_OK:
+                raise self.error(status, middle)
             elif entry.position + entry.message_count <= position:
                 low = middle + 1
             else:
@@ -119,17 +130,20 @@ cdef class OrderReader:
         Moves our place behind them. Raises ReadError when the data was reclaimed, is damaged, or the topic is gone.
         """
         cdef OrderEntry entries[FRAME_ENTRIES]
-        cdef uint64_t count = 0, total = 0, i
+        cdef uint64_t count = 0, total = 0, i, position = self.next_position
         cdef int status = READ_OK
         cdef uint8_t* at
         with nogil:
             while count < FRAME_ENTRIES:
                 status = self.peek(self.index + count, &entries[count])
+                if status == READ_OK and position != <uint64_t>ANY_POSITION and entries[count].position != position:
+                    status = READ_DAMAGED       # positions have neither holes nor overlaps
                 if status != READ_OK:
                     break
                 if count and total + BATCH_HEADER_BYTES + entries[count].payload_bytes > bytes_max:
                     break
                 total += BATCH_HEADER_BYTES + entries[count].payload_bytes
+                position = entries[count].position + entries[count].message_count
                 count += 1
         if count == 0:
             if status == READ_NOTHING:
@@ -148,16 +162,19 @@ cdef class OrderReader:
         # Segments are given back after a reclaim or a deletion is visible: what we copied before is what it was.
         if self.index < self.reclaimed_index():
             raise self.error(READ_LOST)
+        self.memory.invalidate(self.layout.topic(self.topic), 64)
         if self.memory.load(self.layout.topic(self.topic)) != (self.generation << 8 | TOPIC_ACTIVE):
             raise self.error(READ_CLOSED)
         self.index += count
+        self.next_position = position
         return frame
 
-    def error(self, int status):
-        """The ReadError for a status."""
+    def error(self, int status, index=None):
+        """The ReadError for a status at our place, or at order entry `index`."""
+        index = self.index if index is None else index
         first = self.memory.load(self.layout.topic_reclaim(self.topic) + 8)
         text = {READ_LOST: f"this data was reclaimed; the first position kept is {first}",
                 READ_CLOSED: "the topic was deleted",
-                READ_DAMAGED: f"order entry {self.index} of topic {self.topic} is damaged; "
+                READ_DAMAGED: f"order entry {index} of topic {self.topic} is damaged; "
                               "run 'cxlmq region inspect' for what is intact"}[status]
-        return ReadError(status, self.index, text)
+        return ReadError(status, index, text)

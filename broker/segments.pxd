@@ -27,7 +27,7 @@ cdef class SegmentPool:
     cdef bint valid(self, uint64_t segment) noexcept nogil
     cdef uint64_t search_shares(self) noexcept nogil
     cdef int64_t allocate_one(self, uint64_t part, bint warm) noexcept nogil
-    cdef int64_t allocate_run(self, uint64_t part, uint64_t run) noexcept nogil
+    cdef int64_t allocate_run(self, uint64_t run) noexcept nogil
     cdef void opened(self, uint64_t segment) noexcept nogil
     cdef int64_t take_cold(self) noexcept nogil
     cdef void give_warm(self, uint64_t segment, bint warm) noexcept nogil

@@ -83,11 +83,16 @@ cdef class SegmentPool:
                     return <int64_t>segment
         return -1
 
-    cdef int64_t allocate_run(self, uint64_t part, uint64_t run) noexcept nogil:
-        cdef uint64_t at, first = part * self.share, length = 0, i
-        for at in range(first, first + self.share):
+    cdef int64_t allocate_run(self, uint64_t run) noexcept nogil:
+        """First segment of a free run, from our own part on. A run may lie in several parts if we may take from all."""
+        cdef uint64_t at, step, first = self.broker * self.share, count = self.layout.g.segment_count, length = 0, i
+        cdef uint64_t end = self.share if self.search_shares() == 1 else count + run
+        for step in range(end):
+            at = first + step if self.search_shares() == 1 else (first + step) % count
             if not self.valid(at):
                 break
+            if at == 0:
+                length = 0                      # a run does not go round
             if self.memory.load(self.layout.bitmap() + self.word_of(at)) & self.bit_of(at):
                 length = 0
                 continue
@@ -119,16 +124,14 @@ cdef class SegmentPool:
 
     cdef int64_t allocate(self, uint64_t run) noexcept nogil:
         """First segment of a free run, or -1."""
-        cdef uint64_t i, part, count = self.search_shares(), brokers = self.layout.g.broker_count
+        cdef uint64_t i, count = self.search_shares(), brokers = self.layout.g.broker_count
         cdef int64_t found = -1
         cdef int warm
         if run > 1:
-            for i in range(count):
-                found = self.allocate_run((self.broker + i) % brokers, run)
-                if found >= 0:
-                    self.allocated += run
-                    return found
-            return -1
+            found = self.allocate_run(run)
+            if found >= 0:
+                self.allocated += run
+            return found
         for warm in range(1, -1, -1):
             for i in range(count):
                 found = self.allocate_one((self.broker + i) % brokers, warm == 1)
@@ -253,9 +256,15 @@ cdef class LeaderPool(SegmentPool):
             self.opened(segment + i)
         return True
 
+    cdef void mark_warm(self, uint64_t segment) noexcept nogil:
+        pass                                # the leader has marked it: the bitmaps are the leader's alone
+
     cdef int64_t allocate(self, uint64_t run) noexcept nogil:
         cdef uint64_t words = self.layout.bitmap_words(), w, bit, segment, at, length = 0
-        cdef uint64_t wish = self.layout.pool_wish(self.broker)
+        cdef uint64_t wish = self.layout.pool_wish(self.broker), answered
+        # How many wishes were granted is read before the grants are: what we then still wish for is not on its way.
+        self.memory.invalidate(self.layout.pool_grant(self.broker), 64)
+        answered = self.memory.load(self.layout.pool_grant(self.broker))
         self.poll()
         if run == 1:
             for w in range(words):
@@ -270,7 +279,7 @@ cdef class LeaderPool(SegmentPool):
                 length = length + 1 if self.mine[self.word_of(at) // 8] & self.bit_of(at) else 0
                 if length == run and self.claim(at + 1 - run, run):
                     return <int64_t>(at + 1 - run)
-        if self.wanted == self.memory.load(self.layout.pool_grant(self.broker)):
+        if self.wanted == answered:
             # One wish at a time: run first, then the count that makes it visible.
             self.wanted += 1
             self.memory.store(wish + 8, run)

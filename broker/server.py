@@ -79,6 +79,7 @@ class AdminService:
             "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session),
             "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse),
             "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment),
+            "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment),
             "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
         }
         return {name: grpc.unary_unary_rpc_method_handler(call, request.FromString, reply.SerializeToString)
@@ -182,8 +183,28 @@ class AdminService:
                              topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
 
     @_guarded
+    async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
+        node, server = self._node, self._server
+        entry = node.topics.find(request.subscribe.topic)
+        key = entry.generation << 16 | entry.number
+        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
+        cursor = await server.place(request.subscribe, reader, key)
+        found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
+                                            request.start_time)
+        if found is None:
+            server.cursors.close(cursor)
+            raise AttachSlotsFull(broker=node.broker)
+        server.attached_cursors[found[0]] = cursor
+        node.watch_commits(+1)
+        frontiers = reader.frontiers()
+        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
+                             topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
+                             first_position=frontiers["reclaimed_position"],
+                             end_position=frontiers["committed_position"], doorbell=node.broker)
+
+    @_guarded
     async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
-        self._node.attach.close_slot(request.slot, request.generation)
+        self._server.close_attached(request.slot, request.generation)
         self._node.doorbells[self._node.broker].ring_now()
         return pb.DetachResponse()
 
@@ -335,6 +356,7 @@ class BrokerServer:
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
+        self.attached_cursors: dict[int, int] = {}
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
@@ -416,6 +438,12 @@ class BrokerServer:
             async with self._receiving_free:
                 self._receiving_free.notify_all()
 
+    def close_attached(self, slot: int, generation: int) -> None:
+        """An attached client is done, or dead: its slot and its cursor are free again."""
+        if self.node.attach.close_slot(slot, generation) and slot in self.attached_cursors:
+            self.cursors.close(self.attached_cursors.pop(slot))
+            self.node.watch_commits(-1)
+
     def epoch(self) -> int:
         """The sequencer's epoch."""
         return int(self.node.memory.load_word(self.node.layout.offset_of("control")))
@@ -474,7 +502,7 @@ class BrokerServer:
         entry = node.topics.find(request.topic)
         key = entry.generation << 16 | entry.number
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await self._place(request, reader, key)
+        cursor = await self.place(request, reader, key)
         node.watch_commits(+1)
         event = asyncio.Event()
         self._commit_events.setdefault(entry.number, set()).add(event)
@@ -490,7 +518,7 @@ class BrokerServer:
             if not request.protect:
                 self.cursors.close(cursor)
 
-    async def _place(self, request: Any, reader: OrderReader, key: int) -> int:
+    async def place(self, request: Any, reader: OrderReader, key: int) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
         if request.protect and (kept := self.cursors.protected(key, request.protect)):
             reader.move_to(kept[1])

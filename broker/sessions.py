@@ -150,7 +150,7 @@ class CursorTable:
         self._announce()
         try:
             await _until(lambda: self._granted(cursor) == request, "a reader's place")
-        except CxlmqError:
+        except BaseException:               # also when the reader goes away while it waits
             self.close(cursor)
             raise
         granted = self._memory.load_word(self._layout.offset_of("cursor_grant", cursor) + 8)

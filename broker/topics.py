@@ -108,12 +108,14 @@ class TopicTable:
     async def create(self, config: TopicConfig, lease_ns: int, live_brokers: Callable[[], list[int]]) -> TopicEntry:
         """Create a topic and wait until every live broker takes batches for it.
 
-        Raises `DuplicateTopic`, `TopicTableFull`. Nothing is changed when it raises.
+        Raises `DuplicateTopic`, `TopicTableFull`, and `BrokerUnavailable` when a broker takes no note of it. Nothing is
+        changed when it raises.
         """
         async with self._lock:
             self._refresh()
             if config.name in self._by_name:
                 raise DuplicateTopic(topic=config.name)
+            self._finish_deletions(live_brokers())
             number = self._free_number()
             generation = self._next_generation()
             self._wipe(number)
@@ -126,20 +128,33 @@ class TopicTable:
                 lease_ns=lease_ns)
             self._memory.store_fence()
             self._publish(self._layout.offset_of("topic", number), line)
-            await self._every_broker(live_brokers, number, generation)
+            try:
+                await self._every_broker(live_brokers, number, generation)
+            except BrokerUnavailable:
+                self._set_state(number, TopicState.TOPIC_DELETING)
+                raise
             return self.find(config.name)
 
     async def delete(self, name: str, live_brokers: Callable[[], list[int]]) -> None:
         """Delete a topic: first every live broker stops serving it, then its segments are given back."""
         async with self._lock:
             entry = self.find(name)
-            at = self._layout.offset_of("topic", entry.number)
-            line = unpack("TopicLine", self._memory.read_line_bytes(at))
-            line["state"] = entry.generation << 8 | TopicState.TOPIC_DELETING
-            self._publish(at, pack("TopicLine", **line))
+            self._set_state(entry.number, TopicState.TOPIC_DELETING)
             await self._every_broker(live_brokers, entry.number, 0)
-            line["state"] = entry.generation << 8 | TopicState.TOPIC_FREE
-            self._publish(at, pack("TopicLine", **line))
+            self._set_state(entry.number, TopicState.TOPIC_FREE)
+
+    def _set_state(self, number: int, state: TopicState) -> None:
+        at = self._layout.offset_of("topic", number)
+        line = unpack("TopicLine", self._memory.read_line_bytes(at))
+        line["state"] = line["state"] >> 8 << 8 | state
+        self._publish(at, pack("TopicLine", **line))
+
+    def _finish_deletions(self, live_brokers: list[int]) -> None:
+        """Free the numbers of topics whose deletion was given up before every broker had stopped."""
+        for number in range(self._numbers["topic_count_max"]):
+            if self._state(number)[1] == TopicState.TOPIC_DELETING and not any(
+                    self._generation_at(number, broker) for broker in live_brokers):
+                self._set_state(number, TopicState.TOPIC_FREE)
 
     def _free_number(self) -> int:
         for number in range(self._numbers["topic_count_max"]):

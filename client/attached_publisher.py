@@ -20,6 +20,7 @@ from broker.errors import (
     CxlmqError,
     DeliveryTimeout,
     MessageTooBig,
+    PoolFull,
     SessionFenced,
     UnknownTopic,
 )
@@ -27,6 +28,7 @@ from broker.layout import BrokerState, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import Region, attach_region
+from broker.topics import holder_text
 from client.attached import AttachedCore, Loan
 from client.batch import Batch, Delivery, Dropped
 from client.connection import BrokerAddress, ClientLoop, Connection
@@ -181,7 +183,20 @@ class AttachedEngine:
             # What is in a segment has its place in the session already: only the newest can still be dropped.
             self.extra["dropped_newest"] += 1
             raise Dropped(error)
-        raise error
+        raise self._pool_full() or error
+
+    def _pool_full(self) -> CxlmqError | None:
+        """When it is the region that has no room: who holds it."""
+        assert self.region is not None and self.packer is not None
+        if self.packer.in_flight_bytes >= self.buffer_bytes // 2:
+            return None
+        memory, layout = self.region.memory(Role.ROLE_CLIENT), self.region.layout
+        for broker in self.packer.brokers_alive():
+            answer = unpack("ReclaimAnswerLine",
+                            memory.read_line_bytes(layout.offset_of("reclaim_answer", broker)))
+            if answer["holder"]:
+                return PoolFull(holder=holder_text(answer["holder"]))
+        return None
 
     # ---- waiting (any thread but the loop's) --------------------------------------------------------------------------
 

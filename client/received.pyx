@@ -30,19 +30,10 @@ cdef class ReceivedBatch:
     `payload` is a read-only view of the framed bytes. `skip` messages at the front were not asked for.
     """
 
-    cdef readonly uint64_t position
-    cdef readonly uint64_t count
-    cdef readonly uint32_t broker
-    cdef readonly uint64_t timestamp_ns
-    cdef readonly object topic
-    cdef object owner
-    cdef const uint8_t* data
-    cdef readonly uint64_t nbytes
-
     @property
     def payload(self):
         """The framed bytes."""
-        cdef uint64_t start = self.data - <const uint8_t*>PyBytes_AS_STRING(self.owner)
+        cdef uint64_t start = self.data - self.base
         return memoryview(self.owner)[start:start + self.nbytes]
 
     def drop_before(self, uint64_t position) -> None:
@@ -83,11 +74,16 @@ cdef class ReceivedBatch:
         cdef uint32_t size
         cdef Message message
         cdef list out = []
+        cdef object whole = self.payload if self.is_view else None
         for i in range(end):
             size = self._size(at)
             if i >= first:
                 message = Message.__new__(Message)
-                message.payload = PyBytes_FromStringAndSize(<const char*>self.data + at + MESSAGE_HEADER_BYTES, size)
+                if self.is_view:
+                    message.payload = whole[at + MESSAGE_HEADER_BYTES:at + MESSAGE_HEADER_BYTES + size]
+                else:
+                    message.payload = PyBytes_FromStringAndSize(
+                        <const char*>self.data + at + MESSAGE_HEADER_BYTES, size)
                 message.position = self.position + i
                 message.topic = self.topic
                 message.broker = self.broker
@@ -132,6 +128,7 @@ cdef ReceivedBatch _parse_batch(bytes frame, const uint8_t* data, uint64_t nbyte
     cdef uint64_t at = 0, tag, length
     cdef uint32_t number
     batch.owner = frame
+    batch.base = <const uint8_t*>PyBytes_AS_STRING(frame)
     batch.topic = topic
     while at < nbytes:
         tag = _varint(data, nbytes, &at)

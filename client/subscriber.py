@@ -13,11 +13,13 @@ import grpc.aio
 from broker.config import check_topic_name
 from broker.errors import BrokerUnavailable, ClosedError, ConfigError, CxlmqError
 from broker.proto import cxlmq_pb2 as pb
+from client.attached_subscriber import AttachedSubscriberEngine
 from client.connection import BrokerAddress, ClientLoop, Connection, translated
 from client.received import Message, ReceivedBatch, parse_response
 
 SUBSCRIBE = "/cxlmq.v1.PubSub/Subscribe"
 BUFFER_BYTES = 16 << 20
+TRANSPORTS = ("auto", "grpc", "attached")
 RECONNECT_SECONDS = 0.2
 RECONNECT_TRIES = 50
 Start = str | int
@@ -34,8 +36,6 @@ class SubscriberEngine:
 
     def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int, protect: str) -> None:
-        check_topic_name(topic)
-        _check_start(start)
         self.topic = topic
         self.client_loop = ClientLoop.get()
         self.connection = Connection(cluster, bootstrap)
@@ -233,6 +233,46 @@ class SubscriberEngine:
         if self.buffered <= self.buffer_bytes and not self.space.is_set():
             self.client_loop.loop.call_soon_threadsafe(self.space.set)
 
+    # ---- taking, as the library's classes ask for it -----------------------------------------------------------------
+
+    def fetch(self, n: int, timeout: float | None) -> list[Message]:
+        """Up to `n` messages; empty when nothing came in time."""
+        with self.changed:
+            self.changed.wait_for(self.ready, timeout)
+            return self.take_messages(n)
+
+    def fetch_batches(self, timeout: float | None) -> list[ReceivedBatch]:
+        """What is buffered; empty when nothing came in time."""
+        with self.changed:
+            self.changed.wait_for(self.ready, timeout)
+            return self.take_batches()
+
+    async def fetch_async(self, n: int, timeout: float | None) -> list[Message]:
+        """As `fetch`, from any event loop."""
+        await self._ready_async(timeout)
+        with self.changed:
+            return self.take_messages(n)
+
+    async def fetch_batches_async(self, timeout: float | None) -> list[ReceivedBatch]:
+        """As `fetch_batches`, from any event loop."""
+        await self._ready_async(timeout)
+        with self.changed:
+            return self.take_batches()
+
+    async def _ready_async(self, timeout: float | None) -> None:
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            with self.changed:
+                if self.ready():
+                    return
+                loop = asyncio.get_running_loop()
+                future: asyncio.Future[None] = loop.create_future()
+                self.async_waiters.append((loop, future))
+            try:
+                await asyncio.wait_for(future, None if deadline is None else deadline - time.monotonic())
+            except TimeoutError:
+                return
+
     def position(self) -> int | None:
         """Position of the message that is given out next; None when nothing has told yet."""
         with self.changed:
@@ -250,9 +290,14 @@ class _SubscriberBase:
     def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
                  start: Start = "beginning", broker: int | None = None, buffer_bytes: int = BUFFER_BYTES,
                  protect: str = "") -> None:
-        if transport not in ("auto", "grpc"):
-            raise ConfigError(setting="transport", value=repr(transport), allowed="auto, grpc")
-        self._engine = SubscriberEngine(topic, cluster, bootstrap, start, broker, buffer_bytes, protect)
+        if transport not in TRANSPORTS:
+            raise ConfigError(setting="transport", value=repr(transport), allowed=", ".join(TRANSPORTS))
+        check_topic_name(topic)
+        _check_start(start)
+        engine: type[SubscriberEngine] | type[AttachedSubscriberEngine] = SubscriberEngine
+        if transport == "attached":
+            engine = AttachedSubscriberEngine
+        self._engine = engine(topic, cluster, bootstrap, start, broker, buffer_bytes, protect)
 
     @property
     def position(self) -> int | None:
@@ -269,6 +314,7 @@ class Subscriber(_SubscriberBase):
     """Reads one topic in the total order. `with Subscriber("topic") as subscriber: subscriber.fetch(10, timeout=1)`
 
     `start` is "beginning" (what is kept), "end", or a position. `broker` chooses the broker that serves (any can).
+    With transport "attached" payloads are read-only views of the segments, which are kept while a view is held.
     `protect` names a cursor that keeps its data while nobody reads. Raises the typed errors of `client.errors`.
     """
 
@@ -283,17 +329,11 @@ class Subscriber(_SubscriberBase):
 
     def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
-        engine = self._engine
-        with engine.changed:
-            engine.changed.wait_for(engine.ready, timeout)
-            return engine.take_messages(n)
+        return self._engine.fetch(n, timeout)
 
     def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages; empty when nothing came in `timeout` seconds."""
-        engine = self._engine
-        with engine.changed:
-            engine.changed.wait_for(engine.ready, timeout)
-            return engine.take_batches()
+        return self._engine.fetch_batches(timeout)
 
     def __iter__(self) -> Iterator[Message]:
         """Messages, for ever: waits for what comes."""
@@ -341,32 +381,13 @@ class AsyncSubscriber(_SubscriberBase):
             raise
         return self
 
-    async def _ready(self, timeout: float | None) -> None:
-        engine = self._engine
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with engine.changed:
-                if engine.ready():
-                    return
-                loop = asyncio.get_running_loop()
-                future: asyncio.Future[None] = loop.create_future()
-                engine.async_waiters.append((loop, future))
-            try:
-                await asyncio.wait_for(future, None if deadline is None else deadline - time.monotonic())
-            except TimeoutError:
-                return
-
     async def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
-        await self._ready(timeout)
-        with self._engine.changed:
-            return self._engine.take_messages(n)
+        return await self._engine.fetch_async(n, timeout)
 
     async def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages."""
-        await self._ready(timeout)
-        with self._engine.changed:
-            return self._engine.take_batches()
+        return await self._engine.fetch_batches_async(timeout)
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:

@@ -14,6 +14,8 @@ cdef struct Waiting:
     uint64_t sequence
     uint64_t slot
     uint64_t messages
+    uint64_t position           # the result, once it was taken
+    uint64_t status
 
 cdef struct Ack:
     uint64_t sequence
@@ -21,7 +23,7 @@ cdef struct Ack:
     uint64_t status
 
 cdef struct AckStream:
-    # Invariant: acks_tail <= acks_head, waiting_tail <= waiting_head; one thread writes each of the four.
+    # Invariant: acks_tail <= acks_head, waiting_tail <= taken <= waiting_head; one thread writes each of them.
     uint64_t active             # 0 free, 1 open, 2 closing
     uint64_t topic
     uint64_t generation
@@ -29,6 +31,7 @@ cdef struct AckStream:
     uint64_t replication_factor
     uint64_t waiting_head       # the receiver's
     uint64_t waiting_tail       # the stage's
+    uint64_t taken              # the stage's: results of batches below it were taken from their slots
     uint64_t acks_head          # the stage's
     uint64_t acks_tail          # the event loop's
     uint64_t slot_and_one       # attached client's slot + 1: its acks go into memory; 0 none
@@ -52,6 +55,9 @@ cdef class AckStage(Stage):
     cdef void ring_client(self, uint64_t slot) noexcept nogil
     cdef int64_t open_number(self, uint64_t topic, uint64_t generation, uint64_t level,
                              uint64_t replication_factor) noexcept nogil
+    cdef void take_results(self, AckStream* stream) noexcept nogil
+    cdef void let_go(self, AckStream* stream) noexcept nogil
+    cdef bint is_durable(self, AckStream* stream, uint64_t source, uint64_t end) noexcept nogil
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil
     cdef bint expect(self, uint64_t number, uint64_t sequence, uint64_t slot, uint64_t messages) noexcept nogil
     cdef uint64_t room(self, uint64_t number) noexcept nogil

@@ -2,14 +2,15 @@
 
 Level 1 is reached when the batch lies below the topic's committed frontier; level 2 when every replica's durable
 frontier has passed it as well. A stream's batches are settled in the order in which they came: only the first waiting
-one is polled, so a step costs one look per stream, not per batch.
+one is polled, so a step costs one look per stream, not per batch. A result is taken from its slot as soon as it is
+there, whatever the level still waits for: the slot is free for the next batch only then.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, make_tag
-from broker.log cimport BrokerLog
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, make_tag
+from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
 from broker.stages.stage cimport Stage
 from broker.wire cimport encode_acks
@@ -56,6 +57,7 @@ cdef class AckStage(Stage):
             if cxl_load_acquire(&stream.active) == 0:
                 continue
             if cxl_load_relaxed(&stream.active) == 2:
+                self.let_go(stream)
                 cxl_store_release(&stream.active, 0)
             elif stream.waiting_tail != cxl_load_acquire(&stream.waiting_head):
                 work += self.poll_stream(stream)
@@ -92,9 +94,9 @@ cdef class AckStage(Stage):
         self.completion_line = line
 
     cdef int64_t poll_stream(self, AckStream* stream) noexcept nogil:
-        cdef uint64_t head = cxl_load_acquire(&stream.waiting_head)
         cdef int64_t done = 0
-        while stream.waiting_tail < head and done < STEP_ACKS:
+        self.take_results(stream)
+        while stream.waiting_tail < stream.taken and done < STEP_ACKS:
             if stream.acks_head - cxl_load_acquire(&stream.acks_tail) >= STREAM_BATCHES:
                 break                       # the event loop has not taken the earlier ones yet
             if not self.settled(stream, &stream.waiting[stream.waiting_tail % STREAM_BATCHES],
@@ -111,30 +113,70 @@ cdef class AckStage(Stage):
             cxl_count(&self.log.counters.acks_sent, done)
         return done
 
+    cdef void take_results(self, AckStream* stream) noexcept nogil:
+        """Take the results that are there from their slots."""
+        cdef uint64_t head = cxl_load_acquire(&stream.waiting_head), mask = self.layout.g.ring_slot_count - 1, at, state
+        cdef TopicLog* log = &self.log.topics[stream.topic]
+        cdef Waiting* waiting
+        while stream.taken < head:
+            waiting = &stream.waiting[stream.taken % STREAM_BATCHES]
+            if cxl_load_acquire(&log.opened) != stream.generation:
+                waiting.status = RESULT_FENCED          # its topic is gone, and the session with it
+            else:
+                at = self.layout.result(stream.topic, self.broker, waiting.slot)
+                self.memory.invalidate(at, 16)
+                state = self.memory.load(at)
+                if state & ~STATUS_MASK != make_tag(stream.generation, waiting.slot):
+                    break
+                waiting.status = state >> 40 & 0xFF
+                waiting.position = self.memory.load(at + 8)
+                cxl_store_release(&log.slots[waiting.slot & mask].awaited, 0)
+            stream.taken += 1
+
+    cdef void let_go(self, AckStream* stream) noexcept nogil:
+        """Nobody waits for the stream's results any more."""
+        cdef uint64_t head = cxl_load_acquire(&stream.waiting_head), mask = self.layout.g.ring_slot_count - 1
+        cdef TopicLog* log = &self.log.topics[stream.topic]
+        if cxl_load_acquire(&log.opened) == stream.generation:
+            while stream.taken < head:
+                cxl_store_release(&log.slots[stream.waiting[stream.taken % STREAM_BATCHES].slot & mask].awaited, 0)
+                stream.taken += 1
+            dirty_add(&self.log.to_release, stream.topic)
+
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil:
-        """Whether this batch's result is final for the stream's level; then `ack` says what it is."""
-        cdef uint64_t at = self.layout.result(stream.topic, self.broker, waiting.slot), state, end, k, replica, order
-        self.memory.invalidate(at, 16)
-        state = self.memory.load(at)
-        if state & ~STATUS_MASK != make_tag(stream.generation, waiting.slot):
-            return False
+        """Whether a batch whose result was taken has reached the stream's level; then `ack` says what it is."""
+        cdef uint64_t end, order = self.layout.topic_order(stream.topic), source
         ack.sequence = waiting.sequence
-        ack.status = state >> 40 & 0xFF
-        ack.position = self.memory.load(at + 8)
+        ack.status = waiting.status
+        ack.position = waiting.position
         if ack.status != RESULT_COMMITTED and ack.status != RESULT_DUPLICATE:
             return True
+        if cxl_load_acquire(&self.log.topics[stream.topic].opened) != stream.generation:
+            ack.status = RESULT_FENCED
+            return True
         end = ack.position + (waiting.messages if ack.status == RESULT_COMMITTED else 0)
-        order = self.layout.topic_order(stream.topic)
         self.memory.invalidate(order, 64)
         if self.memory.load(order + 8) < end:
             return False
-        if stream.level == 2:
-            for k in range(1, stream.replication_factor):
-                replica = self.layout.replica(stream.topic, self.broker,
-                                              (self.broker + k) % self.layout.g.broker_count)
-                self.memory.invalidate(replica, 64)
-                if self.memory.load(replica + 8) < end:
-                    return False
+        if stream.level != 2:
+            return True
+        if ack.status == RESULT_COMMITTED:
+            return self.is_durable(stream, self.broker, end)
+        # The first copy of a duplicate may have come by any broker: its replicas are those of that one.
+        for source in range(self.layout.g.broker_count):
+            if not self.is_durable(stream, source, end):
+                return False
+        return True
+
+    cdef bint is_durable(self, AckStream* stream, uint64_t source, uint64_t end) noexcept nogil:
+        """Whether every replica of a broker has on its disk what lies below position `end`."""
+        cdef uint64_t k, at
+        for k in range(1, stream.replication_factor):
+            at = self.layout.replica(stream.topic, source, (source + k) % self.layout.g.broker_count)
+            self.memory.invalidate(at, 64)
+            # The line of an earlier topic of this number says nothing about this one.
+            if self.memory.load(at + 24) != stream.generation or self.memory.load(at + 8) < end:
+                return False
         return True
 
     cdef uint64_t room(self, uint64_t number) noexcept nogil:
@@ -182,7 +224,7 @@ cdef class AckStage(Stage):
             stream.level = level
             stream.replication_factor = replication_factor
             stream.slot_and_one = stream.news = 0
-            stream.waiting_head = stream.waiting_tail = stream.acks_head = stream.acks_tail = 0
+            stream.waiting_head = stream.waiting_tail = stream.taken = stream.acks_head = stream.acks_tail = 0
             cxl_store_release(&stream.active, 1)
             if i >= self.stream_limit:
                 cxl_store_release(&self.stream_limit, i + 1)

@@ -27,7 +27,9 @@ cdef struct AttachSlot:
     uint64_t taken
     uint64_t granted
     uint64_t retired
-    uint64_t subscriber         # order entries are viewed, not written
+    uint64_t subscriber         # cursor + 1 of a subscriber, which views and does not write; 0 a publisher
+    uint64_t released           # a subscriber's released index
+    uint64_t committed          # the committed index that a subscriber was told of
     uint64_t closing
     int64_t heard_at
     uint64_t heartbeat
@@ -49,8 +51,11 @@ cdef class AttachStage(Stage):
 
     cdef int64_t take(self, uint64_t i) noexcept nogil
     cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil
+    cdef int64_t follow(self, uint64_t i) noexcept nogil
     cdef int64_t grant(self, uint64_t i) noexcept nogil
     cdef void fence_slot(self, uint64_t i) noexcept nogil
     cdef void write_line(self, uint64_t i) noexcept nogil
     cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t start_time)
+    cdef void publish_slot(self, uint64_t i) noexcept nogil
     cdef int64_t finish(self, uint64_t i) noexcept nogil

@@ -58,7 +58,9 @@ cdef class AttachStage(Stage):
         cdef int64_t work = 0, now
         for i in range(limit):
             state = cxl_load_acquire(&self.slots[i].state)
-            if state == ATTACH_OPEN:
+            if state == ATTACH_OPEN and self.slots[i].subscriber:
+                work += self.follow(i)
+            elif state == ATTACH_OPEN:
                 work += self.take(i)
                 work += self.grant(i)
         if limit == 0:
@@ -70,6 +72,32 @@ cdef class AttachStage(Stage):
                 if self.slots[i].state != ATTACH_FREE:
                     work += self.finish(i)
         return work
+
+    cdef int64_t follow(self, uint64_t i) noexcept nogil:
+        """Move a subscriber's cursor over what it released, and wake it when there is more."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef uint64_t order = self.layout.topic_order(slot.topic), at = self.layout.attach_client(self.first + i)
+        cdef uint64_t committed, released
+        self.memory.invalidate(order, 64)
+        committed = self.memory.load(order)
+        self.memory.invalidate(at, 64)
+        released = self.memory.load(at + 40)
+        if released < slot.released or released > committed:
+            slot.state = ATTACH_FENCED          # a cursor never goes back and never passes the tail
+            self.write_line(i)
+            return 1
+        if released != slot.released:
+            slot.released = released
+            at = self.layout.cursor(slot.subscriber - 1) + 16
+            self.memory.store(at, released)
+            self.memory.flush(at, 8)
+            self.memory.fence()
+        if committed == slot.committed:
+            return 0
+        slot.committed = committed
+        self.memory.full_fence()
+        self.acks.ring_client(self.first + i)
+        return 1
 
     cdef int64_t take(self, uint64_t i) noexcept nogil:
         """Take the client's next descriptors as far as they are there and there is room."""
@@ -217,11 +245,17 @@ cdef class AttachStage(Stage):
         if heartbeat != slot.heartbeat:
             slot.heartbeat = heartbeat
             slot.heard_at = now
-        elif slot.state == ATTACH_OPEN and now - slot.heard_at > self.lease_ns:
+        elif slot.state == ATTACH_OPEN and not slot.subscriber and now - slot.heard_at > self.lease_ns:
             self.fence_slot(i)
             return 1
         if slot.closing == 0:
             return 0
+        if slot.subscriber:
+            slot.closing = 0
+            slot.state = ATTACH_CLOSING
+            self.write_line(i)
+            cxl_store_release(&slot.state, ATTACH_FREE)
+            return 1
         # What it submitted is taken first. The client is gone, or said that it writes no more.
         if slot.state == ATTACH_OPEN and self.take(i):
             return 1
@@ -241,26 +275,49 @@ cdef class AttachStage(Stage):
     def open(self, uint64_t topic, uint64_t topic_generation, uint64_t session_slot, uint64_t session_epoch,
              uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t start_time):
         """Hand out a slot; (its number in the region, its generation). None when all are taken."""
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, start_time), stream
+        cdef AttachSlot* slot
+        if i < 0:
+            return None
+        slot = &self.slots[i]
+        stream = self.acks.open_number(topic, topic_generation, level, replication_factor)
+        if stream < 0:
+            return None
+        slot.session_slot = session_slot
+        slot.session_epoch = session_epoch
+        slot.client_id = client_id
+        slot.level = level
+        slot.stream = stream
+        self.acks.streams[stream].slot_generation = slot.generation
+        self.acks.streams[stream].slot_and_one = self.first + i + 1
+        self.publish_slot(i)
+        return self.first + i, slot.generation
+
+    def open_subscriber(self, uint64_t topic, uint64_t topic_generation, uint64_t cursor, uint64_t index,
+                        uint64_t pid, uint64_t start_time):
+        """Hand out a subscriber's slot, whose cursor stands at `index`; as `open`."""
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, start_time)
+        if i < 0:
+            return None
+        self.slots[i].subscriber = cursor + 1
+        self.slots[i].released = index
+        self.memory.store(self.layout.attach_client(self.first + i) + 40, index)
+        self.memory.flush(self.layout.attach_client(self.first + i), 64)
+        self.publish_slot(i)
+        return self.first + i, self.slots[i].generation
+
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t start_time):
+        """A free slot of ours, its client line wiped and named; -1 when all are taken."""
         cdef uint64_t i, at, offset
-        cdef int64_t stream
         cdef AttachSlot* slot
         for i in range(self.count):
             slot = &self.slots[i]
             if cxl_load_acquire(&slot.state) != ATTACH_FREE:
                 continue
-            stream = self.acks.open_number(topic, topic_generation, level, replication_factor)
-            if stream < 0:
-                return None
-            generation = (self.memory.load(self.layout.attach_line(self.first + i)) >> 8) % 0xFFFF + 1
             memset(slot, 0, sizeof(AttachSlot))
-            slot.generation = generation
+            slot.generation = (self.memory.load(self.layout.attach_line(self.first + i)) >> 8) % 0xFFFF + 1
             slot.topic = topic
             slot.topic_generation = topic_generation
-            slot.session_slot = session_slot
-            slot.session_epoch = session_epoch
-            slot.client_id = client_id
-            slot.level = level
-            slot.stream = stream
             slot.heard_at = self.clock.now_ns()
             at = self.layout.attach_client(self.first + i)
             for offset in range(0, 128, 8):
@@ -268,16 +325,18 @@ cdef class AttachStage(Stage):
             self.memory.store(at + 48, pid)
             self.memory.store(at + 56, start_time)
             self.memory.flush(at, 128)
-            self.acks.streams[stream].slot_generation = generation
-            self.acks.streams[stream].slot_and_one = self.first + i + 1
-            slot.state = ATTACH_OPEN
-            self.write_line(i)
-            slot.state = ATTACH_FREE            # not polled before all of it is there
-            cxl_store_release(&slot.state, ATTACH_OPEN)
-            if i >= self.limit:
-                cxl_store_release(&self.limit, i + 1)
-            return self.first + i, generation
-        return None
+            return <int64_t>i
+        return -1
+
+    cdef void publish_slot(self, uint64_t i) noexcept nogil:
+        """The slot's state is complete: from here on the pipeline polls it."""
+        cdef AttachSlot* slot = &self.slots[i]
+        slot.state = ATTACH_OPEN
+        self.write_line(i)
+        slot.state = ATTACH_FREE
+        cxl_store_release(&slot.state, ATTACH_OPEN)
+        if i >= self.limit:
+            cxl_store_release(&self.limit, i + 1)
 
     def close_slot(self, uint64_t number, uint64_t generation) -> bool:
         """The client is gone, or writes no more: what it submitted is taken, everything else comes back."""
@@ -300,5 +359,5 @@ cdef class AttachStage(Stage):
             at = self.layout.attach_client(self.first + i)
             out.append({"number": self.first + i, "generation": self.slots[i].generation,
                         "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
-                        "state": self.slots[i].state, "leases": self.slots[i].granted - self.slots[i].retired})
+                        "state": self.slots[i].state, "subscriber": bool(self.slots[i].subscriber), "leases": self.slots[i].granted - self.slots[i].retired})
         return out

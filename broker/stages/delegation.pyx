@@ -58,6 +58,8 @@ cdef class Delegation(Stage):
         cdef uint64_t first = log.delegated, slot = first, group_bytes = 0, at, count_and_bytes
         cdef uint64_t head = cxl_load_acquire(&log.head), tag
         cdef int64_t done = 0
+        if cxl_load_acquire(&log.generation) == 0:
+            return 0                        # quiesced: its lines may be another topic's soon
         if first == 0:
             self.counts[2 * topic] = self.counts[2 * topic + 1] = 0
         while slot < head and done < STEP_BATCHES:

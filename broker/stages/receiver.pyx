@@ -12,7 +12,7 @@ from broker.log cimport BrokerLog, RESERVED
 from broker.stages.ack cimport AckStage
 from broker.wire cimport RequestFields, check_messages, parse_request
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count
+from sim.cxl.primitives cimport cxl_count, cxl_load_acquire
 
 RECEIVED = 0
 RING_FULL = 1
@@ -73,6 +73,9 @@ cdef class Receiver:
         if not parse_request(data, nbytes, &fields) or not fields.has_payload:
             cxl_count(&self.log.counters.batches_refused, 1)
             return MALFORMED
+        # The topic's number may belong to another topic by now.
+        if cxl_load_acquire(&self.log.topics[topic].generation) != self.acks.streams[stream].generation:
+            return TOPIC_CLOSED
         if self.acks.room(stream) == 0:
             return WINDOW_FULL
         with nogil:
@@ -90,6 +93,8 @@ cdef class Receiver:
             self.own_doorbell.ring()
         elif status == POOL_EMPTY:
             self.head_doorbell.ring()
+            self.own_doorbell.ring()
+        elif status == RING_FULL:
             self.own_doorbell.ring()
         return status
 

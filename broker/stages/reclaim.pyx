@@ -164,7 +164,7 @@ cdef class Reclaim(Stage):
     cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil:
         """Move the frontier over at least so many bytes and entries, as far as it is allowed; entries moved."""
         cdef TopicOrder* order = &self.state.topics[topic]
-        cdef uint64_t index = order.reclaimed_index, end = self.limit(topic), freed = 0, at
+        cdef uint64_t index = order.reclaimed_index, end = self.limit(topic), freed = 0, at, payload = 0
         cdef uint64_t first = index
         cdef OrderEntry entry
         cdef TopicReclaimLine line
@@ -172,11 +172,14 @@ cdef class Reclaim(Stage):
             at = self.layout.order_entry(topic, index)
             self.memory.read_line(at, &entry)
             freed += (entry.payload_bytes + 63) // 64 * 64
+            payload += entry.payload_bytes
             self.reclaimed_position[topic] = entry.position + entry.message_count
             index += 1
         if index == first:
             return 0
-        self.reclaimed_bytes[topic] += freed
+        # Counted as the committed bytes are, without the gaps between payloads: their difference is what is kept.
+        self.reclaimed_bytes[topic] += payload
+        memset(&line, 0, sizeof(line))
         line.reclaimed_index = index
         line.reclaimed_position = self.reclaimed_position[topic]
         line.reclaimed_bytes = self.reclaimed_bytes[topic]

@@ -6,7 +6,7 @@ from broker.layout cimport Layout, RESULT_COMMITTED, make_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
 from broker.stages.stage cimport Stage
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_relaxed, cxl_store_release
+from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_acquire, cxl_load_relaxed, cxl_store_release
 
 cdef enum:
     STEP_SLOTS = 256
@@ -59,6 +59,8 @@ cdef class Release(Stage):
             if state & ~STATUS_MASK != make_tag(log.opened, tail):
                 break
             slot = &log.slots[tail & (self.layout.g.ring_slot_count - 1)]
+            if cxl_load_acquire(&slot.awaited):
+                break                           # the next batch in this slot would overwrite its result
             if state >> 40 & 0xFF == RESULT_COMMITTED:
                 end = self.memory.load(at + 8) + slot.messages
                 for number in range(slot.first_segment, slot.last_segment + 1):

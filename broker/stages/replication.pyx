@@ -14,7 +14,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.layout cimport BrokerCounters, Layout, OrderEntry, ReplicaLine, TOPIC_ACTIVE, TopicLine
-from broker.reader cimport OrderReader, READ_NOTHING, READ_OK
+from broker.doorbell cimport Doorbell
+from broker.reader cimport OrderReader, READ_DAMAGED, READ_LOST, READ_OK
 from broker.stages.stage cimport Stage
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count, cxl_crc32c
@@ -33,6 +34,7 @@ cdef enum:
     STEP_ENTRIES = 1024
     RECORD_HEADER_BYTES = 80
     RECORD_MAGIC = 0x4C51584D
+    EBADMSG = 74
 
 REPLICA_SUPERBLOCK_BYTES = 4096
 REPLICA_RECORD_HEADER_BYTES = RECORD_HEADER_BYTES
@@ -60,6 +62,7 @@ cdef class Replication(Stage):
     it waits for the disk.
 
     `folder` receives one file per topic generation; `superblock` makes its first 4,096 bytes from the topic's number.
+    `doorbells` has one a broker, rung when something has become durable here.
     """
 
     cdef Memory memory
@@ -73,11 +76,14 @@ cdef class Replication(Stage):
     cdef BrokerCounters* counters
     cdef list readers
     cdef void** reader_pointers         # into `readers`, reached without the GIL
+    cdef list doorbell_objects
+    cdef void** doorbells               # one a broker: acks of level 2 wait for our frontier
+    cdef uint64_t doorbell_count
 
     def __cinit__(self):
         self.topics = NULL
 
-    def __init__(self, Memory memory, Layout layout, int broker, folder, superblock):
+    def __init__(self, Memory memory, Layout layout, int broker, folder, superblock, doorbells=()):
         self.memory = memory
         self.layout = layout
         self.broker = broker
@@ -88,13 +94,20 @@ cdef class Replication(Stage):
         self.counters = <BrokerCounters*>memory.coherent_area(layout.broker_counters(broker))
         self.readers = [None] * self.topic_count
         self.reader_pointers = <void**>calloc(self.topic_count, sizeof(void*))
-        if self.topics == NULL or self.reader_pointers == NULL:
+        self.doorbell_objects = list(doorbells)
+        self.doorbells = <void**>calloc(len(self.doorbell_objects) + 1, sizeof(void*))
+        if self.topics == NULL or self.reader_pointers == NULL or self.doorbells == NULL:
             raise MemoryError
+        self.doorbell_count = len(self.doorbell_objects)
+        for i, bell in enumerate(self.doorbell_objects):
+            assert isinstance(bell, Doorbell)
+            self.doorbells[i] = <void*>bell
 
     def __dealloc__(self):
         if self.topics != NULL:
             free(self.topics)
             free(self.reader_pointers)
+            free(self.doorbells)
 
     cdef int64_t step(self) noexcept nogil:
         cdef uint64_t version, t
@@ -125,7 +138,7 @@ cdef class Replication(Stage):
             self.memory.read_line(self.layout.topic(t), &line)
             generation = line.state >> 8 if line.state & 0xFF == TOPIC_ACTIVE else 0
             if topic.generation and topic.generation != generation:
-                if topic.fd > 0:
+                if topic.fd >= 0:
                     os.close(topic.fd)
                 memset(topic, 0, sizeof(ReplicaTopic))
             if generation and not topic.generation and line.replication_factor > 1:
@@ -135,6 +148,7 @@ cdef class Replication(Stage):
         """Create the replica file of a topic; a failure is reported in the replica's line."""
         cdef ReplicaTopic* topic = &self.topics[t]
         memset(topic, 0, sizeof(ReplicaTopic))
+        topic.fd = -1                       # and never somebody else's descriptor
         topic.generation = generation
         topic.replication_factor = replication_factor
         reader = OrderReader(self.memory, self.layout, t, generation)
@@ -145,13 +159,16 @@ cdef class Replication(Stage):
             name, first = self.superblock(t, generation)
             topic.fd = os.open(os.path.join(self.folder, name), os.O_CREAT | os.O_WRONLY | os.O_APPEND | os.O_EXCL,
                                0o600)
-            os.write(topic.fd, first.ljust(REPLICA_SUPERBLOCK_BYTES, b"\0"))
+            if os.write(topic.fd, first.ljust(REPLICA_SUPERBLOCK_BYTES, b"\0")) < REPLICA_SUPERBLOCK_BYTES:
+                raise OSError(errno_numbers.ENOSPC, "the replica's superblock was not written")
             os.fdatasync(topic.fd)
             folder_fd = os.open(self.folder, os.O_RDONLY)
-            os.fsync(folder_fd)
-            os.close(folder_fd)
-        except OSError as error:
-            self.fail(t, error.errno or errno_numbers.EIO)
+            try:
+                os.fsync(folder_fd)
+            finally:
+                os.close(folder_fd)
+        except Exception as error:
+            self.fail(t, getattr(error, "errno", None) or errno_numbers.EIO)
         self.publish(t)
 
     cdef void fail(self, uint64_t t, int number) noexcept nogil:
@@ -176,6 +193,8 @@ cdef class Replication(Stage):
             self.memory.write_line(at, &line)
             self.memory.flush(at, 64)
         self.memory.fence()
+        for k in range(self.doorbell_count):
+            (<Doorbell>self.doorbells[k]).ring()
 
     cdef bint is_mine(self, ReplicaTopic* topic, uint64_t source) noexcept nogil:
         cdef uint64_t count = self.layout.g.broker_count
@@ -188,7 +207,7 @@ cdef class Replication(Stage):
         cdef OrderEntry entry
         cdef uint64_t written = 0, index = topic.index, position = topic.position
         cdef int64_t done = 0
-        cdef int status
+        cdef int status = READ_OK
         while done < STEP_ENTRIES and written < STEP_BYTES:
             status = (<OrderReader>self.reader_pointers[t]).peek(index, &entry)
             if status != READ_OK:
@@ -200,6 +219,8 @@ cdef class Replication(Stage):
             index += 1
             position = entry.position + entry.message_count
             done += 1
+        if done == 0 and (status == READ_DAMAGED or status == READ_LOST):
+            self.fail(t, EBADMSG)               # a replica with a hole would be found too late
         if done == 0:
             return 0
         if written and fdatasync(topic.fd) != 0:
@@ -246,6 +267,6 @@ cdef class Replication(Stage):
         """Close all files."""
         cdef uint64_t t
         for t in range(self.topic_count):
-            if self.topics[t].generation and self.topics[t].fd > 0:
+            if self.topics[t].generation and self.topics[t].fd >= 0:
                 os.close(self.topics[t].fd)
             self.topics[t].generation = 0

@@ -390,7 +390,6 @@ cdef class Scanner(Stage):
         """Commit what waited for the batch that just came, as far as it is contiguous."""
         cdef Held* held
         cdef BatchHeader header
-        cdef bint moved = False
         while session.held_count:
             held = &session.held[session.expected % WINDOW]
             if held.sequence_and_one != session.expected + 1:
@@ -404,7 +403,6 @@ cdef class Scanner(Stage):
             session.held_count -= 1
             self.state.add(&self.state.counters.held_now, <uint64_t>-1)
             session.expected += 1
-            moved = True
         if session.gap_since:
             if session.held_count == 0:
                 session.gap_since = 0
@@ -684,31 +682,32 @@ cdef class Scanner(Stage):
 
     cdef int64_t check_gaps(self) noexcept nogil:
         """Fence the sessions whose gap outlived their lease; nothing else fences."""
-        cdef int64_t now = self.clock.now_ns(), work = 0
+        cdef int64_t now = self.clock.now_ns(), work = 0, elapsed
         cdef uint64_t i
         cdef Session* session
         if now < self.next_gap_check:
             return 0
+        elapsed = now - (self.next_gap_check - GAP_CHECK_NS)
         self.next_gap_check = now + GAP_CHECK_NS
         for i in range(self.layout.g.session_count_max):
             session = &self.state.sessions[i]
             if session.gap_since == 0:
                 continue
             self.claim(session)
-            if self.is_gap(session, now):
+            if self.is_gap(session, now, elapsed):
                 self.fence_claimed(i, SESSION_FENCED)
                 work += 1
             self.unclaim(session)
         return work
 
-    cdef bint is_gap(self, Session* session, int64_t now) noexcept nogil:
-        """Whether the session's gap has outlived its lease. Back-pressure is no gap: then the clock starts anew."""
+    cdef bint is_gap(self, Session* session, int64_t now, int64_t elapsed) noexcept nogil:
+        """Whether the session's gap has outlived its lease. Back-pressure is no gap: meanwhile the clock stands still."""
         cdef TopicOrder* order = &self.state.topics[session.topic & 0xFFFF]
         cdef bint waits = session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1
         if session.gap_since == 0:
             return False
         if order.generation == session.topic >> 16 and (waits or not self.state.has_room(order)):
-            session.gap_since = now
+            session.gap_since = min(now, session.gap_since + elapsed)
             return False
         return now - session.gap_since >= order.lease_ns
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from broker.errors import ConfigError, CxlmqError
 from broker.region import attach_region, region_statistics
+from client import subscriber as subscribers
 from client.admin import Admin
 from client.bench import load
 from client.bench.harness import Child, LimitError
@@ -60,12 +61,17 @@ def lock_advice(mode: str, contended_per_second: float) -> str:
     """What the contention of the sequencer's lock means."""
     rate = f"{contended_per_second:,.0f} contentions/s"
     if mode == "atomic":
-        return f"order is lock-free already: {rate} of sessions that two scanners wanted at once"
+        return f"lock-free already; {rate} for a session"
     if contended_per_second < MUTEX_FINE:
         return f"{rate}: the {mode} is fine (under {MUTEX_FINE}/s)"
     if contended_per_second > MUTEX_BAD:
         return f"{rate}: go lock-free, SEQUENCER_LOCK=atomic (over {MUTEX_BAD:,}/s)"
     return f"{rate}: either works; measure the sequencer alone with scripts/measure_mutex_contention.sh"
+
+
+def reading_transport(transport: str) -> str:
+    """How a run over `transport` is read back: the same way where subscribers have it."""
+    return transport if transport in getattr(subscribers, "TRANSPORTS", ("grpc",)) else "grpc"
 
 
 def wanted_transports(workload: Workload) -> tuple[list[str], list[str]]:
@@ -296,8 +302,8 @@ class Run:
         """Read and verify what this round published. Raises `Difference`."""
         verifier, started = self._verifier, time.monotonic()
         verified_before = verifier.verified_bytes
-        with Subscriber(TOPIC, cluster=self._cluster.name, bootstrap=self._bootstrap, transport=self._transport,
-                        start=verifier.position) as subscriber:
+        with Subscriber(TOPIC, cluster=self._cluster.name, bootstrap=self._bootstrap, start=verifier.position,
+                        transport=reading_transport(self._transport)) as subscriber:
             while verifier.missing > 0:
                 batches = subscriber.fetch_batches(timeout=READ_SECONDS)
                 if not batches:
@@ -327,7 +333,7 @@ class Run:
             "verified_order": "per publisher" if self._verifier.ordered else "none: the topic's order promises none",
             "difference": None if self._difference is None else str(self._difference),
             "rounds": measured.rounds,
-            "read_back": _read_back_report(measured),
+            "read_back": {"transport": reading_transport(self._transport), **_read_back_report(measured)},
             "warm_up": {"bytes": self._warm.messages * workload.message_bytes, "rounds": self._warm.rounds,
                         "seconds": self._warm.seconds, "verified_bytes": self._warm.verified_bytes},
             "sequencer_lock": _lock_report(workload.sequencer_lock, measured.sequencer, seconds),

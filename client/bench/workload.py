@@ -24,6 +24,7 @@ ADAPTIVE = "adaptive"
 # Part of the segments, and of the order index, that one round may fill: readers must find all of it afterwards.
 ROUND_SHARE = 0.4
 FRAME_BYTES = 8
+BATCH_BYTES = 1 << 20
 ADAPTIVE_BATCH_BYTES_MIN = 64 << 10
 PUBLISHERS_MAX, TRIALS_MAX = 64, 1000
 
@@ -46,7 +47,7 @@ class Workload:
     publishers: int = 1
     message_bytes: int = 1024
     total_bytes: int = 2 << 30
-    batch_bytes: int | None = 1 << 20       # None: adaptive, the publisher chooses
+    batch_bytes: int | None = BATCH_BYTES   # None: adaptive, the publisher chooses
     order: int = 5
     ack: int = 1
     replication_factor: int = 1
@@ -65,8 +66,11 @@ class Workload:
         unknown = given.keys() - VARIABLES.keys()
         if unknown:
             raise ConfigError(setting=min(unknown), value="given", allowed=f"one of {', '.join(VARIABLES)}")
-        parsed = {name: _PARSERS[name](name, value) for name, value in given.items()}
-        return cls(**parsed).checked()
+        workload = cls(**{name: _PARSERS[name](name, value) for name, value in given.items()})
+        if "batch_bytes" not in given:      # a small region takes no batches as large as the usual ones
+            largest = workload.cluster_config("check").batch_bytes_max
+            workload = dataclasses.replace(workload, batch_bytes=min(BATCH_BYTES, largest))
+        return workload.checked()
 
     def checked(self) -> "Workload":
         """The workload as it will be run. Raises `ConfigError` when the product would refuse part of it."""

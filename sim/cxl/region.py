@@ -110,6 +110,20 @@ def private_mapping(nbytes: int) -> mmap.mmap:
     return mmap.mmap(-1, nbytes)
 
 
+def map_region_part(file_name: str, offset: int, nbytes: int) -> tuple[mmap.mmap, int]:
+    """Map a part of a region file read-write; the mapping, and where `offset` lies in it.
+
+    For clients that may change their own pages only. Raises `RegionFileError`.
+    """
+    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    with _translated(file_name):
+        descriptor = os.open(os.path.join(SHARED_MEMORY_FOLDER, file_name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, offset + nbytes - start, offset=start), offset - start
+    finally:
+        os.close(descriptor)
+
+
 def remove_region_file(file_name: str) -> bool:
     """Unlink a region file; False when there was none. Processes that have mapped it keep their mapping."""
     try:

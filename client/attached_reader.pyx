@@ -1,0 +1,150 @@
+"""The native half of an attached subscriber: follows the order index, and hands out views of the segments themselves.
+
+A view keeps its order entry, and with it its segment, from being reclaimed until it is released: the released index that
+we publish is the first entry that some view still needs.
+"""
+
+from cpython.buffer cimport PyBuffer_FillInfo
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+
+from broker.layout cimport ATTACH_OPEN, Layout, OrderEntry
+from broker.reader cimport OrderReader, READ_NOTHING, READ_OK
+from client.received cimport ReceivedBatch
+from sim.cxl.memory cimport Memory
+from sim.cxl.primitives cimport cxl_now_ns, cxl_yield
+
+cdef enum:
+    LIVE_RING = 32768               # order entries that may be viewed at once: as many as an index can have
+
+YIELD_NS = 2_000_000
+
+
+cdef class SegmentView:
+    """A batch's payload in its segment, read-only. Released when nobody holds it any more."""
+
+    cdef AttachedReader reader
+    cdef uint64_t index
+    cdef const uint8_t* data
+    cdef uint64_t nbytes
+
+    def __getbuffer__(self, Py_buffer* buffer, int flags):
+        PyBuffer_FillInfo(buffer, self, <void*>self.data, self.nbytes, 1, flags)
+
+    def __dealloc__(self):
+        if self.reader is not None:
+            self.reader.release_index(self.index)
+
+
+cdef class AttachedReader:
+    """Reads one topic through a read-only mapping. `own` maps this client's slot pages, the only ones it may write.
+
+    `own_offset` is where the slot's client page lies in `own`.
+    """
+
+    cdef OrderReader reader
+    cdef Memory memory
+    cdef Memory own
+    cdef uint64_t own_offset
+    cdef Layout layout
+    cdef uint64_t slot
+    cdef uint64_t generation
+    cdef object topic
+    cdef uint8_t live[32768]
+    cdef readonly uint64_t released         # entries below are viewed by nobody
+    cdef readonly uint64_t next_index
+
+    def __init__(self, Memory memory, Layout layout, Memory own, uint64_t own_offset, uint64_t slot,
+                 uint64_t generation, uint64_t topic_number, uint64_t topic_generation, uint64_t index, topic):
+        self.memory = memory
+        self.layout = layout
+        self.own = own
+        self.own_offset = own_offset
+        self.slot = slot
+        self.generation = generation
+        self.topic = topic
+        self.reader = OrderReader(memory, layout, topic_number, topic_generation, index)
+        self.released = self.next_index = index
+
+    cdef void release_index(self, uint64_t index) noexcept:
+        self.live[index % LIVE_RING] = 0
+        self.publish_released()
+
+    cdef void publish_released(self) noexcept:
+        cdef uint64_t before = self.released
+        while self.released < self.next_index and not self.live[self.released % LIVE_RING]:
+            self.released += 1
+        if self.released != before:
+            self.own.store(self.own_offset + 40, self.released)
+            self.own.flush(self.own_offset + 40, 8)
+            self.own.fence()
+
+    def take(self, uint64_t limit) -> list:
+        """Up to `limit` batches that are there, as views. Raises ReadError, or ConnectionError when we were cut off."""
+        cdef OrderEntry entry
+        cdef SegmentView view
+        cdef ReceivedBatch batch
+        cdef list out = []
+        cdef int status
+        while <uint64_t>len(out) < limit and self.next_index - self.released < LIVE_RING:
+            status = self.reader.peek(self.next_index, &entry)
+            if status != READ_OK:
+                if status == READ_NOTHING or out:
+                    break
+                raise self.reader.error(status)
+            self.memory.invalidate(entry.payload_offset, entry.payload_bytes)
+            view = SegmentView.__new__(SegmentView)
+            view.index = self.next_index
+            view.data = self.memory.payload(entry.payload_offset, entry.payload_bytes)
+            view.nbytes = entry.payload_bytes
+            view.reader = self
+            self.live[self.next_index % LIVE_RING] = 1
+            self.next_index += 1
+            batch = ReceivedBatch.__new__(ReceivedBatch)
+            batch.position = entry.position
+            batch.count = entry.message_count
+            batch.broker = entry.broker
+            batch.timestamp_ns = entry.wall_ns
+            batch.topic = self.topic
+            batch.owner = view
+            batch.is_view = True
+            batch.base = batch.data = view.data
+            batch.nbytes = entry.payload_bytes
+            out.append(batch)
+        return out
+
+    def is_open(self) -> bool:
+        """Whether the broker still serves this slot."""
+        return self.memory.load(self.layout.attach_line(self.slot)) == (self.generation << 8 | ATTACH_OPEN)
+
+    def wait(self, double seconds) -> bool:
+        """Wait for the next entry: yield for a while, then sleep on our doorbell. False when there is none yet."""
+        cdef int64_t start = cxl_now_ns(), limit = <int64_t>(seconds * 1e9), window = min(limit, 2000000)
+        cdef OrderEntry entry
+        cdef uint64_t bell = self.own_offset + 64
+        cdef uint32_t seen
+        cdef bint there = False
+        with nogil:
+            while not there and cxl_now_ns() - start < window:
+                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+                if not there:
+                    cxl_yield()
+            if not there and limit > window:
+                seen = <uint32_t>self.own.load(bell)
+                self.own.fetch_add(bell + 8, 1)
+                self.own.full_fence()
+                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+                if not there:
+                    self.own.wait(bell, seen, min(limit - window, 20000000))
+                self.own.fetch_add(bell + 8, <uint64_t>-1)
+                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+        return there
+
+    def beat(self) -> None:
+        """Say that we are alive."""
+        self.own.store(self.own_offset, cxl_now_ns())
+        self.own.flush(self.own_offset, 8)
+
+    def error(self, int status):
+        """The ReadError for a status."""
+        return self.reader.error(status)
