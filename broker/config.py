@@ -121,7 +121,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     waiting: str = "balanced"
     memory: str = "mapped"
     session_lease_seconds: float = 30.0     # how long a gap in a session may last
-    heartbeat_ms: int = 200
+    heartbeat_ms: int = 500
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
     listen_host: str = "127.0.0.1"
     listen_port: int = 0                    # broker b listens on listen_port + b; 0: any free port

@@ -239,6 +239,48 @@ class BadBatch(CxlmqError):
     template = "the batch is malformed ({reason}): nothing of it was taken; send it as the contract says"
 
 
+class BadRequest(CxlmqError):
+    """A request is not what the contract says; details: reason."""
+
+    code = "bad-request"
+    status = "INVALID_ARGUMENT"
+    template = "the request is malformed ({reason}): send it as cxlmq.proto says"
+
+
+class DamagedData(CxlmqError):
+    """What came from a broker, or lies in the region, contradicts itself. The message says where."""
+
+    code = "damaged"
+    status = "DATA_LOSS"
+    template = "the data is damaged: run `cxlmq region inspect` for what is intact"
+
+
+class CursorTableFull(CxlmqError):
+    """No place for another reader; details: broker, cursor_count."""
+
+    code = "cursor-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all {cursor_count} places for readers of broker {broker} are taken: close subscribers, "
+                "or raise cursor_count_max")
+
+
+class StreamTableFull(CxlmqError):
+    """A broker serves no more publish streams; details: broker."""
+
+    code = "stream-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = "broker {broker} serves as many publish streams as it can: close publishers, or start more brokers"
+
+
+class AttachSlotsFull(CxlmqError):
+    """No slot for another attached client; details: broker."""
+
+    code = "attach-slots-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all slots for attached clients of broker {broker} are taken: close some, raise attach_slot_count, "
+                "or use transport=\"grpc\"")
+
+
 class PortTaken(CxlmqError):
     """Another process listens there; details: address."""
 
@@ -282,6 +324,7 @@ STATUS_ERRORS: dict[str, type[CxlmqError]] = {
     "FAILED_PRECONDITION": SessionError,
     "ABORTED": SessionFenced,
     "OUT_OF_RANGE": PositionLost,
+    "DATA_LOSS": DamagedData,
     "UNAVAILABLE": BrokerUnavailable,
 }
 

@@ -61,6 +61,7 @@ cdef class BrokerLog:
     cdef readonly SegmentPool pool
     cdef readonly int broker
     cdef TopicLog* topics
+    cdef uint64_t topic_count           # for __dealloc__: by then the collector may have taken `layout` away
     cdef OpenSegment* segments          # by segment number; of those that some topic holds
     cdef uint64_t held_words
     cdef DirtySet to_delegate

@@ -46,7 +46,8 @@ cdef class BrokerLog:
         self.memory = memory
         self.pool = pool
         self.broker = broker
-        self.topics = <TopicLog*>calloc(layout.g.topic_count_max, sizeof(TopicLog))
+        self.topic_count = layout.g.topic_count_max
+        self.topics = <TopicLog*>calloc(self.topic_count, sizeof(TopicLog))
         if self.topics == NULL:
             raise MemoryError
         self.held_words = (layout.g.segment_count + 63) // 64
@@ -59,7 +60,7 @@ cdef class BrokerLog:
     def __dealloc__(self):
         cdef uint64_t t
         if self.topics != NULL:
-            for t in range(self.layout.g.topic_count_max):
+            for t in range(self.topic_count):
                 free(self.topics[t].slots)
                 free(self.topics[t].held)
             free(self.topics)

@@ -8,10 +8,18 @@ from sim.cxl.primitives cimport cxl_compare_and_swap, cxl_full_fence, cxl_load_r
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void* data, size_t count)
+    int close(int fd)
 
 
 cdef class Notifier:
     """One eventfd. The event loop calls `arm` when the descriptor is readable, and then looks at everything."""
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __dealloc__(self):
+        if self.fd >= 0:
+            close(self.fd)
 
     def __init__(self):
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -34,4 +42,6 @@ cdef class Notifier:
 
     def close(self) -> None:
         """Close the descriptor."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1

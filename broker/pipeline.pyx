@@ -21,7 +21,7 @@ WAITING = {"latency": -1, "balanced": 1_000_000, "saver": 0}
 cdef enum:
     YIELD_SHORT = 20
     LOOK_AGAIN = 1024           # idle loops after which a loop that never sleeps looks everywhere
-    SLEEP_NS = 100000000        # a sleeper looks by itself this often, whatever the doorbells say
+    SLEEP_NS = 500000000        # a sleeper looks by itself this often, whatever the doorbells say
 
 
 cdef class Pipeline:

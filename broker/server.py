@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,23 @@ from grpc_reflection.v1alpha import reflection
 
 from broker.config import TopicConfig
 from broker.errors import (
-    BadBatch, BrokerUnavailable, CxlmqError, PoolFull, PortTaken, PositionLost, SessionFenced, SessionUnknown,
-    UnknownTopic, status_of, to_metadata,
+    ERROR_KEY,
+    AttachSlotsFull,
+    BadBatch,
+    BadRequest,
+    BrokerUnavailable,
+    CxlmqError,
+    DamagedData,
+    MessageTooBig,
+    PoolFull,
+    PortTaken,
+    PositionLost,
+    SessionFenced,
+    SessionUnknown,
+    StreamTableFull,
+    UnknownTopic,
+    status_of,
+    to_metadata,
 )
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, channel_options, server_options
 from broker.layout import BrokerState, SessionState
@@ -29,6 +45,8 @@ from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
 from broker.topics import TopicEntry, holder_text
 from sim.cxl.region import host_identity
+
+_log = logging.getLogger("cxlmq")
 
 if TYPE_CHECKING:
     from broker.node import BrokerNode
@@ -42,6 +60,9 @@ ACK_LINGER_SECONDS = 0.002
 CLOSE_SECONDS = 5.0
 # What all streams of a broker may be receiving at once: gRPC holds a message several times while it is put together.
 RECEIVING_BYTES_MAX = 24 << 20
+# A stream that has its turn may have nothing to send: the others wait no longer than this.
+RECEIVING_WAIT_SECONDS = 0.1
+TOPIC_CHECK_SECONDS = 0.2
 UNKNOWN_POSITION = (1 << 64) - 1
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
@@ -51,15 +72,34 @@ async def _abort(context: Any, error: CxlmqError) -> None:
     await context.abort(grpc.StatusCode[status_of(error)], error.message, to_metadata(error))
 
 
-def _guarded(method: Callable[[Any, Any, Any], Awaitable[Any]]) -> Callable[[Any, Any, Any], Awaitable[Any]]:
-    """Turn our errors into statuses with typed trailers."""
-    async def call(self: Any, request: Any, context: Any) -> Any:
-        try:
-            return await method(self, request, context)
-        except CxlmqError as error:
-            await _abort(context, error)
-            raise
-    return call
+@contextlib.asynccontextmanager
+async def _errors_as_statuses(context: Any) -> AsyncIterator[None]:
+    """Whatever goes wrong within reaches the caller as a status with typed trailers."""
+    try:
+        yield
+    except CxlmqError as error:
+        await _abort(context, error)
+    except (grpc.aio.AbortError, grpc.aio.BaseError):
+        raise
+    except Exception as error:
+        _log.exception("a call failed")
+        await _abort(context, CxlmqError(f"internal error: {error!r}"))
+
+
+def _parsed(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadRequest(reason=f"no {kind.DESCRIPTOR.name}") from error
+
+
+def _unary(method: Callable[[Any, Any], Awaitable[Any]], kind: Any, reply: Any) -> grpc.RpcMethodHandler:
+    """A handler of one method: parses the request itself, so that garbage gets a typed answer."""
+    async def call(data: bytes, context: Any) -> Any:
+        async with _errors_as_statuses(context):
+            return await method(_parsed(kind, data), context)
+
+    return grpc.unary_unary_rpc_method_handler(call, None, reply.SerializeToString)
 
 
 class AdminService:
@@ -82,8 +122,7 @@ class AdminService:
             "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment),
             "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
         }
-        return {name: grpc.unary_unary_rpc_method_handler(call, request.FromString, reply.SerializeToString)
-                for name, (call, request, reply) in methods.items()}
+        return {name: _unary(call, request, reply) for name, (call, request, reply) in methods.items()}
 
     async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
         """Call the head's Admin service; its error comes through as it is."""
@@ -97,9 +136,12 @@ class AdminService:
         try:
             return await self._at_head(method, request, reply)
         except grpc.aio.AioRpcError as error:
-            await context.abort(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+            trailers = tuple(error.trailing_metadata() or ())
+            if not any(key == ERROR_KEY for key, _ in trailers):
+                raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
+                                        "creates and deletes topics", address="head") from None
+            await context.abort(error.code(), error.details(), trailers)
 
-    @_guarded
     async def create_topic(self, request: Any, context: Any) -> pb.Topic:
         count = self._node.layout.numbers["broker_count"]
         config, _ = TopicConfig(
@@ -110,7 +152,6 @@ class AdminService:
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
         return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
 
-    @_guarded
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
         self._node.topics.find(request.name)
         if not self._node.is_head:
@@ -118,11 +159,9 @@ class AdminService:
         await self._node.topics.delete(request.name, self._node.live_brokers)
         return pb.DeleteTopicResponse()
 
-    @_guarded
     async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
         return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in self._node.topics.entries()])
 
-    @_guarded
     async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
         return self._describe(self._node.topics.find(request.name))
 
@@ -133,7 +172,6 @@ class AdminService:
             retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
             created_ns=entry.created_ns, holder=self._server.holder(), **frontiers)
 
-    @_guarded
     async def open_session(self, request: Any, context: Any) -> pb.Session:
         entry = self._node.topics.find(request.topic)
         self._server.check_ack(entry, request.ack)
@@ -146,19 +184,29 @@ class AdminService:
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
             high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
             lease_ms=int(self._node.config.session_lease_seconds * 1000))
-        if opened["predecessor_epoch"] and request.resume_from < opened["predecessor_expected"]:
-            session.positions.extend(self._positions(entry, request, opened))
+        if request.resume_epoch:
+            session.high_water, positions = self._resumed(entry, request, opened)
+            session.positions.extend(positions)
         return session
 
-    def _positions(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> list[int]:
+    def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
+        """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
+        key = entry.generation << 16 | entry.number
+        high_water: int | None = opened["predecessor_expected"]
+        if opened["predecessor_epoch"] != request.resume_epoch:
+            # Sessions that the client never heard of lie between.
+            high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
         reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
-        positions = []
-        for sequence in range(request.resume_from, opened["predecessor_expected"]):
-            found = reader.find_batch(request.client_id, opened["predecessor_epoch"], sequence)
-            positions.append(UNKNOWN_POSITION if found is None else found[0])
-        return positions
+        end = request.resume_from + SESSION_WINDOW
+        if high_water is not None and entry.order == 5:
+            end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
+        found = [reader.find_batch(request.client_id, request.resume_epoch, sequence)
+                 for sequence in range(request.resume_from, end)]
+        positions = [UNKNOWN_POSITION if each is None else each[0] for each in found]
+        while positions and positions[-1] == UNKNOWN_POSITION:
+            positions.pop()
+        return (request.resume_from if high_water is None else high_water), positions
 
-    @_guarded
     async def close_session(self, request: Any, context: Any) -> pb.CloseSessionResponse:
         line = self._server.sessions.line(request.session_slot) if (
             request.session_slot < self._node.layout.numbers["session_count_max"]) else {}
@@ -167,7 +215,6 @@ class AdminService:
         return pb.CloseSessionResponse()
 
 
-    @_guarded
     async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
         opened, node = request.open, self._node
         entry = node.topics.find(opened.topic)
@@ -182,7 +229,6 @@ class AdminService:
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
                              topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
 
-    @_guarded
     async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
         node, server = self._node, self._server
         entry = node.topics.find(request.subscribe.topic)
@@ -202,20 +248,19 @@ class AdminService:
                              first_position=frontiers["reclaimed_position"],
                              end_position=frontiers["committed_position"], doorbell=node.broker)
 
-    @_guarded
     async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
         self._server.close_attached(request.slot, request.generation)
         self._node.doorbells[self._node.broker].ring_now()
         return pb.DetachResponse()
 
 
-class AttachSlotsFull(CxlmqError):
-    """No slot for another attached client."""
-
-    code = "attach-slots-full"
-    status = "RESOURCE_EXHAUSTED"
-    template = ("all slots for attached clients of broker {broker} are taken: close some, raise attach_slot_count, "
-                "or use transport=\"grpc\"")
+def _cause_of(group: BaseExceptionGroup) -> BaseException:
+    """The error that ended a group of tasks: ours when there is one, else the first."""
+    ours = group.subgroup(CxlmqError)
+    error: BaseException = group if ours is None else ours
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 class PublishStream:
@@ -229,6 +274,8 @@ class PublishStream:
         self._context = context
         self._news = asyncio.Event()
         self._ended = False
+        self._gone = False
+        self.entry: TopicEntry | None = None
         self._number = -1
         self._refusals: list[pb.Refusal] = []
         self._last_bytes = 64 << 10
@@ -237,6 +284,11 @@ class PublishStream:
         """Acks may have come."""
         if self._acks.has_acks(self._number):
             self._news.set()
+
+    def topic_is_gone(self) -> None:
+        """Its topic was deleted: the publisher is told, also when it sends nothing."""
+        self._gone = True
+        self._news.set()
 
     async def run(self) -> None:
         """Serve the stream until the publisher closes it or it breaks."""
@@ -247,7 +299,11 @@ class PublishStream:
         entry = self._node.topics.find(opened.topic)
         self._server.check_ack(entry, opened.ack)
         self._server.check_session(entry, opened)
-        self._number = self._acks.open_stream(entry.number, entry.generation, opened.ack, entry.replication_factor)
+        try:
+            self._number = self._acks.open_stream(entry.number, entry.generation, opened.ack, entry.replication_factor)
+        except RuntimeError as error:
+            raise StreamTableFull(broker=self._node.broker) from error
+        self.entry = entry
         self._server.publish_streams[self._number] = self
         self._server.sessions.attach(opened.session_slot)
         try:
@@ -262,11 +318,8 @@ class PublishStream:
                     raise
                 self._ended = True
                 self._news.set()
-        except* CxlmqError as group:
-            error: BaseException = group
-            while isinstance(error, BaseExceptionGroup):
-                error = error.exceptions[0]
-            raise error from None
+        except BaseExceptionGroup as group:
+            raise _cause_of(group) from None
         finally:
             self._server.sessions.detach(opened.session_slot)
             del self._server.publish_streams[self._number]
@@ -295,15 +348,20 @@ class PublishStream:
         """Take one batch in; wait for room when something is full, and say what when that takes too long."""
         deadline, pause = 0.0, 0.0002
         while True:
+            if not self._node.topics.is_open(entry):
+                raise UnknownTopic(topic=entry.name)    # its number may belong to another topic by now
             status = self._receiver.receive(frame, self._number, entry.number, opened.client_id, opened.session_slot,
                                             opened.session_epoch)
             if status == receiving.RECEIVED:
                 return
-            if status in (receiving.MALFORMED, receiving.TOO_BIG):
-                raise BadBatch(reason="its messages do not add up" if status == receiving.MALFORMED else
-                               f"a message or the batch is too big: at most "
-                               f"{self._node.layout.numbers['message_bytes_max']} bytes a message")
-            if status == receiving.TOPIC_CLOSED or not self._node.topics.is_open(entry):
+            if status == receiving.MALFORMED:
+                raise BadBatch(reason="its messages do not add up")
+            if status == receiving.TOO_BIG:
+                numbers = self._node.layout.numbers
+                raise MessageTooBig(
+                    f"a message or the batch is too big: at most {numbers['message_bytes_max']} bytes a message and "
+                    f"{numbers['batch_bytes_max']} a batch", message_bytes_max=numbers["message_bytes_max"])
+            if status == receiving.TOPIC_CLOSED:
                 raise UnknownTopic(topic=entry.name)
             now = time.monotonic()
             deadline = deadline or now + PUSH_BACK_SECONDS
@@ -334,6 +392,8 @@ class PublishStream:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._news.wait(), ACK_LINGER_SECONDS)
             await self._send_acks()
+            if self._gone:
+                raise UnknownTopic(topic=self.entry.name if self.entry else "")
             if self._ended and not self._acks.waiting_count(self._number) and not self._acks.has_acks(self._number):
                 return
 
@@ -362,6 +422,7 @@ class BrokerServer:
         self._receiving_free = asyncio.Condition()
         self._health = HealthServicer()
         self._stopping = asyncio.Event()
+        self._topic_watcher: asyncio.Task[None] | None = None
         numbers = node.layout.numbers
         self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
         self._server = grpc.aio.server(options=server_options(self._message_limit))
@@ -369,9 +430,8 @@ class BrokerServer:
 
     def _add_services(self) -> None:
         publish = grpc.stream_stream_rpc_method_handler(self._publish)
-        subscribe = grpc.unary_stream_rpc_method_handler(self._subscribe, pb.SubscribeRequest.FromString)
-        describe = grpc.unary_unary_rpc_method_handler(
-            self._describe_cluster, pb.DescribeClusterRequest.FromString, pb.ClusterDescription.SerializeToString)
+        subscribe = grpc.unary_stream_rpc_method_handler(self._subscribe)
+        describe = _unary(self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription)
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("cxlmq.v1.PubSub", {"Publish": publish, "Subscribe": subscribe}),
             grpc.method_handlers_generic_handler("cxlmq.v1.Admin", AdminService(self).handlers()),
@@ -398,10 +458,13 @@ class BrokerServer:
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         asyncio.get_running_loop().add_reader(self.node.notifier.fd, self._notified)
+        self._topic_watcher = asyncio.create_task(self._watch_topics())
         return f"{config.listen_host}:{bound}", unix
 
     async def stop(self) -> None:
         """Refuse new calls, let the running ones end, then cancel them."""
+        if self._topic_watcher is not None:
+            self._topic_watcher.cancel()
         await self._health.enter_graceful_shutdown()
         self._stopping.set()
         for events in self._commit_events.values():
@@ -409,6 +472,21 @@ class BrokerServer:
                 event.set()
         await self._server.stop(grace=0.2)
         asyncio.get_running_loop().remove_reader(self.node.notifier.fd)
+
+    async def _watch_topics(self) -> None:
+        """Tell the streams of a topic that it was deleted: nothing else would, when no batch comes or goes."""
+        seen = self.node.topics.version()
+        while True:
+            await asyncio.sleep(TOPIC_CHECK_SECONDS)
+            if seen == (now := self.node.topics.version()):
+                continue
+            seen = now
+            for stream in self.publish_streams.values():
+                if stream.entry is not None and not self.node.topics.is_open(stream.entry):
+                    stream.topic_is_gone()
+            for events in self._commit_events.values():
+                for event in events:
+                    event.set()             # its reader looks, and finds the topic closed
 
     def _notified(self) -> None:
         """A stage has news: acks of some stream, commits of some topic."""
@@ -423,14 +501,19 @@ class BrokerServer:
 
     @contextlib.asynccontextmanager
     async def receiving(self, nbytes: int) -> AsyncIterator[None]:
-        """Bounds what is being received at once: a stream waits its turn when others receive large batches."""
+        """Bounds what is being received at once: a stream waits its turn, for a while, when others take large batches.
+
+        Whether a stream that has its turn receives anything, or is idle, nobody can tell: hence the while.
+        """
         if nbytes < FRAME_BYTES * 2:
             yield
             return
         async with self._receiving_free:
-            await self._receiving_free.wait_for(
-                lambda: self._receiving_bytes == 0 or self._receiving_bytes + nbytes <= RECEIVING_BYTES_MAX)
-            self._receiving_bytes += nbytes
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._receiving_free.wait_for(
+                    lambda: self._receiving_bytes == 0 or self._receiving_bytes + nbytes <= RECEIVING_BYTES_MAX),
+                    RECEIVING_WAIT_SECONDS)
+        self._receiving_bytes += nbytes
         try:
             yield
         finally:
@@ -475,27 +558,25 @@ class BrokerServer:
     # ---- publish ----------------------------------------------------------------------------------------------------
 
     async def _publish(self, _: Any, context: Any) -> None:
-        try:
+        async with _errors_as_statuses(context):
             await PublishStream(self, context).run()
-        except CxlmqError as error:
-            await _abort(context, error)
 
     # ---- subscribe --------------------------------------------------------------------------------------------------
 
-    async def _subscribe(self, request: Any, context: Any) -> None:
-        try:
-            await self._deliver(request, context)
-        except CxlmqError as error:
-            await _abort(context, error)
-        except ReadError as error:
-            await _abort(context, self._read_error(request, error))
+    async def _subscribe(self, data: bytes, context: Any) -> None:
+        async with _errors_as_statuses(context):
+            request = _parsed(pb.SubscribeRequest, data)
+            try:
+                await self._deliver(request, context)
+            except ReadError as error:
+                raise self._read_error(request, error) from error
 
     def _read_error(self, request: Any, error: ReadError) -> CxlmqError:
         if error.status == ReadStatus.READ_CLOSED:
             return UnknownTopic(topic=request.topic)
         if error.status == ReadStatus.READ_LOST:
-            return PositionLost(str(error), position=error.index, first_available=-1)
-        return CxlmqError(str(error), topic=request.topic, index=error.index)
+            return PositionLost(str(error), index=error.index)
+        return DamagedData(str(error), topic=request.topic, index=error.index)
 
     async def _deliver(self, request: Any, context: Any) -> None:
         node = self.node

@@ -3,10 +3,13 @@
 import asyncio
 import time
 from collections.abc import Callable
+from typing import Any
 
-from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, SessionTableFull
-from broker.layout import CursorState, Layout, SessionState
-from broker.records import pack, unpack
+import numpy
+
+from broker.errors import BrokerUnavailable, CursorTableFull, SessionFenced, SessionTableFull
+from broker.layout import CursorState, Layout, SessionState, record_dtypes
+from broker.records import pack, record_bytes, unpack
 from sim.cxl.memory import Memory
 
 ANSWER_SECONDS = 10.0
@@ -25,7 +28,8 @@ async def _until(answered: Callable[[], bool], what: str) -> None:
 class SessionTable:
     """This broker's part of the session table. `announce` tells the sequencer that a line changed.
 
-    A slot is reused when its session was closed, or longest idle without a stream when none is closed.
+    A slot is reused when its session was closed, or longest idle without a stream when none is closed; that one is
+    closed first, so that what it still held gets its results.
     """
 
     def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
@@ -34,13 +38,14 @@ class SessionTable:
         self._first, self._count = broker * share, share
         self._lines: dict[int, dict[str, int]] = {}
         self._idle_since: dict[int, float] = {}
+        self._streams: dict[int, int] = {}          # open streams of a session at this broker
 
     async def open(self, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
         """Open a session and wait for the sequencer; its slot and progress line.
 
         `topic` is generation << 16 | number. Raises `SessionTableFull`, `SessionFenced` (an epoch that is too old).
         """
-        slot = self._free_slot()
+        slot = await self._free_slot()
         old = self._read("SessionLine", self._layout.offset_of("session", slot))
         generation = (old["state"] >> 8) + 1
         line = {"state": generation << 8 | SessionState.SESSION_OPEN, "client_id": client_id, "session_epoch": epoch,
@@ -52,19 +57,42 @@ class SessionTable:
         progress = self.progress(slot)
         if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
             await self.close(slot)
-            raise SessionFenced(reason="a newer epoch of this client is open", committed=progress["expected"])
+            raise SessionFenced(reason="another publisher with this client id is open", committed=progress["expected"],
+                                newest_epoch=self._newest_epoch(client_id, topic))
         return {**progress, "slot": slot}
 
-    def _free_slot(self) -> int:
+    async def _free_slot(self) -> int:
         for slot in range(self._first, self._first + self._count):
             if slot not in self._lines:
                 return slot
-        idle = [slot for slot in self._lines if slot in self._idle_since]
-        oldest = min(idle, key=lambda slot: self._idle_since[slot], default=None)
+        oldest = min(self._idle_since, key=lambda slot: self._idle_since[slot], default=None)
         if oldest is None or time.monotonic() - self._idle_since[oldest] < ANSWER_SECONDS:
             raise SessionTableFull(broker=self._broker, session_count=self._count)
-        self._lines.pop(oldest)
-        return oldest
+        await self.close(oldest)
+        return await self._free_slot()
+
+    def _every(self, record: str, place: str) -> Any:
+        """That record of all sessions of all brokers, as a numpy table."""
+        first, count = self._layout.offset_of(place, 0), self._layout.numbers["session_count_max"]
+        stride = self._layout.offset_of(place, 1) - first
+        nbytes = (count - 1) * stride + record_bytes(record)
+        self._memory.invalidate_range(first, nbytes)
+        return numpy.ndarray((count,), record_dtypes()[record], self._memory.read_bytes(first, nbytes),
+                             strides=(stride,))
+
+    def _newest_epoch(self, client_id: int, topic: int) -> int:
+        """Highest epoch that any broker has opened for this client and not closed."""
+        lines = self._every("SessionLine", "session")
+        open_now = lines["state"] & 0xFF == SessionState.SESSION_OPEN
+        mine = lines["session_epoch"][open_now & (lines["client_id"] == client_id) & (lines["topic"] == topic)]
+        return int(mine.max(initial=0))
+
+    def committed(self, client_id: int, topic: int, epoch: int) -> int | None:
+        """Where an earlier session of a client ended; None when its slot has another session by now."""
+        lines = self._every("SessionLine", "session")
+        found = numpy.flatnonzero((lines["client_id"] == client_id) & (lines["session_epoch"] == epoch)
+                                  & (lines["topic"] == topic))
+        return int(self.progress(int(found[0]))["expected"]) if len(found) else None
 
     def _write(self, slot: int, line: dict[str, int]) -> None:
         at = self._layout.offset_of("session", slot)
@@ -91,12 +119,16 @@ class SessionTable:
 
     def attach(self, slot: int) -> None:
         """A stream of the session opened here: the slot is in use."""
+        self._streams[slot] = self._streams.get(slot, 0) + 1
         self._idle_since.pop(slot, None)
 
     def detach(self, slot: int) -> None:
         """The stream ended."""
-        if slot in self._lines:
-            self._idle_since[slot] = time.monotonic()
+        self._streams[slot] -= 1
+        if not self._streams[slot]:
+            del self._streams[slot]
+            if slot in self._lines:
+                self._idle_since[slot] = time.monotonic()
 
     async def close(self, slot: int) -> None:
         """End a session opened here: what it still held is dropped, its slot is free again."""
@@ -112,15 +144,6 @@ class SessionTable:
         self._idle_since.pop(slot, None)
 
 
-class CursorsFull(CxlmqError):
-    """No place for another reader."""
-
-    code = "cursor-table-full"
-    status = "RESOURCE_EXHAUSTED"
-    template = ("all {cursor_count} places for readers of broker {broker} are taken: close subscribers, "
-                "or raise cursor_count_max")
-
-
 class CursorTable:
     """This broker's part of the cursor table: it keeps what its readers still need from being reclaimed."""
 
@@ -133,9 +156,9 @@ class CursorTable:
         self._request = 0
 
     async def open(self, topic: int, index: int, pid: int, protect: str = "") -> tuple[int, int]:
-        """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorsFull`."""
+        """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`."""
         if not self._free:
-            raise CursorsFull(broker=self._broker, cursor_count=self._count)
+            raise CursorTableFull(broker=self._broker, cursor_count=self._count)
         cursor = min(self._free)
         self._free.discard(cursor)
         if protect:

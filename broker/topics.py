@@ -62,6 +62,12 @@ class TopicTable:
             raise UnknownTopic(topic=name)
         return entry
 
+    def version(self) -> int:
+        """Changes whenever a topic appears or goes."""
+        directory = self._layout.offset_of("directory")
+        self._memory.invalidate_range(directory, 64)
+        return self._memory.load_word(directory)
+
     def is_open(self, entry: TopicEntry) -> bool:
         """Whether this very topic (not a later one of its name) is still active."""
         return self._state(entry.number) == (entry.generation, TopicState.TOPIC_ACTIVE)
@@ -84,9 +90,7 @@ class TopicTable:
         return state >> 8, state & 0xFF
 
     def _refresh(self) -> None:
-        directory = self._layout.offset_of("directory")
-        self._memory.invalidate_range(directory, 64)
-        version = self._memory.load_word(directory)
+        version = self.version()
         if version == self._version:
             return
         found = {}

@@ -156,6 +156,7 @@ cdef class AttachedCore:
     cdef readonly double opened
     cdef cxl_stream stream
     cdef Batch batch
+    cdef uint8_t* present               # segments whose pages this process has mapped
     cdef int64_t* latencies
     cdef uint64_t latency_count
 
@@ -175,6 +176,9 @@ cdef class AttachedCore:
         self.window_bytes = window_bytes
         self.message_bytes_max = message_bytes_max
         self.level = level
+        self.present = <uint8_t*>calloc(layout.g.segment_count, 1)
+        if self.present == NULL:
+            raise MemoryError
 
     def __dealloc__(self):
         cdef int i
@@ -184,6 +188,7 @@ cdef class AttachedCore:
         free(self.channels)
         free(self.sent)
         free(self.latencies)
+        free(self.present)
 
     def use_channels(self, slots) -> None:
         """Go on with these slots: (slot, generation, broker) each. Nothing may be open or in flight."""
@@ -236,6 +241,19 @@ cdef class AttachedCore:
             channel.lease_bytes = self.memory.load(at + 8)
             channel.lease_used = 0
             channel.has_lease = True
+            self.make_present(channel.lease_offset, channel.lease_bytes)
+
+    cdef void make_present(self, uint64_t offset, uint64_t nbytes) noexcept nogil:
+        """Map a lease's pages in one call the first time we see them: a fault each would cost several copies."""
+        cdef uint64_t size = self.layout.g.segment_bytes, segment = (offset - self.layout.g.segments) // size
+        cdef uint64_t end = segment + nbytes // size
+        if end > self.layout.g.segment_count:
+            return
+        while segment < end:
+            if not self.present[segment]:
+                self.memory.touch(self.layout.segment(segment), size)
+                self.present[segment] = 1
+            segment += 1
 
     cdef void retire(self, Channel* channel) noexcept nogil:
         """Give up leases, oldest first, whose batches are all settled."""

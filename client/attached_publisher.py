@@ -32,7 +32,7 @@ from broker.topics import holder_text
 from client.attached import AttachedCore, Loan
 from client.batch import Batch, Delivery, Dropped
 from client.connection import BrokerAddress, ClientLoop, Connection
-from client.transport import rendezvous
+from client.session import open_session
 from sim.cxl.memory import Role
 from sim.cxl.region import host_identity, process_alive, process_start_time
 
@@ -126,22 +126,9 @@ class AttachedEngine:
 
     async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
         assert self.ack is not None
-        error: CxlmqError = BrokerUnavailable(address="the cluster")
-        for broker in rendezvous(brokers, self.client_id, self.epoch):
-            request = pb.OpenSessionRequest(topic=self.topic, client_id=self.client_id, session_epoch=self.epoch + 1,
-                                            ack=self.ack, resume_from=resume_from)
-            try:
-                self.session = await self.connection.unary(broker.target, "Admin/OpenSession", request, pb.Session)
-            except SessionFenced:
-                self.epoch += 1
-                return await self._open_session(brokers, resume_from)
-            except BrokerUnavailable as failed:
-                error = failed
-                continue
-            self.epoch += 1
-            self.session_target = broker.target
-            return None
-        raise error
+        self.session, self.session_target = await open_session(
+            self.connection, brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
+        self.epoch = self.session.session_epoch
 
     async def _detach(self, attachments: Sequence[tuple[BrokerAddress, pb.Attachment]]) -> None:
         for broker, each in attachments:
@@ -324,7 +311,7 @@ class AttachedEngine:
         while not attachments:
             try:
                 attachments = await self._attach(await self.connection.brokers(), resume_from)
-            except UnknownTopic as error:
+            except (UnknownTopic, SessionFenced) as error:
                 self._fail_everything(error)
                 return
             except CxlmqError as error:
@@ -353,8 +340,8 @@ class AttachedEngine:
         oldest_ns = time.time_ns() - int(self.delivery_timeout * 1e9)
         for sequence, offset, nbytes, messages, wall_ns, batch in unsettled:
             at = sequence - resume_from
-            if sequence < high_water:
-                position = positions[at] if at < len(positions) else UNKNOWN_POSITION
+            position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
+            if sequence < high_water or position != UNKNOWN_POSITION:
                 if batch is not None:
                     batch.settle(None if position == UNKNOWN_POSITION else position, self.session.session_epoch, None,
                                  True, None)

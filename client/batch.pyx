@@ -1,6 +1,7 @@
 """Batches as publishers build them: messages packed in place behind the request's header, sealed without a copy."""
 
 import asyncio
+import logging
 import time
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from broker.wire cimport MESSAGE_HEADER_BYTES, REQUEST_HEADER_BYTES, message_check, message_stride, write_request_header
-from sim.cxl.primitives cimport cxl_now_ns, cxl_wall_ns
+from sim.cxl.primitives cimport cxl_now_ns
 
 cdef extern from "Python.h":
     ctypedef struct PyObject
@@ -18,6 +19,7 @@ cdef extern from "Python.h":
     void Py_INCREF(PyObject* o)
     void Py_XDECREF(PyObject* o)
 
+_log = logging.getLogger("cxlmq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,12 @@ cdef class Batch:
 
     def stamp(self, uint64_t sequence) -> None:
         """Give the batch its sequence: once for a session; every retransmission keeps it."""
+        assert self.data != NULL, "a released batch is sent no more"
         memcpy(self.data - REQUEST_HEADER_BYTES + 1, &sequence, 8)
         self.sequence = sequence
 
     def settle(self, position, epoch, broker, bint duplicate, error) -> None:
-        """The outcome is known: wake whoever waits for one of the messages."""
+        """The outcome is known: wake whoever waits for one of the messages. Only the first outcome counts."""
         if self.settled:
             return
         self.position = position
@@ -95,16 +98,27 @@ cdef class Batch:
         self.duplicate = duplicate
         self.error = error
         self.settled = True
-        self.frame = None
-        self.data = NULL
         callbacks, self.callbacks = self.callbacks, None
         for callback, delivery in callbacks or ():
-            callback(delivery)
+            _call(callback, delivery)
+
+    def release(self) -> None:
+        """Let go of the bytes: nobody will send this batch again."""
+        self.frame = None
+        self.data = NULL
 
     @property
     def nbytes(self) -> int:
         """Packed bytes."""
         return self.used
+
+
+def _call(callback, delivery) -> None:
+    # A callback that fails must not stop the acks of everybody else.
+    try:
+        callback(delivery)
+    except Exception:
+        _log.exception("a delivery callback failed")
 
 
 cdef class Delivery:
@@ -144,7 +158,7 @@ cdef class Delivery:
     def add_done_callback(self, callback) -> None:
         """Call `callback(delivery)` when the outcome is known, at once if it is."""
         if self.batch.settled:
-            callback(self)
+            _call(callback, self)
             return
         if self.batch.callbacks is None:
             self.batch.callbacks = []
@@ -214,8 +228,6 @@ cdef class Packer:
 
     cdef int _make_room(self, uint64_t nbytes) except -1:
         cdef uint64_t stride = message_stride(nbytes)
-        if nbytes > self.message_bytes_max:
-            self.publisher.too_big(nbytes)
         if self.batch is not None and self.batch.count:
             self.full()
         self.batch = None
@@ -225,81 +237,73 @@ cdef class Packer:
             self.batch.opened = time.monotonic()
         return 0
 
-    cdef int _append(self, const void* source, uint64_t nbytes) except -1:
-        while self.batch is None or not self.batch.append(source, nbytes):
-            self._make_room(nbytes)
-        self.messages += 1
-        self.nbytes += nbytes
-        return 0
-
-    def append(self, data) -> Delivery:
-        """Pack one message: bytes, or anything with the buffer protocol."""
-        cdef Py_buffer view
-        cdef Batch batch
-        cdef Delivery delivery
+    cdef Delivery _pack(self, const void* source, uint64_t nbytes):
+        """Pack one message where the current batch has no room for it, or is not known to take its size."""
+        if nbytes > self.message_bytes_max:
+            self.publisher.too_big(nbytes)
         try:
-            if PyBytes_CheckExact(data):
-                self._append(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-            else:
-                PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
-                try:
-                    self._append(view.buf, view.len)
-                finally:
-                    PyBuffer_Release(&view)
+            while self.batch is None or not self.batch.append(source, nbytes):
+                self._make_room(nbytes)
         except Dropped as dropped:
             return dropped_delivery(self.publisher, dropped.error)
-        batch = self.batch
-        delivery = Delivery.__new__(Delivery)
-        delivery.batch = batch
-        delivery.index = batch.count - 1
-        if batch.used >= self.target:
+        return self._packed(nbytes)
+
+    cdef Delivery _packed(self, uint64_t nbytes):
+        # Nothing ran since the message was packed: it is the last of the current batch.
+        cdef Delivery delivery = Delivery.__new__(Delivery)
+        delivery.batch = self.batch
+        delivery.index = self.batch.count - 1
+        self.messages += 1
+        self.nbytes += nbytes
+        if self.batch.used >= self.target:
             self.full()
         return delivery
 
-    def append_many(self, messages) -> Delivery:
-        """Pack a sequence of bytes-like messages; the delivery of the last."""
+    def append(self, data) -> Delivery:
+        """Pack one message: bytes, or anything with the buffer protocol."""
+        return self._pack_object(data)
+
+    cdef Delivery _pack_object(self, data):
         cdef Py_buffer view
+        if PyBytes_CheckExact(data):
+            return self._pack(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+        PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
+        try:
+            return self._pack(view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def append_many(self, messages) -> Delivery:
+        """Pack an iterable of bytes-like messages; the delivery of the last."""
         cdef Delivery delivery = None
-        cdef Batch batch
         for data in messages:
-            if PyBytes_CheckExact(data):
-                self._append(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
-            else:
-                PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
-                try:
-                    self._append(view.buf, view.len)
-                finally:
-                    PyBuffer_Release(&view)
-        batch = self.batch
-        if batch is None:
+            delivery = self._pack_object(data)
+        if delivery is None:
             raise ValueError("publish_many needs at least one message")
-        delivery = Delivery(batch, batch.count - 1)
-        if batch.used >= self.target:
-            self.full()
         return delivery
 
     def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
         cdef uint64_t i = 0, count = rows.shape[0], nbytes = rows.shape[1], fit, k
-        cdef uint64_t stride = message_stride(nbytes)
         cdef const uint8_t* source = &rows[0, 0] if count and nbytes else NULL
-        cdef Batch batch
+        cdef Delivery delivery = None
         if count == 0:
             raise ValueError("publish_array needs at least one row")
         while i < count:
-            if self.batch is None or not self.batch.fits(nbytes):
-                self._make_room(nbytes)
-            batch = self.batch
-            fit = min(count - i, (batch.capacity - batch.used) // stride)
+            # One row by the way that makes room and asks the policy; then as many as fit, without asking.
+            delivery = self._pack(source + i * nbytes, nbytes)
+            i += 1
+            if self.batch is None or delivery.batch is not self.batch:
+                continue
+            fit = min(count - i, (self.batch.capacity - self.batch.used) // message_stride(nbytes))
+            if fit == 0:
+                continue
             for k in range(fit):
-                batch.append(source + (i + k) * nbytes, nbytes)
+                self.batch.append(source + (i + k) * nbytes, nbytes)
             i += fit
-            self.messages += fit
-            self.nbytes += fit * nbytes
-        batch = self.batch
-        delivery = Delivery(batch, batch.count - 1)
-        if batch.used >= self.target:
-            self.full()
+            self.messages += fit - 1
+            self.nbytes += (fit - 1) * nbytes
+            delivery = self._packed(nbytes)
         return delivery
 
 

@@ -53,7 +53,10 @@ class ClientLoop:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run a coroutine there and wait for its result."""
+        """Run a coroutine there and wait for its result. Not from a callback: that runs there itself."""
+        if threading.current_thread() is self.thread:
+            coroutine.close()
+            raise RuntimeError("this waits for the library's own thread, and was called on it (in a callback?)")
         future = self.submit(coroutine)
         try:
             return future.result(timeout)
@@ -151,6 +154,9 @@ class Connection:
         try:
             return await call(request, timeout=timeout)
         except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise BrokerUnavailable(f"{target} did not answer {method} within {timeout:g} s: is it stopped or "
+                                        "overloaded (`cxlmq cluster status`)?", address=target) from None
             raise translated(error, target) from None
 
     async def any(self, method: str, request: Any, reply: Any) -> Any:

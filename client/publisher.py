@@ -1,22 +1,25 @@
 """Publishers: batches are packed by the caller's thread and carried by an engine on the client loop.
 
-    publish ─► Packer ─► pending ─► (stamped with the session's next sequence) ─► a broker's stream ─► acks ─► deliveries
+    publish ─► Packer ─► pending ─► (stamped with the session's sequence) ─► a broker's stream ─► acks ─► deliveries
 
 The engine keeps every batch until it is settled: a broken stream's batches go to other brokers with the sequence they
 have; a fenced session is opened anew and goes on behind what is in the log.
 """
 
 import asyncio
+import contextlib
+import logging
 import secrets
 import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from broker.config import TopicConfig
+from broker.config import TopicConfig, check_topic_name
 from broker.errors import (
+    BrokerUnavailable,
     BufferFull,
     ClosedError,
     ConfigError,
@@ -34,15 +37,22 @@ from client.attached import Loan
 from client.attached_publisher import AttachedEngine
 from client.batch import Batch, Delivery, Dropped, Packer, now_ns
 from client.connection import BrokerAddress, ClientLoop, Connection
+from client.session import open_session
 from client.transport import PublishTransport, rendezvous
+
+_log = logging.getLogger("cxlmq")
 
 POLICIES = ("block", "error", "drop_oldest", "drop_newest")
 TRANSPORTS = ("auto", "grpc", "attached")
 TICK_SECONDS = 0.05
 RECONNECT_SECONDS = 0.5
 RETRY_SECONDS = 0.02
+LAST_TRY_SECONDS = 1.5                  # a broker takes up to a second to refuse a batch
+CLOSE_SESSION_SECONDS = 2.0
+SPAN_MAX = 200                          # sequences from the oldest unsettled batch on; the sequencer's window has more
 LATENCIES_KEPT = 1 << 20
 UNKNOWN_POSITION = (1 << 64) - 1
+FRAMING_BYTES_MAX = 16                  # around one message, with its padding
 
 
 class PublisherEngine:
@@ -80,6 +90,7 @@ class PublisherEngine:
         self.inflight: dict[int, Batch] = {}
         self.retry_at: dict[int, float] = {}
         self.last_refusal: dict[int, CxlmqError] = {}
+        self.obstacle: CxlmqError | None = None     # the last refusal, as long as nothing was acked since
         self.transports: dict[int, PublishTransport] = {}
         self.turn = 0
         self.buffered = 0
@@ -91,8 +102,10 @@ class PublisherEngine:
         self.linger_armed = False
         self.reopening = False
         self.closed = False
+        self.session_open = False
         self.failure: CxlmqError | None = None
         self.ticker: asyncio.Task[None] | None = None
+        self.reconnecting: asyncio.Task[None] | None = None
         self.next_reconnect = 0.0
         self.known_brokers = 0
         self.latencies = array("q")
@@ -114,33 +127,19 @@ class PublisherEngine:
         if self.fixed_batch and self.batch_bytes[0] > self.session.batch_bytes_max:
             raise ConfigError(setting="batch_bytes", value=self.batch_bytes[0],
                               allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
-        self.batch_bytes = (min(self.batch_bytes[0], limit), self.batch_bytes[1], limit)
+        self.batch_bytes = (min(self.batch_bytes[0], limit), min(self.batch_bytes[1], limit), limit)
         self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
+        self.known_brokers = len(brokers)
         self._connect(brokers)
         self.ticker = self.loop.create_task(self._tick())
 
     async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
-        """Open the session's next epoch at the first broker that takes it."""
+        """Open the session's next epoch. Raises `SessionFenced` when a later publisher of this client id took over."""
         assert self.ack is not None
-        error: CxlmqError | None = None
-        for broker in rendezvous(brokers, self.client_id, self.epoch):
-            request = pb.OpenSessionRequest(topic=self.topic, client_id=self.client_id, session_epoch=self.epoch + 1,
-                                            ack=self.ack, resume_from=resume_from)
-            try:
-                self.session = await self.connection.unary(broker.target, "Admin/OpenSession", request, pb.Session)
-            except SessionFenced:
-                self.epoch += 1             # somebody used this client id before: take a later epoch
-                return await self._open_session(brokers, resume_from)
-            except (UnknownTopic, ConfigError):
-                raise
-            except CxlmqError as failed:
-                error = failed
-                continue
-            self.epoch += 1
-            self.session_target = broker.target
-            return None
-        assert error is not None
-        raise error
+        self.session, self.session_target = await open_session(
+            self.connection, brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
+        self.epoch = self.session.session_epoch
+        self.session_open = True
 
     def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
         assert self.ack is not None
@@ -162,13 +161,17 @@ class PublisherEngine:
 
     def make_room(self, nbytes: int) -> None:
         """Account for a new batch of up to `nbytes`; the policy decides when there is no room."""
-        if self.closed:
-            raise self.failure or ClosedError(what="the publisher")
+        self._raise_if_closed()
         if self.buffered and self.buffered + nbytes > self.buffer_bytes:
             self._when_full(nbytes)
+            self._raise_if_closed()
         if not self.linger_armed:
             self.linger_armed = True
             self.loop.call_soon_threadsafe(self._arm_linger)
+
+    def _raise_if_closed(self) -> None:
+        if self.closed:
+            raise self.failure or ClosedError(what="the publisher")
 
     def _when_full(self, nbytes: int) -> None:
         def room() -> bool:
@@ -178,21 +181,30 @@ class PublisherEngine:
         if self.when_full == "error":
             raise error
         if self.when_full == "drop_oldest":
-            while not room() and self.pending:
-                oldest = self.pending.popleft()
-                self.counts["dropped_oldest"] += oldest.count
-                self._settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
-                                                      buffer_bytes=self.buffer_bytes))
+            while not room() and self._drop_oldest():
+                pass
             if room():
                 return
         if self.when_full in ("drop_oldest", "drop_newest"):
-            self.counts["dropped_newest"] += 1
+            with self.account:
+                self.counts["dropped_newest"] += 1
             raise Dropped(BufferFull("dropped: the buffer was full", buffer_bytes=self.buffer_bytes))
         if threading.current_thread() is self.client_loop.thread:
             raise error                     # waiting here would stop what makes room
         with self._waiting():
             if not self.changed.wait_for(room, self.delivery_timeout):
                 raise error
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest batch that is not on its way yet; False when there is none."""
+        try:
+            oldest = self.pending.popleft()
+        except IndexError:
+            return False                    # the loop was faster
+        self._settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
+                                              buffer_bytes=self.buffer_bytes), outcome="dropped_oldest")
+        self._notify()
+        return True
 
     def send_full(self) -> None:
         """The packer's batch is full: it goes, and under load the next one may be larger."""
@@ -211,8 +223,10 @@ class PublisherEngine:
         batch.deadline = batch.opened + self.delivery_timeout
         with self.account:
             self.buffered += batch.nbytes
-        self.counts["batches"] += 1
+            self.counts["batches"] += 1
         self.pending.append(batch)
+        if self.closed:
+            self._give_up()                 # it was closed meanwhile
         self._schedule_pump()
 
     def _schedule_pump(self) -> None:
@@ -238,9 +252,11 @@ class PublisherEngine:
         if taken is not None:
             self._seal(taken)
 
-    # ---- waiting (any thread but the loop's) --------------------------------------------------------------------------
+    # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 
     def _waiting(self) -> "_Waiter":
+        if threading.current_thread() is self.client_loop.thread:
+            raise RuntimeError("a delivery callback cannot wait for other deliveries: it runs where they are settled")
         return _Waiter(self)
 
     def wait_for_batch(self, batch: Batch, timeout: float | None) -> None:
@@ -264,7 +280,7 @@ class PublisherEngine:
                                          self.delivery_timeout + 5.0 if timeout is None else timeout):
                 raise DeliveryTimeout(timeout_seconds=timeout)
 
-    # ---- on the loop ----------------------------------------------------------------------------------------------------
+    # ---- on the loop ------------------------------------------------------------------------------------------------
 
     def _arm_linger(self) -> None:
         self.loop.call_later(self.linger, self._linger)
@@ -290,8 +306,8 @@ class PublisherEngine:
         self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
 
     def _is_saturated(self) -> bool:
-        return bool(self.pending) or bool(self.transports) and all(
-            not transport.has_room(1) for transport in self.transports.values())
+        return bool(self.pending) or (bool(self.transports) and all(
+            not transport.has_room(1) for transport in self.transports.values()))
 
     def _pump(self) -> None:
         """Stamp pending batches and give each to the next broker in turn that has room."""
@@ -299,10 +315,13 @@ class PublisherEngine:
         if self.reopening:
             return
         while self.pending:
-            transport = self._next_transport(self.pending[0].nbytes)
-            if transport is None or self.next_sequence - min(self.inflight, default=self.next_sequence) >= 200:
+            # Sequences enter `inflight` in order: the first is the oldest.
+            if self.next_sequence - next(iter(self.inflight), self.next_sequence) >= SPAN_MAX:
                 return
             try:
+                transport = self._next_transport(self.pending[0].nbytes)
+                if transport is None:
+                    return
                 batch = self.pending.popleft()
             except IndexError:
                 return                      # dropped by another thread
@@ -333,18 +352,19 @@ class PublisherEngine:
                                               strict=True):
             transport.answered(sequence)
             batch = self.inflight.get(sequence)
-            if batch is None:
+            if status == ResultStatus.RESULT_FENCED:
+                self._start_reopening(SessionFenced(reason="the sequencer ended it", committed=sequence))
+            elif batch is None:
                 continue
-            if status in (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE):
+            elif status in (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE):
                 if len(self.latencies) < LATENCIES_KEPT:
                     self.latencies.append(now - batch.sent_ns)
                 duplicate = status == ResultStatus.RESULT_DUPLICATE
                 batch.broker = transport.broker.id
                 del self.inflight[sequence]
-                known = None if position == UNKNOWN_POSITION else position
-                self._settle(batch, known, None, epoch=response.epoch, duplicate=duplicate)
-            elif status == ResultStatus.RESULT_FENCED:
-                self._start_reopening(SessionFenced(reason="the sequencer ended it", committed=sequence))
+                self.obstacle = None
+                # A duplicate's ack says how far the log had come, not where its first copy lies.
+                self._settle(batch, None if duplicate else position, None, epoch=response.epoch, duplicate=duplicate)
             elif status == ResultStatus.RESULT_DAMAGED:
                 del self.inflight[sequence]
                 self._settle(batch, None, CxlmqError("the batch was damaged in memory and not ordered: publish again"))
@@ -354,7 +374,7 @@ class PublisherEngine:
         for refusal in response.refusals:
             transport.answered(refusal.batch_sequence)
             if refusal.batch_sequence in self.inflight:
-                self.last_refusal[refusal.batch_sequence] = transport.refusal_error(refusal)
+                self.obstacle = self.last_refusal[refusal.batch_sequence] = transport.refusal_error(refusal)
                 self.retry_at[refusal.batch_sequence] = time.monotonic() + RETRY_SECONDS
         if self.pending:
             self._pump()
@@ -372,6 +392,8 @@ class PublisherEngine:
         else:
             for sequence in transport.unanswered():
                 self.retry_at[sequence] = 0.0
+                if not isinstance(error, BrokerUnavailable):
+                    self.obstacle = self.last_refusal[sequence] = error
             self._resend_due()
 
     def _resend_due(self) -> None:
@@ -387,30 +409,37 @@ class PublisherEngine:
                 continue
             if not live:
                 return
+            if sequence in self.last_refusal and batch.deadline - now < LAST_TRY_SECONDS:
+                continue                    # so that at its deadline it is known to be refused, and not on its way
             chosen = rendezvous([transport.broker for transport in live], self.client_id, sequence)[0]
             self.retry_at.pop(sequence)
             self.counts["retries"] += 1
             self._send(self.transports[chosen.id], batch)
 
     async def _tick(self) -> None:
-        """Deadlines, retries, and lost brokers that came back."""
+        """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
         while not self.closed:
             await asyncio.sleep(TICK_SECONDS)
             self._expire()
             self._resend_due()
             now = time.monotonic()
-            if now >= self.next_reconnect and not self.reopening:
+            if now >= self.next_reconnect and not self.reopening and self._lacks_brokers() and (
+                    self.reconnecting is None or self.reconnecting.done()):
                 self.next_reconnect = now + RECONNECT_SECONDS
-                if any(not transport.alive for transport in self.transports.values()) or not self.transports or (
-                        self.retry_at or len(self.transports) < self.known_brokers):
-                    await self._reconnect()
+                self.reconnecting = self.loop.create_task(self._reconnect())
             if self.pending:
                 self._pump()
+
+    def _lacks_brokers(self) -> bool:
+        return len(self.transports) < max(1, self.known_brokers) or bool(self.retry_at) or any(
+            not transport.alive for transport in self.transports.values())
 
     async def _reconnect(self) -> None:
         try:
             brokers = await self.connection.brokers()
         except CxlmqError:
+            return
+        if self.closed or self.reopening:
             return
         self.known_brokers = len(brokers)
         for broker_id in [key for key, transport in self.transports.items() if not transport.alive]:
@@ -421,34 +450,59 @@ class PublisherEngine:
         """Settle what nobody answered in time."""
         now = time.monotonic()
         expired = False
-        while self.pending and self.pending[0].deadline <= now:
-            self._settle(self.pending.popleft(), None, DeliveryTimeout(
-                f"not sent within {self.delivery_timeout} s: no broker took it; it is not in the log",
-                timeout_seconds=self.delivery_timeout))
+        while (batch := self._overdue(now)) is not None:
+            self._settle(batch, None, self._why_not_sent())
             expired = True
         for sequence in [key for key, batch in self.inflight.items() if batch.deadline <= now]:
             batch = self.inflight.pop(sequence)
-            error = self.last_refusal.pop(sequence, None) or DeliveryTimeout(timeout_seconds=self.delivery_timeout)
-            self._settle(batch, None, error)
+            self._settle(batch, None, self._why_not_acked(sequence))
             # Its sequence may never arrive: the session has to end, or everything behind it would wait for ever.
             self._start_reopening(SessionFenced(reason="a batch was given up", committed=sequence))
             expired = True
         if expired:
             self._notify()
 
+    def _overdue(self, now: float) -> Batch | None:
+        """Take the oldest batch that is not sent, when its time is over."""
+        try:
+            return self.pending.popleft() if self.pending[0].deadline <= now else None
+        except IndexError:
+            return None
+
+    def _why_not_sent(self) -> CxlmqError:
+        """What stops all batches now, or else that no broker took this one. Either way it is not in the log."""
+        return self.obstacle or DeliveryTimeout(
+            f"not sent within {self.delivery_timeout} s: no broker took it; it is not in the log",
+            timeout_seconds=self.delivery_timeout)
+
+    def _why_not_acked(self, sequence: int) -> CxlmqError:
+        """A refusal that stands, or else that nobody knows: a broker has the batch and has not answered."""
+        if sequence in self.retry_at and sequence in self.last_refusal:
+            return self.last_refusal[sequence]
+        error = DeliveryTimeout(timeout_seconds=self.delivery_timeout)
+        error.__cause__ = self.last_refusal.get(sequence, self.obstacle)
+        return error
+
     def _settle(self, batch: Batch, position: int | None, error: CxlmqError | None, *, epoch: int = 0,
-                duplicate: bool = False) -> None:
+                duplicate: bool = False, outcome: str = "") -> None:
+        """Let go of a batch; tell who published it, unless that was told when it was sent (level 0)."""
+        if batch.sequence is not None:
+            self.last_refusal.pop(batch.sequence, None)
+        batch.release()
         with self.account:
             self.buffered -= batch.nbytes
-        self.counts["failed" if error is not None else "acked"] += batch.count
-        self.counts["duplicates"] += duplicate
+            self.counts["duplicates"] += duplicate
+            if not batch.settled:
+                self.counts[outcome or ("acked" if error is None else "failed")] += batch.count
         batch.settle(position, epoch, batch.broker, duplicate, error)
 
     def settled_at_send(self, batch: Batch) -> None:
-        """Level 0 asks for no ack: a batch that was handed to the transport is done."""
-        if batch.sequence in self.inflight:
-            del self.inflight[batch.sequence]
-            self._settle(batch, None, None)
+        """Level 0: whoever published it is told now. The batch is kept until a broker has it: none is lost because
+        a broker had no room, and none is sent faster than brokers take them."""
+        if not batch.settled:
+            with self.account:
+                self.counts["acked"] += batch.count
+            batch.settle(None, 0, batch.broker, False, None)
             self._notify()
 
     def _notify(self) -> None:
@@ -474,69 +528,90 @@ class PublisherEngine:
                 brokers = await self.connection.brokers()
                 await self._open_session(brokers, resume_from)
                 break
-            except UnknownTopic as error:
+            except (UnknownTopic, SessionFenced) as error:
                 self._fail_everything(error)
                 return
             except CxlmqError:
                 await asyncio.sleep(RECONNECT_SECONDS / 5)
                 self._expire()
+        self.known_brokers = len(brokers)
         self.counts["reopened"] += 1
         self._resume(resume_from)
         self.reopening = False
         self._connect(brokers)
         self._pump()
         self._notify()
-        if self.on_event is not None:
-            self.on_event(reason)
+        self._tell(reason)
 
     def _resume(self, resume_from: int) -> None:
         high_water, positions = self.session.high_water, list(self.session.positions)
         unsettled = []
         for sequence in sorted(self.inflight):
-            batch = self.inflight[sequence]
+            batch, at = self.inflight[sequence], sequence - resume_from
             if sequence < high_water:
-                at = sequence - resume_from
                 position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
-                self._settle(batch, None if position == UNKNOWN_POSITION else position, None, epoch=0, duplicate=True)
+                self._settle(batch, None if position == UNKNOWN_POSITION else position, None, duplicate=True)
+            elif 0 <= at < len(positions) and positions[at] != UNKNOWN_POSITION:
+                self._settle(batch, positions[at], None, duplicate=True)
             else:
                 unsettled.append(batch)
         self.inflight.clear()
         self.retry_at.clear()
+        self.last_refusal.clear()
         self.next_sequence = 0
         self.pending.extendleft(reversed(unsettled))
 
     def _fail_everything(self, error: CxlmqError) -> None:
+        """Nothing more can be published: everything settles with this error, and so does what comes later."""
         self.failure = error
         self.closed = True
-        for batch in [*self.inflight.values(), *self.pending]:
-            self._settle(batch, None, error)
-        self.inflight.clear()
-        self.pending.clear()
+        self._give_up()
+        self._tell(error)
+
+    def _tell(self, event: CxlmqError) -> None:
+        if self.on_event is not None:
+            try:
+                self.on_event(event)
+            except Exception:
+                _log.exception("the callback for events failed")
+
+    def _give_up(self) -> None:
+        """Settle what a closed publisher still has. Any thread; each batch is taken by one of them."""
+        error = self.failure or ClosedError(what="the publisher")
+        current = self.packer.take() if self.packer is not None else None
+        if current is not None:
+            current.settle(None, None, None, False, error)
+            current.release()
+            with self.account:
+                self.counts["failed"] += current.count
+        for take in (lambda: self.inflight.popitem()[1], self.pending.popleft):
+            with contextlib.suppress(KeyError, IndexError):
+                while True:
+                    self._settle(take(), None, error)
         self._notify()
 
     # ---- closing ----------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """End streams and session. What is not settled is given up."""
-        already, self.closed = self.closed, True
-        if self.ticker is not None:
-            self.ticker.cancel()
-        for transport in list(self.transports.values()):
-            await transport.close()
-        if not already and self.session.session_epoch:
-            request = pb.CloseSessionRequest(client_id=self.client_id, session_slot=self.session.session_slot,
-                                             session_epoch=self.session.session_epoch)
-            try:
-                await self.connection.unary(self.session_target, "Admin/CloseSession", request,
-                                            pb.CloseSessionResponse, timeout=2.0)
-            except CxlmqError:
-                pass                        # a session without streams ends by itself
-        for batch in [*self.inflight.values(), *self.pending]:
-            self._settle(batch, None, ClosedError(what="the publisher"))
-        self.inflight.clear()
-        self.pending.clear()
-        self._notify()
+        self.closed = True
+        for task in (self.ticker, self.reconnecting):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(*(transport.close() for transport in list(self.transports.values())))
+        await self._close_session()
+        self._give_up()
         await self.connection.close()
+
+    async def _close_session(self) -> None:
+        if not self.session_open:
+            return
+        self.session_open = False
+        request = pb.CloseSessionRequest(client_id=self.client_id, session_slot=self.session.session_slot,
+                                         session_epoch=self.session.session_epoch)
+        with contextlib.suppress(CxlmqError):       # a session without streams ends by itself
+            await self.connection.unary(self.session_target, "Admin/CloseSession", request, pb.CloseSessionResponse,
+                                        timeout=CLOSE_SESSION_SECONDS)
 
 
 class _Waiter:
@@ -572,9 +647,14 @@ def _check_options(when_full: str, transport: str, options: dict[str, Any]) -> N
             refuse(name, options[name], "a whole number above 0")
     if not 1 <= options["in_flight"] <= 128:
         refuse("in_flight", options["in_flight"], "1 to 128 batches")
-    for name in ("linger_ms", "delivery_timeout"):
-        if options[name] < 0:
-            refuse(name, options[name], "0 or more")
+    if options["batch_bytes"] is None and options["batch_bytes_min"] > options["batch_bytes_max"]:
+        refuse("batch_bytes_min", options["batch_bytes_min"], f"at most batch_bytes_max ({options['batch_bytes_max']})")
+    if options["client_id"] is not None and not 0 < options["client_id"] < 1 << 64:
+        refuse("client_id", options["client_id"], "1 to 2^64 - 1")
+    if not options["linger_ms"] >= 0:
+        refuse("linger_ms", options["linger_ms"], "0 or more")
+    if not options["delivery_timeout"] > 0:
+        refuse("delivery_timeout", options["delivery_timeout"], "more than 0 seconds")
 
 
 class _PublisherBase:
@@ -591,6 +671,7 @@ class _PublisherBase:
             "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
             "batch_bytes_max": batch_bytes_max, "linger_ms": linger_ms, "in_flight": in_flight,
             "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression}
+        check_topic_name(topic)
         _check_options(when_full, transport, options)
         engine: type[PublisherEngine] | type[AttachedEngine] = PublisherEngine
         if transport == "attached":
@@ -617,7 +698,10 @@ class _PublisherBase:
         return delivery
 
     def statistics(self) -> dict[str, int]:
-        """Counts so far: messages, batches, bytes, acked, failed, dropped_oldest, dropped_newest, retries, reopened."""
+        """Counts so far: messages = acked + failed + dropped_oldest + what is on its way; dropped_newest was not taken.
+
+        Further batches, bytes, duplicates, retries, reopened, batch_bytes_target, buffered_bytes.
+        """
         engine = self._engine
         packer = engine.packer
         return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
@@ -638,8 +722,9 @@ class Publisher(_PublisherBase):
     to wait for (None: the topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by
     `batch_bytes`); a message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged;
     `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within
-    `delivery_timeout` seconds. `on_delivery` is called with each settled delivery, `on_event` when the session was
-    reopened. Raises the typed errors of `client.errors`.
+    `delivery_timeout` seconds. `on_delivery` is called with each settled delivery (of `publish_many` and
+    `publish_array`, the last), `on_event` when the session was reopened or the publisher failed; both on the library's
+    own thread, where nothing may wait. Raises the typed errors of `client.errors`.
     """
 
     def open(self) -> "Publisher":
@@ -657,8 +742,8 @@ class Publisher(_PublisherBase):
         delivery = self._packer.append(data)
         return delivery if self._on_delivery is None else self._noted(delivery)
 
-    def publish_many(self, messages: Sequence[Any]) -> Delivery:
-        """Publish a sequence of messages; the delivery of the last."""
+    def publish_many(self, messages: Iterable[Any]) -> Delivery:
+        """Publish messages; the delivery of the last."""
         return self._noted(self._packer.append_many(messages))
 
     def publish_array(self, rows: Any) -> Delivery:
@@ -680,9 +765,11 @@ class Publisher(_PublisherBase):
 
     def close(self) -> None:
         """Flush, then end the session."""
-        if self._engine.packer is not None and not self._engine.closed:
-            self._engine.flush(None)
-        self._engine.client_loop.run(self._engine.close())
+        try:
+            if self._engine.packer is not None and not self._engine.closed:
+                self._engine.flush(None)
+        finally:
+            self._engine.client_loop.run(self._engine.close())
 
     def __enter__(self) -> "Publisher":
         return self.open()
@@ -709,19 +796,40 @@ class AsyncPublisher(_PublisherBase):
 
     async def publish(self, data: Any) -> Delivery:
         """Publish one message; waits for room in the buffer, not for the ack. `await` the delivery for its receipt."""
-        await self._room(len(data))
+        await self._room(memoryview(data).nbytes)
         return self._noted(self._packer.append(data))
 
-    async def publish_many(self, messages: Sequence[Any]) -> Delivery:
-        """Publish a sequence of messages; the delivery of the last."""
-        await self._room(sum(map(len, messages)))
-        return self._noted(self._packer.append_many(messages))
+    async def publish_many(self, messages: Iterable[Any]) -> Delivery:
+        """Publish messages, as room comes; the delivery of the last."""
+        delivery: Delivery | None = None
+        for data in messages:
+            await self._room(memoryview(data).nbytes)
+            delivery = self._packer.append(data)
+        if delivery is None:
+            raise ValueError("publish_many needs at least one message")
+        return self._noted(delivery)
+
+    async def publish_array(self, rows: Any) -> Delivery:
+        """Publish a 2-D uint8 array, one row a message, as room comes; the delivery of the last."""
+        import numpy
+
+        rows = numpy.ascontiguousarray(rows, numpy.uint8)
+        if rows.ndim != 2 or not len(rows):
+            raise ValueError("publish_array needs a 2-D array with at least one row")
+        count = max(1, self._packer.target // (rows.shape[1] + FRAMING_BYTES_MAX))
+        for first in range(0, len(rows), count):
+            await self._room(rows[first:first + count].nbytes)
+            delivery = self._packer.append_array(rows[first:first + count])
+        return self._noted(delivery)
 
     async def _room(self, nbytes: int) -> None:
+        """Wait until packing so much cannot block: it may end the current batch and begin another."""
         engine = self._engine
+        if engine.when_full != "block" or not engine.buffered:
+            return
         deadline = time.monotonic() + engine.delivery_timeout
-        while (engine.when_full == "block" and engine.buffered and not engine.closed
-               and engine.buffered + self._packer.target + nbytes > engine.buffer_bytes):
+        while engine.buffered and not engine.closed and engine.buffered + 2 * max(
+                self._packer.target, nbytes + FRAMING_BYTES_MAX) > engine.buffer_bytes:
             if time.monotonic() > deadline:
                 raise BufferFull(buffer_bytes=engine.buffer_bytes)
             await asyncio.sleep(0.001)
@@ -737,9 +845,11 @@ class AsyncPublisher(_PublisherBase):
 
     async def close(self) -> None:
         """Flush, then end the session."""
-        if self._engine.packer is not None and not self._engine.closed:
-            await self.flush()
-        await self._engine.client_loop.call(self._engine.close())
+        try:
+            if self._engine.packer is not None and not self._engine.closed:
+                await self.flush()
+        finally:
+            await self._engine.client_loop.call(self._engine.close())
 
     async def __aenter__(self) -> "AsyncPublisher":
         return await self.open()

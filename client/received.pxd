@@ -11,5 +11,8 @@ cdef class ReceivedBatch:
     cdef const uint8_t* base            # first byte of the owner's buffer
     cdef const uint8_t* data
     cdef readonly uint64_t nbytes
+    cdef uint64_t seen_count            # `to_messages` has come so far: messages, and the bytes they take
+    cdef uint64_t seen_bytes
 
+    cdef int _check_end(self, uint64_t at) except -1
     cdef uint32_t _size(self, uint64_t at) except? 0xFFFFFFFF

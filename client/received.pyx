@@ -4,11 +4,12 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
+from broker.errors import DamagedData
 from broker.wire cimport MESSAGE_HEADER_BYTES, message_check, message_stride
 
 
-class DamagedBatch(Exception):
-    """A received batch contradicts itself."""
+def _damaged(text) -> DamagedData:
+    return DamagedData(f"what the broker sent is damaged: {text}")
 
 
 cdef class Message:
@@ -45,15 +46,16 @@ cdef class ReceivedBatch:
             self.nbytes -= message_stride(size)
             self.position += 1
             self.count -= 1
+        self.seen_count = self.seen_bytes = 0
 
     cdef uint32_t _size(self, uint64_t at) except? 0xFFFFFFFF:
         cdef uint32_t size, check
         if at + MESSAGE_HEADER_BYTES > self.nbytes:
-            raise DamagedBatch(f"the batch at position {self.position} ends within a message")
+            raise _damaged(f"the batch at position {self.position} ends within a message")
         memcpy(&size, self.data + at, 4)
         memcpy(&check, self.data + at + 4, 4)
         if check != message_check(size) or at + message_stride(size) > self.nbytes:
-            raise DamagedBatch(f"the batch at position {self.position} is damaged at byte {at}")
+            raise _damaged(f"the batch at position {self.position} is damaged at byte {at}")
         return size
 
     def messages(self) -> list[bytes]:
@@ -65,17 +67,25 @@ cdef class ReceivedBatch:
             size = self._size(at)
             out.append(PyBytes_FromStringAndSize(<const char*>self.data + at + MESSAGE_HEADER_BYTES, size))
             at += message_stride(size)
+        self._check_end(at)
         return out
+
+    cdef int _check_end(self, uint64_t at) except -1:
+        if at != self.nbytes:
+            raise _damaged(f"the batch at position {self.position} has {self.nbytes - at} bytes behind its last message")
+        return 0
 
     def to_messages(self, uint64_t first=0, limit=None) -> list:
         """`Message` objects from the `first` on, at most `limit`."""
-        cdef uint64_t at = 0, i
-        cdef uint64_t end = self.count if limit is None else min(self.count, first + <uint64_t>limit)
+        cdef uint64_t at = 0, i, start = 0
+        cdef uint64_t end = self.count if limit is None or limit >= self.count else min(self.count, first + <uint64_t>limit)
         cdef uint32_t size
         cdef Message message
         cdef list out = []
         cdef object whole = self.payload if self.is_view else None
-        for i in range(end):
+        if first >= self.seen_count:        # readers come for a batch in pieces: go on where the last one ended
+            start, at = self.seen_count, self.seen_bytes
+        for i in range(start, end):
             size = self._size(at)
             if i >= first:
                 message = Message.__new__(Message)
@@ -90,6 +100,10 @@ cdef class ReceivedBatch:
                 message.timestamp_ns = self.timestamp_ns
                 out.append(message)
             at += message_stride(size)
+        if end >= start:
+            self.seen_count, self.seen_bytes = end, at
+        if end == self.count:
+            self._check_end(at)
         return out
 
     def array(self):
@@ -120,7 +134,7 @@ cdef uint64_t _varint(const uint8_t* data, uint64_t nbytes, uint64_t* at) except
         if not data[at[0] - 1] & 0x80:
             return value
         shift += 7
-    raise DamagedBatch("the response ends within a number")
+    raise _damaged("the response ends within a number")
 
 
 cdef ReceivedBatch _parse_batch(bytes frame, const uint8_t* data, uint64_t nbytes, object topic):
@@ -130,12 +144,13 @@ cdef ReceivedBatch _parse_batch(bytes frame, const uint8_t* data, uint64_t nbyte
     batch.owner = frame
     batch.base = <const uint8_t*>PyBytes_AS_STRING(frame)
     batch.topic = topic
+    batch.data = data
     while at < nbytes:
         tag = _varint(data, nbytes, &at)
         if tag & 7 == 2:
             length = _varint(data, nbytes, &at)
             if length > nbytes - at:
-                raise DamagedBatch("a field is longer than its batch")
+                raise _damaged("a field is longer than its batch")
             if tag >> 3 == 15:
                 batch.data = data + at
                 batch.nbytes = length
@@ -156,7 +171,7 @@ cdef ReceivedBatch _parse_batch(bytes frame, const uint8_t* data, uint64_t nbyte
         elif tag & 7 == 0:
             _varint(data, nbytes, &at)
         else:
-            raise DamagedBatch("the response has a field of unknown kind")
+            raise _damaged("the response has a field of unknown kind")
     return batch
 
 
@@ -169,7 +184,7 @@ def parse_response(bytes frame, topic) -> list:
         tag = _varint(data, nbytes, &at)
         length = _varint(data, nbytes, &at)
         if tag != 0x0A or length > nbytes - at:
-            raise DamagedBatch("the response is not a list of batches")
+            raise _damaged("the response is not a list of batches")
         batches.append(_parse_batch(frame, data + at, length, topic))
         at += length
     return batches

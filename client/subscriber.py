@@ -1,6 +1,7 @@
 """Subscribers: one stream from one broker, the whole total order; batches wait in a bounded buffer for the reader."""
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections import deque
@@ -22,13 +23,21 @@ BUFFER_BYTES = 16 << 20
 TRANSPORTS = ("auto", "grpc", "attached")
 RECONNECT_SECONDS = 0.2
 RECONNECT_TRIES = 50
+SUBSCRIBE_SECONDS = 15.0                # a broker that has not answered by then is passed over
+PROGRESS_SECONDS = 10.0
+NO_PROGRESS = f"the broker that serves this reader sent nothing for {PROGRESS_SECONDS:.0f} s: is it stopped?"
 Start = str | int
 
 
 def _check_start(start: Start) -> None:
-    if start in ("beginning", "end") or isinstance(start, int) and not isinstance(start, bool) and start >= 0:
+    if start in ("beginning", "end") or (isinstance(start, int) and not isinstance(start, bool) and start >= 0):
         return
     raise ConfigError(setting="start", value=repr(start), allowed='"beginning", "end", or a position from 0 on')
+
+
+def _wake_up(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 class SubscriberEngine:
@@ -56,7 +65,7 @@ class SubscriberEngine:
         self.first_position = 0
         self.end_position = 0
 
-    # ---- on the loop ----------------------------------------------------------------------------------------------------
+    # ---- on the loop ------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
         """Subscribe; returns once the place is protected."""
@@ -64,37 +73,48 @@ class SubscriberEngine:
         self.task = asyncio.get_running_loop().create_task(self._run(call))
 
     async def _candidates(self) -> list[BrokerAddress]:
+        """The brokers to try, in order. A chosen one has to be there at first; when it is lost, others serve too."""
         brokers = await self.connection.brokers()
         if self.broker is None:
             turn = id(self) // 64 % len(brokers)
             return brokers[turn:] + brokers[:turn]
         chosen = [each for each in brokers if each.id == self.broker]
-        if not chosen:
-            raise BrokerUnavailable(address=f"broker {self.broker}")
-        return chosen
+        if self.task is None:
+            if not chosen:
+                raise BrokerUnavailable(address=f"broker {self.broker}")
+            return chosen
+        return chosen + [each for each in brokers if each.id != self.broker]
 
     async def _subscribe(self) -> Any:
         """Open a stream at the first broker that answers."""
         error: CxlmqError = BrokerUnavailable(address="the cluster")
         for broker in await self._candidates():
-            call = self.connection.channel(broker.target).unary_stream(
-                SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(self._request())
             try:
-                metadata = dict(await call.initial_metadata() or ())
-                if "cxlmq-end-position" not in metadata:
-                    await call.read()       # the call has failed: this raises why
-                    raise BrokerUnavailable(address=broker.target)
-            except grpc.aio.AioRpcError as failed:
-                error = translated(failed, broker.target)
-                if not isinstance(error, BrokerUnavailable):
-                    raise error from None
-                continue
-            self.first_position = int(metadata["cxlmq-first-position"])
-            self.end_position = int(metadata["cxlmq-end-position"])
-            if self.next_position is None and self.start == "end":
-                self.next_position = self.end_position
-            return call
+                return await asyncio.wait_for(self._subscribe_at(broker), SUBSCRIBE_SECONDS)
+            except TimeoutError:
+                error = BrokerUnavailable(address=broker.target)
+            except BrokerUnavailable as failed:
+                error = failed
         raise error
+
+    async def _subscribe_at(self, broker: BrokerAddress) -> Any:
+        call = self.connection.channel(broker.target).unary_stream(
+            SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(self._request())
+        try:
+            metadata = dict(await call.initial_metadata() or ())
+            if "cxlmq-end-position" not in metadata:
+                await call.read()           # the call has failed: this raises why
+                raise BrokerUnavailable(address=broker.target)
+        except grpc.aio.AioRpcError as failed:
+            raise translated(failed, broker.target) from None
+        except BaseException:
+            call.cancel()                   # or the broker would keep our place
+            raise
+        self.first_position = int(metadata["cxlmq-first-position"])
+        self.end_position = int(metadata["cxlmq-end-position"])
+        if self.next_position is None and self.start == "end":
+            self.next_position = self.end_position
+        return call
 
     def _request(self) -> pb.SubscribeRequest:
         request = pb.SubscribeRequest(topic=self.topic, protect=self.protect)
@@ -109,36 +129,36 @@ class SubscriberEngine:
 
     async def _run(self, call: Any) -> None:
         """Read the stream; when it breaks, go on at another broker from the next position."""
-        tries = 0
-        while not self.closed:
-            try:
-                await self._read(call)
-                error: CxlmqError = BrokerUnavailable(address="the cluster")
-            except grpc.aio.AioRpcError as failed:
-                error = translated(failed)
-            except asyncio.CancelledError:
-                call.cancel()
-                return
-            except CxlmqError as failed:
-                error = failed
-            if not isinstance(error, BrokerUnavailable) or tries >= RECONNECT_TRIES:
-                self._fail(error)
-                return
-            tries += 1
+        try:
+            while True:
+                try:
+                    await self._read(call)
+                except grpc.aio.AioRpcError as failed:
+                    error = translated(failed)
+                    if not isinstance(error, BrokerUnavailable):
+                        raise error from None
+                finally:
+                    call.cancel()
+                call = await self._subscribe_again()
+        except CxlmqError as failed:
+            self._fail(failed)
+
+    async def _subscribe_again(self) -> Any:
+        for tried in range(RECONNECT_TRIES):
             await asyncio.sleep(RECONNECT_SECONDS)
             try:
-                call = await self._subscribe()
-                tries = 0
-            except CxlmqError as failed:
-                if not isinstance(failed, BrokerUnavailable):
-                    self._fail(failed)
-                    return
+                return await self._subscribe()
+            except BrokerUnavailable:
+                if tried == RECONNECT_TRIES - 1:
+                    raise
+        raise AssertionError
 
     async def _read(self, call: Any) -> None:
         while True:
-            while self.buffered > self.buffer_bytes:
-                self.space.clear()
+            self.space.clear()              # first: whoever makes room after we looked sets it again
+            if self.buffered > self.buffer_bytes:
                 await self.space.wait()
+                continue
             frame = await call.read()
             if frame is grpc.aio.EOF:
                 code = await call.code()
@@ -170,7 +190,8 @@ class SubscriberEngine:
         self.changed.notify_all()
         waiters, self.async_waiters = self.async_waiters, []
         for loop, future in waiters:
-            loop.call_soon_threadsafe(lambda future=future: future.done() or future.set_result(None))
+            with contextlib.suppress(RuntimeError):     # that loop has ended
+                loop.call_soon_threadsafe(_wake_up, future)
 
     async def close(self) -> None:
         """End the stream."""
@@ -191,9 +212,13 @@ class SubscriberEngine:
             self.buffered = self.first_in_batch = 0
             self.failure = None
             self.start, self.next_position = start, None
-        await self.open()
+        try:
+            await self.open()
+        except CxlmqError as error:
+            self._fail(error)
+            raise
 
-    # ---- taking (any thread, `changed` held) -----------------------------------------------------------------------------
+    # ---- taking (any thread, `changed` held) ------------------------------------------------------------------------
 
     def ready(self) -> bool:
         """Whether there is something to take, or an error to raise."""
@@ -272,6 +297,9 @@ class SubscriberEngine:
                 await asyncio.wait_for(future, None if deadline is None else deadline - time.monotonic())
             except TimeoutError:
                 return
+            finally:
+                with self.changed, contextlib.suppress(ValueError):
+                    self.async_waiters.remove((loop, future))
 
     def position(self) -> int | None:
         """Position of the message that is given out next; None when nothing has told yet."""
@@ -308,6 +336,11 @@ class _SubscriberBase:
     def end_position(self) -> int:
         """Where the log ended when the subscription began."""
         return self._engine.end_position
+
+    async def _end_now(self) -> int:
+        engine = self._engine
+        topic = await engine.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=engine.topic), pb.Topic)
+        return int(topic.end_position)
 
 
 class Subscriber(_SubscriberBase):
@@ -347,10 +380,12 @@ class Subscriber(_SubscriberBase):
     def get_all(self) -> list[Message]:
         """Everything up to the end of the log as it is now. The paper's GetAll()."""
         out: list[Message] = []
-        topic = self._engine.client_loop.run(self._engine.connection.any(
-            "Admin/DescribeTopic", pb.DescribeTopicRequest(name=self._engine.topic), pb.Topic))
-        while (self.position or 0) < topic.end_position:
-            out += self.fetch(topic.end_position - (self.position or 0), timeout=10.0)
+        end = self._engine.client_loop.run(self._end_now())
+        while (left := end - (self.position or 0)) > 0:
+            found = self.fetch(left, timeout=PROGRESS_SECONDS)
+            if not found:
+                raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
+            out += found
         return out
 
     def seek(self, start: Start) -> None:
@@ -388,6 +423,21 @@ class AsyncSubscriber(_SubscriberBase):
     async def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages."""
         return await self._engine.fetch_batches_async(timeout)
+
+    async def get_next(self, timeout: float | None = None) -> Message | None:
+        """The next message; None when none came in time."""
+        return next(iter(await self.fetch(1, timeout)), None)
+
+    async def get_all(self) -> list[Message]:
+        """Everything up to the end of the log as it is now."""
+        out: list[Message] = []
+        end = await self._engine.client_loop.call(self._end_now())
+        while (left := end - (self.position or 0)) > 0:
+            found = await self.fetch(left, PROGRESS_SECONDS)
+            if not found:
+                raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
+            out += found
+        return out
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
-from broker.errors import BrokerUnavailable, CxlmqError, from_code
+from broker.errors import BrokerUnavailable, CxlmqError, DamagedData, from_code
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import BrokerAddress, translated
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from client.batch import Batch
 
 PUBLISH = "/cxlmq.v1.PubSub/Publish"
+CLOSE_SECONDS = 5.0
 COMPRESSIONS = {None: None, "gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
 
 
@@ -79,65 +81,51 @@ class PublishTransport:
         return from_code(refusal.code, refusal.message, **details)
 
     async def _run(self) -> None:
+        """Write what is queued and read the answers, until the stream ends; the reader learns why it ended."""
         error: CxlmqError = BrokerUnavailable(address=self.broker.target)
-        reader = asyncio.get_running_loop().create_task(self._read())
+        writer = asyncio.get_running_loop().create_task(self._write())
         try:
-            await self._call.write(self._opened)
-            await self._write()
-            await reader
-            if self._closing and not self._waiting:
-                return
+            await self._read()
         except grpc.aio.AioRpcError as failed:
             error = translated(failed, self.broker.target)
-        except asyncio.InvalidStateError:
-            error = await self._why()
+        except DecodeError:
+            error = DamagedData(f"{self.broker.target} sent what is no PublishResponse")
         except asyncio.CancelledError:
             if self._closing:
                 return
-            error = await self._why()
         finally:
             self.alive = False
-            reader.cancel()
+            writer.cancel()
         if not self._closing:
             self._on_broken(self, error)
 
-    async def _why(self) -> CxlmqError:
-        """What ended a call that can no longer be written to."""
-        try:
-            code = await self._call.code()
-            if code == grpc.StatusCode.OK:
-                return BrokerUnavailable(address=self.broker.target)
-            return translated(grpc.aio.AioRpcError(
-                code, await self._call.initial_metadata(), await self._call.trailing_metadata(),
-                details=await self._call.details()), self.broker.target)
-        except (asyncio.CancelledError, grpc.aio.UsageError, grpc.aio.AioRpcError):
-            return BrokerUnavailable(address=self.broker.target)
-
     async def _write(self) -> None:
-        while True:
-            while self._queue:
-                batch = self._queue.popleft()
-                frame = batch.frame
-                if frame is None:
-                    continue                # settled meanwhile
-                await self._call.write(frame)
-                if self._level == 0:
-                    self.answered(batch.sequence)
-                    batch.publisher.settled_at_send(batch)
-            if self._closing:
-                await self._call.done_writing()
-                return
-            self._news.clear()
-            if not self._queue:
-                await self._news.wait()
+        try:
+            await self._call.write(self._opened)
+            while True:
+                while self._queue:
+                    await self._write_batch(self._queue.popleft())
+                if self._closing:
+                    await self._call.done_writing()
+                    return
+                self._news.clear()
+                if not self._queue:
+                    await self._news.wait()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass                            # the call has ended: the reader says why
+
+    async def _write_batch(self, batch: "Batch") -> None:
+        frame = batch.frame
+        if frame is None or batch.sequence not in self._waiting:
+            return                          # settled meanwhile, or given another sequence
+        await self._call.write(frame)
+        if self._level == 0:
+            batch.publisher.settled_at_send(batch)
 
     async def _read(self) -> None:
         while True:
             frame = await self._call.read()
             if frame is grpc.aio.EOF:
-                self._news.set()
-                if not self._closing:
-                    self._task.cancel()
                 return
             self._on_acks(self, pb.PublishResponse.FromString(frame))
 
@@ -153,7 +141,7 @@ class PublishTransport:
         self._closing = True
         self._news.set()
         try:
-            await asyncio.wait_for(self._task, 5.0)
+            await asyncio.wait_for(self._task, CLOSE_SECONDS)
         except (TimeoutError, asyncio.CancelledError, grpc.aio.AioRpcError):
             self._call.cancel()
 

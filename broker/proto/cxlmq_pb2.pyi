@@ -191,18 +191,20 @@ class Topic(_message.Message):
     def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from")
+    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
+    RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     topic: str
     client_id: int
     session_epoch: int
     ack: int
     resume_from: int
-    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ...) -> None: ...
+    resume_epoch: int
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
     __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms")

@@ -64,6 +64,8 @@ cdef class OrderState:
     cdef readonly int head_broker
     cdef TopicOrder* topics
     cdef Session* sessions
+    cdef uint64_t topic_count           # for __dealloc__: by then the collector may have taken `layout` away
+    cdef uint64_t session_count
     cdef SequencerCounters* counters
     cdef readonly uint64_t epoch
     cdef readonly int scanners

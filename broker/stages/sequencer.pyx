@@ -51,6 +51,8 @@ cdef class OrderState:
         self.head_broker = head_broker
         self.epoch = epoch
         self.scanners = scanners
+        self.topic_count = layout.g.topic_count_max
+        self.session_count = layout.g.session_count_max
         self.topics = <TopicOrder*>calloc(layout.g.topic_count_max, sizeof(TopicOrder))
         self.sessions = <Session*>calloc(layout.g.session_count_max, sizeof(Session))
         self.ordered = <Ordered*>calloc(layout.g.topic_count_max * layout.g.broker_count, sizeof(Ordered))
@@ -70,12 +72,12 @@ cdef class OrderState:
     def __dealloc__(self):
         cdef uint64_t i
         if self.topics != NULL:
-            for i in range(self.layout.g.topic_count_max):
+            for i in range(self.topic_count):
                 free(self.topics[i].done)
                 free(self.topics[i].done_batch)
             free(self.topics)
         if self.sessions != NULL:
-            for i in range(self.layout.g.session_count_max):
+            for i in range(self.session_count):
                 free(self.sessions[i].held)
             free(self.sessions)
         free(self.ordered)
@@ -632,7 +634,7 @@ cdef class Scanner(Stage):
             other = &self.state.sessions[i]
             if i == number or other.client_id != line.client_id or other.topic != line.topic:
                 continue
-            if other.epoch > line.session_epoch and other.state & 0xFF == SESSION_OPEN:
+            if other.epoch >= line.session_epoch and other.state & 0xFF == SESSION_OPEN:
                 session.state = (state & ~<uint64_t>0xFF) | SESSION_FENCED     # an old epoch comes late
             elif other.epoch < line.session_epoch:
                 if other.state & 0xFF == SESSION_OPEN:
@@ -661,6 +663,7 @@ cdef class Scanner(Stage):
         self.put_progress(number)
         self.memory.fence()
         self.drop_held(session, RESULT_FENCED)
+        self.touch(session)
         self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
 
     cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil:

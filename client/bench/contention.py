@@ -113,7 +113,7 @@ class SequencerAlone:
         table = TopicTable(admin, self._layout, self._look_at_topics)
         topics = [await table.create(TopicConfig(name=f"bench-{number}"), LEASE_NS, lambda: list(brokers))
                   for number in range(TOPICS)]
-        found = {}
+        found: dict[tuple[int, int], tuple[int, int]] = {}
         for broker in brokers:
             sessions = SessionTable(admin, self._layout, broker, functools.partial(self._announce, admin, broker))
             for topic in topics:

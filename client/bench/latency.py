@@ -34,7 +34,7 @@ def measure_latency(workload: Workload, transport: str, *, gap_seconds: float = 
             admin.create_topic(TOPIC, order=topic.order, ack=topic.ack, replication_factor=topic.replication_factor)
         options: dict[str, Any] = {
             "cluster": cluster.name, "transport": transport, "ack": workload.ack, "linger_ms": 0.0,
-            "bootstrap": cluster.addresses[0].tcp if workload.network == "tcp" else None,
+            "bootstrap": cluster.addresses[0].tcp if (transport, workload.network) == ("grpc", "tcp") else None,
             "batch_bytes": min(workload.framed_bytes, cluster.config.batch_bytes_max)}
         with Publisher(TOPIC, **options) as publisher:
             progress(f"{transport}: {batches} batches, {gap_seconds * 1000:g} ms apart")

@@ -53,6 +53,8 @@ def measure_limits(which: Iterable[str] = WHICH, *, batch_bytes: int = PIECE_BYT
                         runs=min(runs, 3), publishers=publishers)
         found[f"{name}_gigabytes_per_second"] = limit.gigabytes_per_second
         found[f"{name}_ack_latency_us_p50"] = limit.ack_latency_us_p50
+        found[f"{name}_cpu_seconds_per_gigabyte"] = {"publishers": limit.publisher_cpu_seconds_per_gigabyte,
+                                                     "servers": limit.server_cpu_seconds_per_gigabyte}
     if transports:
         found["transport_batch_bytes"] = batch_bytes
     return found

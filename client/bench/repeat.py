@@ -53,7 +53,7 @@ def measure_cases(cases: dict[str, Workload], *, limits: bool = True,
         measured[name] = found
         rows += statistics_of(name, found["runs"])
     first: dict[str, Any] = next(iter(measured.values()))
-    return {"rows": rows, "cases": measured, "limits": first["limits"], "notes": first["notes"],
+    return {"rows": rows, "cases": measured, "limits": first["limits"],
             "verified": all(run["verified"] for found in measured.values() for run in found["runs"])}
 
 

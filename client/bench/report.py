@@ -84,9 +84,9 @@ def document(measured: dict[str, Any]) -> dict[str, Any]:
     """The JSON of throughput runs: the run itself, or `runs` and `medians` when there are several."""
     runs: list[dict[str, Any]] = measured["runs"]
     if len(runs) == 1:
-        return {**runs[0], "notes": measured["notes"], **about()}
+        return {**runs[0], **about()}
     return {"runs": runs, "medians": medians(runs), "limits": measured["limits"],
-            "verified": all(run["verified"] for run in runs), "notes": measured["notes"], **about()}
+            "verified": all(run["verified"] for run in runs), **about()}
 
 
 def about() -> dict[str, Any]:
@@ -222,11 +222,10 @@ def bar_chart(values: Sequence[tuple[str, float]], unit: str = "GB/s") -> str:
 
 
 def throughput_text(report: dict[str, Any]) -> str:
-    """Table, bars and remarks, as they are printed and kept in table.txt."""
+    """Table and bars, as they are printed and kept in table.txt."""
     rows = throughput_rows(report)
     names = [f"run {number}" for number in range(1, len(rows[0]))]
-    notes = [f"note: {note}" for note in report["notes"]]
-    return "\n".join([table_text("", ["", *names], rows), "", bar_chart(bars(report)), *notes])
+    return "\n".join([table_text("", ["", *names], rows), "", bar_chart(bars(report))])
 
 
 def table_text(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

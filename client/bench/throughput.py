@@ -23,9 +23,8 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from broker.errors import ConfigError, CxlmqError
+from broker.errors import CxlmqError
 from broker.region import attach_region, region_statistics
-from client import subscriber as subscribers
 from client.admin import Admin
 from client.bench import load
 from client.bench.harness import Child, LimitError
@@ -33,7 +32,6 @@ from client.bench.limit import measure_limits
 from client.bench.pattern import Difference, Verifier
 from client.bench.workload import TOPIC, Workload
 from client.cluster import Cluster
-from client.publisher import TRANSPORTS as CLIENT_TRANSPORTS
 from client.subscriber import Subscriber
 
 WARM_UP_SHARE = 0.05
@@ -44,7 +42,6 @@ CHILD_SECONDS = 60.0
 SLOWEST_BYTES_PER_SECOND, SLOWEST_BATCHES_PER_SECOND = 10e6, 200
 READ_SECONDS = 30.0
 LIMIT_FIELDS = ("memcpy_gigabytes_per_second", "nontemporal_gigabytes_per_second", "grpc_gigabytes_per_second")
-ATTACHED_MISSING = "TRANSPORT attached is not available in this version: only grpc was measured"
 MUTEX_FINE, MUTEX_BAD = 100, 1000       # contentions/s
 
 Progress = Callable[[str], None]
@@ -69,36 +66,24 @@ def lock_advice(mode: str, contended_per_second: float) -> str:
     return f"{rate}: either works; measure the sequencer alone with scripts/measure_mutex_contention.sh"
 
 
-def reading_transport(transport: str) -> str:
-    """How a run over `transport` is read back: the same way where subscribers have it."""
-    return transport if transport in getattr(subscribers, "TRANSPORTS", ("grpc",)) else "grpc"
-
-
-def wanted_transports(workload: Workload) -> tuple[list[str], list[str]]:
-    """The transports to run, and remarks. Raises `ConfigError` for one that this version does not have."""
-    if workload.transport != "both":
-        if workload.transport not in CLIENT_TRANSPORTS:
-            raise ConfigError(setting="TRANSPORT (--transport)", value=repr(workload.transport), allowed="grpc, both")
-        return [workload.transport], []
-    if "attached" in CLIENT_TRANSPORTS:
-        return ["attached", "grpc"], []
-    return ["grpc"], [ATTACHED_MISSING]
+def wanted_transports(workload: Workload) -> list[str]:
+    """The transports to run."""
+    return ["attached", "grpc"] if workload.transport == "both" else [workload.transport]
 
 
 def measure_workload(workload: Workload, *, limits: bool = True, warm_up: bool = True,
                      progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Every transport and trial of a workload: `runs`, the remarks, and the limits of the same run.
+    """Every transport and trial of a workload: `runs`, and the limits of the same run.
 
-    Raises `ConfigError` before anything starts, `RunFailed` when a run cannot be finished.
+    Raises `RunFailed` when a run cannot be finished.
     """
-    transports, notes = wanted_transports(workload)
     found = run_limits(workload, progress) if limits else dict.fromkeys(LIMIT_FIELDS)
     runs = []
-    for transport in transports:
+    for transport in wanted_transports(workload):
         for trial in range(1, workload.trials + 1):
             progress(f"{transport}, trial {trial} of {workload.trials}: starting {workload.brokers} brokers")
             runs.append({**measure_run(workload, transport, found, warm_up, progress), "trial": trial})
-    return {"runs": runs, "notes": notes, "limits": found}
+    return {"runs": runs, "limits": found}
 
 
 def run_limits(workload: Workload, progress: Progress) -> dict[str, Any]:
@@ -213,7 +198,8 @@ class Run:
         self._cluster = cluster
         self._progress = progress
         self._region = attach_region(cluster.name, writable=False)
-        self._bootstrap = cluster.addresses[0].tcp if workload.network == "tcp" else None
+        over_tcp = transport == "grpc" and workload.network == "tcp"
+        self._bootstrap = cluster.addresses[0].tcp if over_tcp else None
         self._stack = contextlib.ExitStack()
         self._publishers: list[Child] = []
         self._verifier = Verifier(workload.publishers, workload.message_bytes, workload.order == 5,
@@ -303,7 +289,7 @@ class Run:
         verifier, started = self._verifier, time.monotonic()
         verified_before = verifier.verified_bytes
         with Subscriber(TOPIC, cluster=self._cluster.name, bootstrap=self._bootstrap, start=verifier.position,
-                        transport=reading_transport(self._transport)) as subscriber:
+                        transport=self._transport) as subscriber:
             while verifier.missing > 0:
                 batches = subscriber.fetch_batches(timeout=READ_SECONDS)
                 if not batches:
@@ -322,7 +308,7 @@ class Run:
         total_bytes, seconds = measured.messages * workload.message_bytes, max(measured.seconds, 1e-9)
         verified = self._difference is None and measured.verified_bytes == total_bytes
         return {
-            "transport": self._transport, **_settings(workload),
+            "transport": self._transport, **_settings(workload), "network": "tcp" if self._bootstrap else "unix",
             "batch_bytes": workload.batch_bytes or round(total_bytes / max(1, measured.batches)),
             "batch_bytes_mean": total_bytes / max(1, measured.batches),
             "messages": measured.messages, "batches": measured.batches, "total_bytes": total_bytes,
@@ -333,7 +319,7 @@ class Run:
             "verified_order": "per publisher" if self._verifier.ordered else "none: the topic's order promises none",
             "difference": None if self._difference is None else str(self._difference),
             "rounds": measured.rounds,
-            "read_back": {"transport": reading_transport(self._transport), **_read_back_report(measured)},
+            "read_back": _read_back_report(measured),
             "warm_up": {"bytes": self._warm.messages * workload.message_bytes, "rounds": self._warm.rounds,
                         "seconds": self._warm.seconds, "verified_bytes": self._warm.verified_bytes},
             "sequencer_lock": _lock_report(workload.sequencer_lock, measured.sequencer, seconds),

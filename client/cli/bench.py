@@ -299,7 +299,7 @@ def _repeat_text(found: dict[str, Any], changes: list[dict[str, Any]]) -> str:
                  _figure(each["now"], 3), f"{each['change']:+.1%}", each["verdict"]] for each in changes]
         parts.append(table_text("Against the baseline", ["case", "transport", "figure", ">baseline", ">now", ">change",
                                                          "verdict"], rows))
-    return "\n\n".join([*parts, *(f"note: {note}" for note in found["notes"])])
+    return "\n\n".join(parts)
 
 
 # ---- latency -------------------------------------------------------------------------------------------------------
@@ -331,18 +331,16 @@ def latency(values: dict[str, Any], gap: float, batches: int, quiet: bool, resul
     from client.bench.workload import Workload
 
     workload = Workload.parse(values)
-    transports, notes = wanted_transports(workload)
     with _measuring():
         runs = [measure_latency(workload, transport, gap_seconds=gap, batches=batches, progress=_progress(quiet))
-                for transport in transports]
+                for transport in wanted_transports(workload)]
     names = ("p50", "p99", "p999", "max")
     rows = [[run["transport"], *(_figure(run["ack_latency_us"][name], 1) for name in names),
              *(_figure(run["sent_to_ack_us"][name], 1) for name in ("p50", "p99")), f"{run['broker_cores']:.3f}"]
             for run in runs]
     columns = ["transport", ">p50 us", ">p99 us", ">p99.9 us", ">max us", ">sent to ack p50", ">p99", ">broker cores"]
     text = table_text(f"Lone batches of {workload.message_bytes:,} bytes, {gap * 1e6:,.0f} us apart", columns, rows)
-    _finish(_about({"runs": runs, "notes": notes}), "\n".join([text, *(f"note: {note}" for note in notes)]),
-            json_target, results, "latency")
+    _finish(_about({"runs": runs}), text, json_target, results, "latency")
 
 
 # ---- contention ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ import pytest
 from broker.errors import ConfigError, RegionTooSmall
 from client.bench import flamegraph, repeat, report
 from client.bench.throughput import (
-    ATTACHED_MISSING,
     Reading,
     Totals,
     lock_advice,
@@ -41,7 +40,7 @@ def a_run(transport: str = "grpc", gigabytes_per_second: float = 1.5, **changes:
 
 
 def measured(*runs: dict[str, Any]) -> dict[str, Any]:
-    return {"runs": list(runs), "notes": ["a remark"], "limits": LIMITS}
+    return {"runs": list(runs), "limits": LIMITS}
 
 
 # ---- the document --------------------------------------------------------------------------------------------------
@@ -79,7 +78,7 @@ def test_medians_leave_out_what_was_not_measured() -> None:
 def test_the_text_says_what_matters() -> None:
     text = report.throughput_text(report.document(measured(a_run())))
     for wanted in ("1.500", "0.75  (of 2.00 GB/s)", "5,000 / 9,000 / 9,500 us", "every byte, in order",
-                   "the mutex is fine", "limit: bare gRPC", "note: a remark"):
+                   "the mutex is fine", "limit: bare gRPC"):
         assert wanted in text
     wrong = a_run(verified=False, difference="position 7, publisher 1, byte 3: differs", ack_latency_us={"p50": None})
     text = report.throughput_text(report.document(measured(wrong)))
@@ -229,10 +228,9 @@ def test_a_round_fits_into_what_the_region_keeps(message: str, batch: str) -> No
     assert batches <= 16384 / 2
 
 
-def test_attached_is_said_to_be_missing_once() -> None:
-    transports, notes = wanted_transports(Workload.parse({"transport": "both"}))
-    assert "grpc" in transports
-    assert (notes == [ATTACHED_MISSING]) == ("attached" not in transports)
+def test_both_transports_are_measured_the_fast_one_first() -> None:
+    assert wanted_transports(Workload.parse({})) == ["attached", "grpc"]
+    assert wanted_transports(Workload.parse({"transport": "grpc"})) == ["grpc"]
 
 
 # ---- flame graphs --------------------------------------------------------------------------------------------------

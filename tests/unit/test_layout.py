@@ -66,8 +66,8 @@ def places_of(layout: Layout) -> list[tuple[int, int, str]]:
 
 def test_every_record_is_made_of_whole_lines() -> None:
     for record, dtype in DTYPES.items():
-        assert dtype.itemsize % 64 == 0 or record == "BatchResult", record
-    assert DTYPES["BatchResult"].itemsize == 16
+        assert dtype.itemsize % 64 == 0 or record in ("BatchResult", "Lease"), record
+    assert DTYPES["BatchResult"].itemsize == DTYPES["Lease"].itemsize == 16
     assert {record: DTYPES[record].itemsize for record in ("Superblock", "BatchHeader", "OrderEntry")} == {
         "Superblock": 512, "BatchHeader": 64, "OrderEntry": 64}
 
@@ -130,7 +130,10 @@ def test_no_two_records_overlap_and_all_lie_in_the_region(brokers: int) -> None:
 def test_sections_follow_each_other_without_a_gap_before_the_segments() -> None:
     layout = compute()
     for (_, start, nbytes), (name, following, _) in zip(layout.sections[:-1], layout.sections[1:-1], strict=False):
-        assert start + nbytes == following, name
+        if name == "attached-client slots":
+            assert 0 <= following - start - nbytes < 4096       # they begin on a page of their own
+        else:
+            assert start + nbytes == following, name
     name, start, _ = layout.sections[-1]
     assert name == "segments"
     assert start % layout.numbers["segment_bytes"] == 0
