@@ -38,6 +38,11 @@ cdef class Doorbell:
     cdef void disarm(self) noexcept nogil:
         self.memory.fetch_add(self.offset + 8, <uint64_t>-1)
 
+    def sleep_now(self, uint32_t seen, int64_t timeout_ns) -> None:
+        """Sleep until somebody rings, unless one has since `seen` was loaded; for tests and tools."""
+        with nogil:
+            self.sleep(seen, timeout_ns)
+
     def ring_now(self) -> None:
         """Wake whoever sleeps here."""
         self.ring()

@@ -154,7 +154,7 @@ cdef class Layout:
         longest_run = int(g.batch_bytes_max + segment_bytes - 1) // segment_bytes
         require(pool_strategy != "leader" or longest_run <= POOL_RING,
                 f"with the leader's pool a batch may take {POOL_RING} segments: make segment_bytes at least "
-                f"{1 << (int(g.batch_bytes_max) // POOL_RING).bit_length()}, not {segment_bytes}")
+                f"{1 << ((int(g.batch_bytes_max) - 1) // POOL_RING).bit_length()}, not {segment_bytes}")
         smallest_count = longest_run + 2 * broker_count
         if pool_strategy == "partitioned":      # every part must have that room
             smallest_count = (longest_run + 2) * broker_count

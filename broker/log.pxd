@@ -26,6 +26,7 @@ cdef struct Slot:
 cdef struct OpenSegment:
     uint64_t used_to            # one past the sequence of the last batch in it, 0 none
     uint64_t leased             # an attached client may still write here
+    uint64_t orphan             # its topic is gone: back to the pool when the lease ends
     uint64_t end_position       # messages below it are those that the segment holds
 
 cdef struct TopicLog:

@@ -117,7 +117,13 @@ cdef class BrokerLog:
         cdef uint64_t segment
         self.lock()
         for segment in range(self.layout.g.segment_count):
-            if log.held[segment // 64] >> (segment % 64) & 1:
+            if not log.held[segment // 64] >> (segment % 64) & 1:
+                continue
+            if self.segments[segment].leased:
+                self.segments[segment].orphan = 1
+                log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
+                log.segment_count -= 1
+            else:
                 self.drop_segment(topic, segment)
         log.cursor = log.end = 0
         self.unlock()
@@ -217,6 +223,9 @@ cdef class BrokerLog:
         self.lock()
         for segment in range(first, first + nbytes // self.layout.g.segment_bytes):
             self.segments[segment].leased = 0
+            if self.segments[segment].orphan:
+                self.pool.release(segment)
+                cxl_count(&self.counters.segments_released, 1)
         self.topics[topic].release_again = 1
         self.unlock()
         dirty_add(&self.to_release, topic)

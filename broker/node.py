@@ -43,7 +43,7 @@ import msgspec
 from broker.config import ClusterConfig, make_folder
 from broker.doorbell import Doorbell
 from broker.errors import CxlmqError, RegionForeign
-from broker.layout import BrokerState, SessionState
+from broker.layout import BrokerState
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
@@ -271,7 +271,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         while not stop.is_set():
             node.beat()
             for slot, generation in node.dead_clients():
-                server.close_attached(slot, generation)
+                await server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), node.config.heartbeat_ms / 1000)
     finally:

@@ -249,7 +249,7 @@ class AdminService:
                              end_position=frontiers["committed_position"], doorbell=node.broker)
 
     async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
-        self._server.close_attached(request.slot, request.generation)
+        await self._server.close_attached(request.slot, request.generation)
         self._node.doorbells[self._node.broker].ring_now()
         return pb.DetachResponse()
 
@@ -521,11 +521,19 @@ class BrokerServer:
             async with self._receiving_free:
                 self._receiving_free.notify_all()
 
-    def close_attached(self, slot: int, generation: int) -> None:
+    async def close_attached(self, slot: int, generation: int) -> None:
         """An attached client is done, or dead: its slot and its cursor are free again."""
-        if self.node.attach.close_slot(slot, generation) and slot in self.attached_cursors:
-            self.cursors.close(self.attached_cursors.pop(slot))
-            self.node.watch_commits(-1)
+        if not self.node.attach.close_slot(slot, generation):
+            return
+        self.node.doorbells[self.node.broker].ring_now()
+        if slot not in self.attached_cursors:
+            return
+        cursor = self.attached_cursors.pop(slot)
+        # The stage moves the cursor as long as the slot is open: only then may somebody else have it.
+        while self.node.attach.is_taken(slot, generation):
+            await asyncio.sleep(0.001)
+        self.cursors.close(cursor)
+        self.node.watch_commits(-1)
 
     def epoch(self) -> int:
         """The sequencer's epoch."""

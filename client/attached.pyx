@@ -142,6 +142,7 @@ cdef class AttachedCore:
     cdef readonly uint64_t retries
     cdef uint64_t turn
     cdef readonly bint fenced
+    cdef bint shut                      # nothing may be packed any more
     cdef readonly bint retry_wanted
     cdef bint busy
     cdef public int level
@@ -290,6 +291,8 @@ cdef class AttachedCore:
         cdef uint64_t need = (message_stride(nbytes) + 63) & ~<uint64_t>63
         cdef int64_t c
         cdef Channel* channel
+        while self.shut or self.fenced:
+            self.engine.check()             # raises, or waits for the session to be opened anew
         if nbytes > self.message_bytes_max:
             self.engine.too_big(nbytes)
         self.seal()
@@ -597,6 +600,17 @@ cdef class AttachedCore:
         if self.busy:
             self.wait_idle()
         self.seal()
+
+    def shut_down(self, error) -> None:
+        """Pack nothing more: our leases are about to end. What is packed and not submitted fails with `error`."""
+        cdef Batch batch = self.batch
+        if self.busy:
+            self.wait_idle()
+        self.shut = True
+        if self.is_open and batch is not None:
+            batch.settle(None, None, None, False, error)
+        self.is_open = False
+        self.batch = None
 
     def is_current(self, batch) -> bool:
         """Whether this batch is still being packed."""

@@ -75,6 +75,7 @@ class AttachedEngine:
         self.reopened_event = threading.Event()
         self.reopened_event.set()
         self.ticker: asyncio.Task[None] | None = None
+        self.final: dict[str, int] = {}
         self.extra = dict.fromkeys(("failed", "dropped_oldest", "dropped_newest", "reopened"), 0)
 
     # ---- opening ----------------------------------------------------------------------------------------------------
@@ -148,11 +149,13 @@ class AttachedEngine:
         """Raise what ended the publisher; wait while its session is being opened anew."""
         if self.closed:
             raise self.failure or ClosedError(what="the publisher")
-        if threading.current_thread() is not self.client_loop.thread:
-            assert self.packer is not None
-            if self.packer.fenced or self.reopening is not None:
-                self.client_loop.loop.call_soon_threadsafe(self._start_reopening, "the broker ended it")
-                self.reopened_event.wait(0.01)
+        assert self.packer is not None
+        if not self.packer.fenced and self.reopening is None:
+            return
+        if threading.current_thread() is self.client_loop.thread:
+            raise SessionFenced(reason="it is being opened anew", committed=self.packer.oldest)
+        self.client_loop.loop.call_soon_threadsafe(self._start_reopening, "the broker ended it")
+        self.reopened_event.wait(0.01)
 
     def retry(self) -> None:
         """Submit again what was refused or lost."""
@@ -322,13 +325,13 @@ class AttachedEngine:
         core.poll()
         unsettled = self._settle_committed(core.take_unsettled(), resume_from, expire)
         self.attachments = attachments
+        self.extra["reopened"] += 1
         self._use_attachments()
         for _, offset, nbytes, messages, wall_ns, batch in unsettled:
             while not core.republish(offset, nbytes, messages, wall_ns, batch) and time.monotonic() < deadline:
                 await asyncio.sleep(0.001)
                 core.poll()
         await self._detach(old)
-        self.extra["reopened"] += 1
         self.reopening = None
         self.reopened_event.set()
         if self.on_event is not None:
@@ -356,6 +359,7 @@ class AttachedEngine:
     def _fail_everything(self, error: CxlmqError) -> None:
         assert self.packer is not None
         self.failure, self.closed = error, True
+        self.packer.shut_down(error)
         for *_, messages, _, batch in self.packer.take_unsettled():
             self.extra["failed"] += messages
             if batch is not None:
@@ -383,6 +387,14 @@ class AttachedEngine:
             except CxlmqError:
                 pass                        # a session without streams ends by itself
         await self.connection.close()
+        if self.packer is not None:
+            # Nothing of ours keeps the region mapped any longer; what was counted stays.
+            self.final = {"messages": self.packer.messages, "bytes": self.packer.nbytes,
+                          "batch_bytes_target": self.packer.target, **self.counts}
+            self.packer = None
+        if self.region is not None:
+            self.region.close()
+            self.region = None
 
 
 class _AllSettled:
@@ -395,7 +407,7 @@ class _AllSettled:
     def settled(self) -> bool:
         """Whether nothing is in flight."""
         core = self._engine.packer
-        return self._engine.closed or core is not None and core.in_flight == 0 and self._engine.reopening is None
+        return self._engine.closed or (core is not None and core.in_flight == 0 and self._engine.reopening is None)
 
 
 __all__ = ["AttachedEngine", "Delivery"]

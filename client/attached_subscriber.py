@@ -191,6 +191,6 @@ class AttachedSubscriberEngine:
     async def close(self) -> None:
         """Let go of the place. Views that are still held are no longer protected."""
         self.closed = True
-        self.batch = None
+        self.batch = self.reader = None
         await self._detach()
         await self.connection.close()

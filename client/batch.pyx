@@ -5,6 +5,7 @@ import logging
 import time
 from dataclasses import dataclass
 
+cimport cython
 from cpython.buffer cimport PyBUF_ANY_CONTIGUOUS, PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -121,6 +122,7 @@ def _call(callback, delivery) -> None:
         _log.exception("a delivery callback failed")
 
 
+@cython.freelist(4096)
 cdef class Delivery:
     """A published message on its way. It always settles within the publisher's delivery time-out.
 

@@ -109,6 +109,7 @@ class PublisherEngine:
         self.next_reconnect = 0.0
         self.known_brokers = 0
         self.latencies = array("q")
+        self.final: dict[str, int] = {}
         self.counts = dict.fromkeys(
             ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
 
@@ -706,7 +707,7 @@ class _PublisherBase:
         packer = engine.packer
         return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
                 "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": engine.buffered,
-                **engine.counts}
+                **engine.counts, **engine.final}
 
     def take_latencies(self) -> Any:
         """Send-to-ack times of the batches settled since the last call: numpy int64, ns."""
@@ -735,6 +736,9 @@ class Publisher(_PublisherBase):
         except BaseException:
             engine.client_loop.run(engine.close())
             raise
+        if self._on_delivery is None:
+            # The native method itself: this wrapper would cost as much as packing a small message.
+            self.__dict__["publish"] = self._packer.append
         return self
 
     def publish(self, data: Any) -> Delivery:
@@ -769,7 +773,11 @@ class Publisher(_PublisherBase):
             if self._engine.packer is not None and not self._engine.closed:
                 self._engine.flush(None)
         finally:
-            self._engine.client_loop.run(self._engine.close())
+            self._end()
+
+    def _end(self) -> None:
+        self.__dict__.pop("publish", None)
+        self._engine.client_loop.run(self._engine.close())
 
     def __enter__(self) -> "Publisher":
         return self.open()
@@ -778,7 +786,7 @@ class Publisher(_PublisherBase):
         if kind is None:
             self.close()
         else:
-            self._engine.client_loop.run(self._engine.close())
+            self._end()
 
 
 class AsyncPublisher(_PublisherBase):

@@ -10,6 +10,7 @@ stepping, so every call returns at once or fails.
 import struct
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from broker.config import TopicConfig
@@ -163,8 +164,8 @@ class ManualBroker:
 class ManualCluster:
     """N brokers, the head among them, over a private region. See the module."""
 
-    def __init__(self, brokers: int = 2, scanners: int = 1, lock: str = "atomic", pool: str = "atomic", folder: Any = None,
-                 semaphore: str | None = None, mapping: Any = None, **numbers: int) -> None:
+    def __init__(self, brokers: int = 2, scanners: int = 1, lock: str = "atomic", pool: str = "atomic",
+                 folder: Path | None = None, semaphore: str | None = None, mapping: Any = None, **numbers: int) -> None:
         self.layout = Layout.compute(broker_count=brokers, pool_strategy=pool, **{**TINY, **numbers})
         self.mapping = private_mapping(self.layout.numbers["region_bytes"]) if mapping is None else mapping
         self.count = brokers
@@ -242,7 +243,8 @@ class ManualCluster:
         """Delete a topic; its segments come back with the next steps."""
         drive(self.table.delete(name, lambda: list(range(self.count))))
 
-    def open_session(self, topic: TopicEntry, client: int = 7, epoch: int = 1, broker: int = 0, ack: int = 1) -> Session:
+    def open_session(self, topic: TopicEntry, client: int = 7, epoch: int = 1, broker: int = 0,
+                     ack: int = 1) -> Session:
         """Open a session at a broker, with a stream to every broker."""
         opened = drive(self.brokers[broker].sessions.open(client, epoch, topic.generation << 16 | topic.number, ack))
         session = Session(client, epoch, opened["slot"], topic, ack, opened["predecessor_expected"])
@@ -271,7 +273,8 @@ class ManualCluster:
     def publish(self, session: Session, sequence: int, messages: Sequence[bytes] | None = None, broker: int = 0,
                 published_ns: int = 0) -> int:
         """Hand a batch to a broker's receiver; its status (0: received)."""
-        frame = encode_request(sequence, [payload_of(session, sequence)] if messages is None else messages, published_ns)
+        messages = [payload_of(session, sequence)] if messages is None else messages
+        frame = encode_request(sequence, messages, published_ns)
         return self.brokers[broker].receiver.receive(frame, session.streams[broker], session.topic.number,
                                                      session.client, session.slot, session.epoch)
 

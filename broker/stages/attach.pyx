@@ -62,7 +62,8 @@ cdef class AttachStage(Stage):
                 work += self.follow(i)
             elif state == ATTACH_OPEN:
                 work += self.take(i)
-                work += self.grant(i)
+                if self.slots[i].state == ATTACH_OPEN:
+                    work += self.grant(i)
         if limit == 0:
             return 0
         now = self.clock.now_ns()
@@ -248,6 +249,11 @@ cdef class AttachStage(Stage):
         elif slot.state == ATTACH_OPEN and not slot.subscriber and now - slot.heard_at > self.lease_ns:
             self.fence_slot(i)
             return 1
+        if slot.state == ATTACH_OPEN and self.log.topics[slot.topic].generation != slot.topic_generation:
+            slot.state = ATTACH_FENCED          # the topic is being deleted; the leases end when the client says so
+            self.write_line(i)
+            self.acks.ring_client(self.first + i)
+            return 1
         if slot.closing == 0:
             return 0
         if slot.subscriber:
@@ -348,6 +354,11 @@ cdef class AttachStage(Stage):
         cxl_store_release(&self.slots[i].closing, 1)
         self.next_check = 0
         return True
+
+    def is_taken(self, uint64_t number, uint64_t generation) -> bool:
+        """Whether a slot is still in that client's use."""
+        cdef AttachSlot* slot = &self.slots[number - self.first]
+        return slot.generation == generation and cxl_load_acquire(&slot.state) != ATTACH_FREE
 
     def open_slots(self) -> list[dict]:
         """Slots in use: number, generation, pid, start_time, state, leases held."""

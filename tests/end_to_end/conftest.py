@@ -1,6 +1,7 @@
 """A running cluster for each module that wants one, and names that nobody else has."""
 
 import contextlib
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def traces(name: str) -> list[str]:
     """What is left of a cluster: shared memory, semaphores, its folder, its processes."""
     folder = load_config(environment={}, name=name).folder
     left = [str(each) for each in (*SHARED.glob(f"*cxlmq-{name}*"), folder) if each.exists()]
+    gc.collect()                        # mappings of closed clients that only a reference cycle keeps
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:

@@ -218,7 +218,7 @@ def test_pressure_of_one_topic_takes_from_the_topic_that_keeps_most() -> None:
     fill(cluster, cluster.open_session(large, client=1), 30)
     session, sequence = cluster.open_session(small, client=2), 0
     while not any(reclaimed(cluster, topic.number)["reclaimed_index"] for topic in (large, small)):
-        sequence += fill(cluster, session, 1, 100, first=sequence)
+        sequence += fill(cluster, session, 1, 1000, first=sequence)
     assert reclaimed(cluster, large.number)["reclaimed_index"] > 0
     assert reclaimed(cluster, small.number)["reclaimed_index"] == 0
 

@@ -144,7 +144,7 @@ def test_a_broker_that_takes_no_note_leaves_no_half_made_topic() -> None:
     config, _ = TopicConfig(name="half").validate(2)
 
     async def create() -> None:
-        import broker.topics as topics
+        from broker import topics
 
         kept, topics.ROUND_SECONDS = topics.ROUND_SECONDS, 0.01
         try:
