@@ -68,6 +68,7 @@ cdef class BrokerLog:
     cdef DirtySet to_delegate
     cdef DirtySet to_release
     cdef BrokerCounters* counters
+    cdef uint64_t eager                 # attached clients here: they wait for microseconds
     cdef uint64_t lock_words[16]
     cdef uint64_t pressure_sent
     cdef readonly uint64_t pressure_bytes

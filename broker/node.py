@@ -128,7 +128,8 @@ class BrokerNode:
         replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
                                   self._replica_superblock, self.doorbells)
         if self.config.thread_plan == "staged":
-            plan = [[directory, self.attach, delegation, release], [self.acks, self.watch], *([stage] for stage in head_stages)]
+            plan = [[directory, self.attach, delegation, release], [self.acks, self.watch],
+                    *([stage] for stage in head_stages)]
         else:
             first, others = head_stages[:1], head_stages[1:]
             extra = [[stage] for stage in others if isinstance(stage, Scanner)]
@@ -336,7 +337,7 @@ def _report(error: CxlmqError, as_json: bool) -> None:
         print(f"error: {error.message} ({error.code})", file=sys.stderr)
 
 
-def main(arguments: list[str] | None = None, read: Callable[[], str] = lambda: sys.stdin.read()) -> int:
+def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin.read) -> int:
     """`python -m broker.node --id K`: the configuration comes as JSON on standard input."""
     parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
     parser.add_argument("--id", type=int, required=True, help="number of this broker, 0 is the head")

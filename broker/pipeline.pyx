@@ -1,7 +1,7 @@
 """The loop that runs stages, and how it waits. Stages own no thread; a thread here is a list of stages and one waiter.
 
     latency    yields for ever: the shortest waits, whole cores busy
-    balanced   yields for a bounded time after the last work, then sleeps on the doorbell
+    balanced   yields for a bounded time after the last work (short while only gRPC clients are there), then sleeps
     saver      sleeps at once
 """
 
@@ -34,6 +34,7 @@ cdef class Pipeline:
     cdef void** stages
     cdef int stage_count
     cdef Doorbell doorbell
+    cdef BrokerLog log
     cdef BrokerCounters* counters
     cdef int64_t yield_ns
     cdef uint64_t stopping
@@ -52,6 +53,7 @@ cdef class Pipeline:
                 raise TypeError(f"{stage!r} is not a stage")
             self.stages[i] = <void*>stage
         self.doorbell = doorbell
+        self.log = log
         self.counters = log.counters
         self.yield_ns = yield_ns
 
@@ -102,8 +104,8 @@ cdef class Pipeline:
             else:
                 # Stays idle until there is work: a wake-up without any goes straight back to sleep.
                 self.sleep()
-                # Yielding pays when work comes sooner than the window lasts; after longer sleeps it only costs.
-                window = self.yield_ns if cxl_now_ns() - now < 2 * self.yield_ns else self.yield_ns // YIELD_SHORT
+            # Yielding pays where microseconds matter, for attached clients; gRPC needs the processor more.
+            window = self.yield_ns if cxl_load_acquire(&self.log.eager) else self.yield_ns // YIELD_SHORT
 
     def run(self) -> None:
         """Run until `stop`; without the GIL."""

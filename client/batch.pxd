@@ -20,7 +20,7 @@ cdef class Batch:
     cdef public list callbacks
     cdef public object publisher
 
-    cdef bint append(self, const void* source, uint64_t nbytes) noexcept
+    cdef bint append(self, const void* source, uint64_t nbytes) noexcept nogil
     cdef bint fits(self, uint64_t nbytes) noexcept
     cdef int _cut(self, Py_ssize_t size) except -1
 

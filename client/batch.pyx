@@ -50,7 +50,7 @@ cdef class Batch:
     cdef bint fits(self, uint64_t nbytes) noexcept:
         return self.used + message_stride(nbytes) <= self.capacity
 
-    cdef bint append(self, const void* source, uint64_t nbytes) noexcept:
+    cdef bint append(self, const void* source, uint64_t nbytes) noexcept nogil:
         """Pack one message; False when it does not fit."""
         cdef uint8_t* at = self.data + self.used
         cdef uint64_t stride = message_stride(nbytes)
@@ -185,6 +185,10 @@ cdef class Delivery:
         return self.receipt()
 
 
+cdef enum:
+    NOGIL_BYTES = 32768                 # copies from here on let other threads run
+
+
 class Dropped(Exception):
     """The policy for a full buffer drops this message; `error` is what its delivery settles with."""
 
@@ -213,6 +217,7 @@ cdef class Packer:
     cdef public uint64_t target         # payload bytes of a batch
     cdef readonly uint64_t messages
     cdef readonly uint64_t nbytes
+    cdef bint busy                      # a large copy goes on without the GIL: the batch must stay as it is
 
     def __init__(self, publisher, full, uint64_t target, uint64_t message_bytes_max):
         self.publisher = publisher
@@ -222,11 +227,29 @@ cdef class Packer:
 
     def take(self):
         """The current batch, which is then no longer current; None when it is empty."""
-        cdef Batch batch = self.batch
+        cdef Batch batch
+        self._wait_idle()
+        batch = self.batch
         if batch is None or batch.count == 0:
             return None
         self.batch = None
         return batch
+
+    cdef int _wait_idle(self) except -1:
+        while self.busy:
+            time.sleep(0)
+        return 0
+
+    cdef bint _append(self, const void* source, uint64_t nbytes) noexcept:
+        cdef Batch batch = self.batch
+        cdef bint fits
+        if nbytes < NOGIL_BYTES:
+            return batch.append(source, nbytes)
+        self.busy = True
+        with nogil:
+            fits = batch.append(source, nbytes)
+        self.busy = False
+        return fits
 
     cdef int _make_room(self, uint64_t nbytes) except -1:
         cdef uint64_t stride = message_stride(nbytes)
@@ -244,7 +267,8 @@ cdef class Packer:
         if nbytes > self.message_bytes_max:
             self.publisher.too_big(nbytes)
         try:
-            while self.batch is None or not self.batch.append(source, nbytes):
+            self._wait_idle()
+            while self.batch is None or not self._append(source, nbytes):
                 self._make_room(nbytes)
         except Dropped as dropped:
             return dropped_delivery(self.publisher, dropped.error)
@@ -289,6 +313,7 @@ cdef class Packer:
         cdef uint64_t i = 0, count = rows.shape[0], nbytes = rows.shape[1], fit, k
         cdef const uint8_t* source = &rows[0, 0] if count and nbytes else NULL
         cdef Delivery delivery = None
+        cdef Batch batch
         if count == 0:
             raise ValueError("publish_array needs at least one row")
         while i < count:
@@ -300,8 +325,12 @@ cdef class Packer:
             fit = min(count - i, (self.batch.capacity - self.batch.used) // message_stride(nbytes))
             if fit == 0:
                 continue
-            for k in range(fit):
-                self.batch.append(source + (i + k) * nbytes, nbytes)
+            batch = self.batch
+            self.busy = True
+            with nogil:
+                for k in range(fit):
+                    batch.append(source + (i + k) * nbytes, nbytes)
+            self.busy = False
             i += fit
             self.messages += fit - 1
             self.nbytes += (fit - 1) * nbytes

@@ -22,7 +22,7 @@ from broker.stages.stage cimport Stage
 from broker.wire cimport MESSAGE_HEADER_BYTES
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_store_release
+from sim.cxl.primitives cimport cxl_count, cxl_fetch_add, cxl_load_acquire, cxl_store_release
 
 cdef enum:
     STEP_DESCRIPTORS = 64
@@ -260,6 +260,7 @@ cdef class AttachStage(Stage):
             slot.closing = 0
             slot.state = ATTACH_CLOSING
             self.write_line(i)
+            cxl_fetch_add(&self.log.eager, <uint64_t>-1)
             cxl_store_release(&slot.state, ATTACH_FREE)
             return 1
         # What it submitted is taken first. The client is gone, or said that it writes no more.
@@ -273,6 +274,7 @@ cdef class AttachStage(Stage):
         cxl_store_release(&self.acks.streams[slot.stream].active, 2)
         slot.closing = 0
         self.write_line(i)
+        cxl_fetch_add(&self.log.eager, <uint64_t>-1)
         cxl_store_release(&slot.state, ATTACH_FREE)
         return 1
 
@@ -340,6 +342,7 @@ cdef class AttachStage(Stage):
         slot.state = ATTACH_OPEN
         self.write_line(i)
         slot.state = ATTACH_FREE
+        cxl_fetch_add(&self.log.eager, 1)
         cxl_store_release(&slot.state, ATTACH_OPEN)
         if i >= self.limit:
             cxl_store_release(&self.limit, i + 1)

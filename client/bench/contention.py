@@ -161,8 +161,10 @@ class SequencerAlone:
         sequencer_bench.forget_committed(self._order, self._door(Role.ROLE_ADMIN, 0), number)
         for log, release in zip(self._logs, self._releases, strict=True):
             release.look_everywhere()
-            while log.topic_state(number)["tail"] < log.topic_state(number)["head"]:
-                release.step_once()
+            while release.step_once():
+                pass
+            if log.topic_state(number)["tail"] < log.topic_state(number)["head"]:
+                raise sequencer_bench.BenchError(f"broker {log.broker} did not get all its ring slots back")
 
     def close(self) -> None:
         """Give back what is not memory."""

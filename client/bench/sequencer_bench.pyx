@@ -8,7 +8,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.layout cimport RESULT_COMMITTED, Layout
-from broker.log cimport RESERVED
+from broker.log cimport RESERVED, TopicLog
 from broker.stages.ack cimport STREAM_BATCHES, AckStage, AckStream
 from broker.stages.receiver cimport Receiver
 from broker.stages.sequencer cimport OrderState, Scanner, TopicOrder
@@ -36,6 +36,7 @@ def fill_ring(Receiver receiver, uint64_t topic, uint64_t client, uint64_t sessi
     cdef uint8_t payload[PAYLOAD_BYTES]
     cdef uint64_t i, slot = 0
     cdef int status = RESERVED
+    cdef TopicLog* log = &receiver.log.topics[topic]
     memset(payload, 0, PAYLOAD_BYTES)
     with nogil:
         for i in range(count):
@@ -43,6 +44,8 @@ def fill_ring(Receiver receiver, uint64_t topic, uint64_t client, uint64_t sessi
                                               first_sequence + i, 0, &slot)
             if status != RESERVED:
                 break
+            # No stream will take the result: the slot need not be kept for one.
+            cxl_store_release(&log.slots[slot & (receiver.layout.g.ring_slot_count - 1)].awaited, 0)
     if status != RESERVED:
         raise BenchError(f"batch {i} of {count} was not received: reserve status {status}")
 

@@ -63,7 +63,7 @@ def lock_advice(mode: str, contended_per_second: float) -> str:
         return f"{rate}: the {mode} is fine (under {MUTEX_FINE}/s)"
     if contended_per_second > MUTEX_BAD:
         return f"{rate}: go lock-free, SEQUENCER_LOCK=atomic (over {MUTEX_BAD:,}/s)"
-    return f"{rate}: either works; measure the sequencer alone with scripts/measure_mutex_contention.sh"
+    return f"{rate}: either works; scripts/measure_mutex_contention.sh measures the sequencer alone"
 
 
 def wanted_transports(workload: Workload) -> list[str]:

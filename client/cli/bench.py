@@ -399,8 +399,8 @@ def _contention_text(found: dict[str, Any]) -> str:
               help="Broker counts, with one topic.")
 @click.option("--topics", "topic_counts", metavar="N,N,...", default="1,4,16,64", show_default=True,
               help="Topic counts, with four brokers.")
-@click.option("--batches", type=click.IntRange(1000), default=400_000, show_default=True, help="Batches of one run.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Medians of so many runs.")
+@click.option("--batches", type=click.IntRange(1000), default=200_000, show_default=True, help="Batches of one run.")
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Medians of so many runs.")
 @quiet_option
 @results_option
 @json_option

@@ -37,7 +37,8 @@ class Traffic(RuleBasedStateMachine):
     @initialize(lock=st.sampled_from(("atomic", "mutex")), scanners=st.integers(1, BROKERS),
                 pool=st.sampled_from(("atomic", "partitioned", "leader")), order=st.sampled_from((5, 5, 2)))
     def start(self, lock: str, scanners: int, pool: str, order: int) -> None:
-        self.cluster = ManualCluster(brokers=BROKERS, lock=lock, scanners=scanners, pool=pool, order_entry_count=32)
+        self.cluster = ManualCluster(brokers=BROKERS, lock=lock, scanners=scanners, pool=pool, order_entry_count=32,
+                                     session_count_max=48)
         self.topic = self.cluster.create(order=order)
         self.order = order
         self.clients = [Client(self.cluster.open_session(self.topic, client=client + 1, broker=client % BROKERS))
