@@ -62,7 +62,7 @@ CLOSE_SECONDS = 5.0
 RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
-TOPIC_CHECK_SECONDS = 0.2
+LOOK_SECONDS = 0.2
 UNKNOWN_POSITION = (1 << 64) - 1
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
@@ -225,6 +225,8 @@ class AdminService:
                                  request.start_time)
         if found is None:
             raise AttachSlotsFull(broker=node.broker)
+        self._server.sessions.attach(opened.session_slot)
+        self._server.attached_sessions[found[0]] = opened.session_slot
         node.doorbells[node.broker].ring_now()
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
                              topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
@@ -275,6 +277,7 @@ class PublishStream:
         self._news = asyncio.Event()
         self._ended = False
         self._gone = False
+        self._full_since = 0.0
         self.entry: TopicEntry | None = None
         self._number = -1
         self._refusals: list[pb.Refusal] = []
@@ -346,13 +349,14 @@ class PublishStream:
 
     async def _receive(self, frame: bytes, entry: TopicEntry, opened: pb.PublishOpen) -> None:
         """Take one batch in; wait for room when something is full, and say what when that takes too long."""
-        deadline, pause = 0.0, 0.0002
+        pause = 0.0002
         while True:
             if not self._node.topics.is_open(entry):
                 raise UnknownTopic(topic=entry.name)    # its number may belong to another topic by now
             status = self._receiver.receive(frame, self._number, entry.number, opened.client_id, opened.session_slot,
                                             opened.session_epoch)
             if status == receiving.RECEIVED:
+                self._full_since = 0.0
                 return
             if status == receiving.MALFORMED:
                 raise BadBatch(reason="its messages do not add up")
@@ -364,8 +368,8 @@ class PublishStream:
             if status == receiving.TOPIC_CLOSED:
                 raise UnknownTopic(topic=entry.name)
             now = time.monotonic()
-            deadline = deadline or now + PUSH_BACK_SECONDS
-            if now > deadline:
+            self._full_since = self._full_since or now
+            if now > self._full_since + PUSH_BACK_SECONDS:
                 self._refuse(frame, status)
                 return
             await asyncio.sleep(pause)
@@ -416,13 +420,14 @@ class BrokerServer:
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
-        self.attached_cursors: dict[int, int] = {}
+        self.attached_cursors: dict[int, int] = {}      # of the slots of attached clients
+        self.attached_sessions: dict[int, int] = {}
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
         self._health = HealthServicer()
         self._stopping = asyncio.Event()
-        self._topic_watcher: asyncio.Task[None] | None = None
+        self._caretaker: asyncio.Task[None] | None = None
         numbers = node.layout.numbers
         self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
         self._server = grpc.aio.server(options=server_options(self._message_limit))
@@ -458,13 +463,13 @@ class BrokerServer:
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         asyncio.get_running_loop().add_reader(self.node.notifier.fd, self._notified)
-        self._topic_watcher = asyncio.create_task(self._watch_topics())
+        self._caretaker = asyncio.create_task(self._look_after())
         return f"{config.listen_host}:{bound}", unix
 
     async def stop(self) -> None:
         """Refuse new calls, let the running ones end, then cancel them."""
-        if self._topic_watcher is not None:
-            self._topic_watcher.cancel()
+        if self._caretaker is not None:
+            self._caretaker.cancel()
         await self._health.enter_graceful_shutdown()
         self._stopping.set()
         for events in self._commit_events.values():
@@ -473,20 +478,24 @@ class BrokerServer:
         await self._server.stop(grace=0.2)
         asyncio.get_running_loop().remove_reader(self.node.notifier.fd)
 
-    async def _watch_topics(self) -> None:
-        """Tell the streams of a topic that it was deleted: nothing else would, when no batch comes or goes."""
+    async def _look_after(self) -> None:
+        """What nobody else would notice: deleted topics whose streams are idle, sessions whose publisher is gone."""
         seen = self.node.topics.version()
         while True:
-            await asyncio.sleep(TOPIC_CHECK_SECONDS)
-            if seen == (now := self.node.topics.version()):
-                continue
-            seen = now
-            for stream in self.publish_streams.values():
-                if stream.entry is not None and not self.node.topics.is_open(stream.entry):
-                    stream.topic_is_gone()
-            for events in self._commit_events.values():
-                for event in events:
-                    event.set()             # its reader looks, and finds the topic closed
+            await asyncio.sleep(LOOK_SECONDS)
+            if seen != (now := self.node.topics.version()):
+                seen = now
+                self._tell_of_deletions()
+            with contextlib.suppress(BrokerUnavailable):
+                await self.sessions.end_idle(self.node.config.session_lease_seconds)
+
+    def _tell_of_deletions(self) -> None:
+        for stream in self.publish_streams.values():
+            if stream.entry is not None and not self.node.topics.is_open(stream.entry):
+                stream.topic_is_gone()
+        for events in self._commit_events.values():
+            for event in events:
+                event.set()                 # its reader looks, and finds the topic closed
 
     def _notified(self) -> None:
         """A stage has news: acks of some stream, commits of some topic."""
@@ -526,6 +535,8 @@ class BrokerServer:
         if not self.node.attach.close_slot(slot, generation):
             return
         self.node.doorbells[self.node.broker].ring_now()
+        if slot in self.attached_sessions:
+            self.sessions.detach(self.attached_sessions.pop(slot))
         if slot not in self.attached_cursors:
             return
         cursor = self.attached_cursors.pop(slot)

@@ -65,8 +65,9 @@ class SessionTable:
         for slot in range(self._first, self._first + self._count):
             if slot not in self._lines:
                 return slot
-        oldest = min(self._idle_since, key=lambda slot: self._idle_since[slot], default=None)
-        if oldest is None or time.monotonic() - self._idle_since[oldest] < ANSWER_SECONDS:
+        ended = [slot for slot in self._idle_since if self.progress(slot)["state"] & 0xFF != SessionState.SESSION_OPEN]
+        oldest = min(ended or self._idle_since, key=lambda slot: self._idle_since[slot], default=None)
+        if oldest is None or (not ended and time.monotonic() - self._idle_since[oldest] < ANSWER_SECONDS):
             raise SessionTableFull(broker=self._broker, session_count=self._count)
         await self.close(oldest)
         return await self._free_slot()
@@ -129,6 +130,13 @@ class SessionTable:
             del self._streams[slot]
             if slot in self._lines:
                 self._idle_since[slot] = time.monotonic()
+
+    async def end_idle(self, seconds: float) -> None:
+        """End the sessions that had no stream for so long: their publishers are gone without a word."""
+        now = time.monotonic()
+        for slot in [slot for slot, since in self._idle_since.items() if now - since > seconds]:
+            if slot in self._idle_since:        # still, after the others were closed
+                await self.close(slot)
 
     async def close(self, slot: int) -> None:
         """End a session opened here: what it still held is dropped, its slot is free again."""

@@ -397,6 +397,15 @@ class AttachedEngine:
             self.region = None
 
 
+def can_attach(cluster: str) -> bool:
+    """Whether a cluster's region is on this machine, ours to write, and has slots for attached clients."""
+    try:
+        with attach_region(cluster) as region:
+            return int(region.layout.numbers["attach_slot_count"]) > 0
+    except CxlmqError:
+        return False
+
+
 class _AllSettled:
     """Looks like a batch that is settled once the engine has nothing in flight."""
 

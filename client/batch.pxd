@@ -19,6 +19,7 @@ cdef class Batch:
     cdef public int64_t sent_ns
     cdef public list callbacks
     cdef public object publisher
+    cdef public int64_t number          # of sealing, for the publisher's books
 
     cdef bint append(self, const void* source, uint64_t nbytes) noexcept nogil
     cdef bint fits(self, uint64_t nbytes) noexcept

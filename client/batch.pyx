@@ -252,14 +252,19 @@ cdef class Packer:
         return fits
 
     cdef int _make_room(self, uint64_t nbytes) except -1:
+        # Wherever Python runs, another thread may take the current batch, or begin one: look again each time.
         cdef uint64_t stride = message_stride(nbytes)
-        if self.batch is not None and self.batch.count:
+        cdef Batch old = self.batch, fresh
+        if old is not None and old.count:
             self.full()
-        self.batch = None
-        self.publisher.make_room(max(self.target, stride))
-        if self.batch is None:              # another thread may have begun one while we waited for room
-            self.batch = Batch(self.publisher, max(self.target, stride))
-            self.batch.opened = time.monotonic()
+        if self.batch is old:
+            self.batch = None
+        if self.batch is None:
+            self.publisher.make_room(max(self.target, stride))
+            fresh = Batch(self.publisher, max(self.target, stride))
+            fresh.opened = time.monotonic()
+            if self.batch is None:
+                self.batch = fresh
         return 0
 
     cdef Delivery _pack(self, const void* source, uint64_t nbytes):

@@ -8,6 +8,7 @@ have; a fenced session is opened anew and goes on behind what is in the log.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import threading
@@ -26,6 +27,8 @@ from broker.errors import (
     CxlmqError,
     DeliveryTimeout,
     MessageTooBig,
+    PermissionDenied,
+    RegionError,
     SessionFenced,
     SessionUnknown,
     UnknownTopic,
@@ -34,7 +37,7 @@ from broker.grpc_options import RECOMMENDED_WINDOW_BYTES
 from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from client.attached import Loan
-from client.attached_publisher import AttachedEngine
+from client.attached_publisher import AttachedEngine, can_attach
 from client.batch import Batch, Delivery, Dropped, Packer, now_ns
 from client.connection import BrokerAddress, ClientLoop, Connection
 from client.session import open_session
@@ -50,6 +53,10 @@ RETRY_SECONDS = 0.02
 LAST_TRY_SECONDS = 1.5                  # a broker takes up to a second to refuse a batch
 CLOSE_SESSION_SECONDS = 2.0
 SPAN_MAX = 200                          # sequences from the oldest unsettled batch on; the sequencer's window has more
+SPAN_BYTES_MIN = 1 << 20
+SPAN_GROWTH_SECONDS = 1.0
+PUSHED_BACK_SECONDS = 0.2               # a batch for which there was no room is sent again so much later
+BLOCK_GRACE_SECONDS = 1.0
 LATENCIES_KEPT = 1 << 20
 UNKNOWN_POSITION = (1 << 64) - 1
 FRAMING_BYTES_MAX = 16                  # around one message, with its padding
@@ -88,6 +95,12 @@ class PublisherEngine:
         self.next_sequence = 0
         self.pending: deque[Batch] = deque()
         self.inflight: dict[int, Batch] = {}
+        self.inflight_bytes = 0
+        self.span = SPAN_MAX                        # batches in flight at once; fewer after there was no room
+        self.span_bytes = SPAN_BYTES_MIN
+        self.span_grows_at = 0.0
+        self.unsettled: dict[int, Batch] = {}       # both, and what is between them, by number of sealing
+        self.sealed = itertools.count()
         self.retry_at: dict[int, float] = {}
         self.last_refusal: dict[int, CxlmqError] = {}
         self.obstacle: CxlmqError | None = None     # the last refusal, as long as nothing was acked since
@@ -129,6 +142,8 @@ class PublisherEngine:
             raise ConfigError(setting="batch_bytes", value=self.batch_bytes[0],
                               allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
         self.batch_bytes = (min(self.batch_bytes[0], limit), min(self.batch_bytes[1], limit), limit)
+        # A quarter of a region, by the default sizes: what waits for its order must not fill it.
+        self.span_bytes = max(SPAN_BYTES_MIN, 4 * self.session.batch_bytes_max)
         self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
         self.known_brokers = len(brokers)
         self._connect(brokers)
@@ -193,7 +208,7 @@ class PublisherEngine:
         if threading.current_thread() is self.client_loop.thread:
             raise error                     # waiting here would stop what makes room
         with self._waiting():
-            if not self.changed.wait_for(room, self.delivery_timeout):
+            if not self.changed.wait_for(room, self.delivery_timeout + BLOCK_GRACE_SECONDS):
                 raise error
 
     def _drop_oldest(self) -> bool:
@@ -213,7 +228,7 @@ class PublisherEngine:
         batch = self.packer.take()
         if batch is None:
             return
-        if not self.fixed_batch and len(self.inflight) >= len(self.transports):
+        if not self.fixed_batch and len(self.unsettled) >= len(self.transports):
             self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
         self._seal(batch)
 
@@ -222,9 +237,11 @@ class PublisherEngine:
         batch.seal(time.time_ns())
         batch.level = self.ack
         batch.deadline = batch.opened + self.delivery_timeout
+        batch.number = next(self.sealed)
         with self.account:
             self.buffered += batch.nbytes
             self.counts["batches"] += 1
+            self.unsettled[batch.number] = batch
         self.pending.append(batch)
         if self.closed:
             self._give_up()                 # it was closed meanwhile
@@ -243,15 +260,16 @@ class PublisherEngine:
     def urge(self, batch: Batch) -> None:
         """Somebody waits for this batch: do not linger."""
         if self.packer is not None and self.packer.batch is batch:
-            taken = self.packer.take()
-            if taken is not None:
-                self._seal(taken)
+            self.seal_current()
 
     def seal_current(self) -> None:
-        """Send what is packed so far."""
+        """Send what is packed so far. When that is little, the next batch need not be as large."""
         taken = self.packer.take() if self.packer is not None else None
-        if taken is not None:
-            self._seal(taken)
+        if taken is None or self.packer is None:
+            return
+        if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
+            self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
+        self._seal(taken)
 
     # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 
@@ -271,7 +289,8 @@ class PublisherEngine:
     def outstanding(self) -> list[Batch]:
         """Batches that are not settled, the current one sealed first."""
         self.seal_current()
-        return [*self.pending, *list(self.inflight.values())]
+        with self.account:
+            return list(self.unsettled.values())
 
     def flush(self, timeout: float | None) -> None:
         """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
@@ -300,8 +319,6 @@ class PublisherEngine:
         age = time.monotonic() - batch.opened
         # While the pipe is full, lingering costs nothing and fills batches.
         if age >= self.linger and not self._is_saturated():
-            if not self.fixed_batch and batch.nbytes < self.packer.target // 2:
-                self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
             self.seal_current()
             age = 0.0
         self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
@@ -316,11 +333,8 @@ class PublisherEngine:
         if self.reopening:
             return
         while self.pending:
-            # Sequences enter `inflight` in order: the first is the oldest.
-            if self.next_sequence - next(iter(self.inflight), self.next_sequence) >= SPAN_MAX:
-                return
             try:
-                transport = self._next_transport(self.pending[0].nbytes)
+                transport = self._next_transport(self.pending[0].nbytes) if self._may_send(self.pending[0]) else None
                 if transport is None:
                     return
                 batch = self.pending.popleft()
@@ -328,8 +342,25 @@ class PublisherEngine:
                 return                      # dropped by another thread
             batch.stamp(self.next_sequence)
             self.inflight[self.next_sequence] = batch
+            self.inflight_bytes += batch.nbytes
             self.next_sequence += 1
             self._send(transport, batch)
+
+    def _oldest(self) -> int:
+        # Sequences enter `inflight` in order: the first is the oldest.
+        return next(iter(self.inflight), self.next_sequence)
+
+    def _may_send(self, batch: Batch) -> bool:
+        """Whether one more batch may be in flight."""
+        if self.obstacle is not None and batch.deadline - time.monotonic() < LAST_TRY_SECONDS:
+            return False                    # so that at its deadline it is known not to be in the log
+        return not self.inflight or (self.next_sequence - self._oldest() < self.span
+                                     and self.inflight_bytes + batch.nbytes <= self.span_bytes)
+
+    def _leave(self, sequence: int) -> Batch:
+        batch = self.inflight.pop(sequence)
+        self.inflight_bytes -= batch.nbytes
+        return batch
 
     def _send(self, transport: PublishTransport, batch: Batch) -> None:
         batch.sent_ns = now_ns()
@@ -362,12 +393,13 @@ class PublisherEngine:
                     self.latencies.append(now - batch.sent_ns)
                 duplicate = status == ResultStatus.RESULT_DUPLICATE
                 batch.broker = transport.broker.id
-                del self.inflight[sequence]
-                self.obstacle = None
+                self._leave(sequence)
+                self._had_room(time.monotonic())
                 # A duplicate's ack says how far the log had come, not where its first copy lies.
-                self._settle(batch, None if duplicate else position, None, epoch=response.epoch, duplicate=duplicate)
+                known = None if duplicate or self.ack == 0 else position
+                self._settle(batch, known, None, epoch=response.epoch, duplicate=duplicate)
             elif status == ResultStatus.RESULT_DAMAGED:
-                del self.inflight[sequence]
+                self._leave(sequence)
                 self._settle(batch, None, CxlmqError("the batch was damaged in memory and not ordered: publish again"))
                 self._start_reopening(SessionFenced(reason="a batch was damaged", committed=sequence))
             else:
@@ -375,11 +407,30 @@ class PublisherEngine:
         for refusal in response.refusals:
             transport.answered(refusal.batch_sequence)
             if refusal.batch_sequence in self.inflight:
-                self.obstacle = self.last_refusal[refusal.batch_sequence] = transport.refusal_error(refusal)
-                self.retry_at[refusal.batch_sequence] = time.monotonic() + RETRY_SECONDS
+                self._pushed_back(refusal.batch_sequence, transport.refusal_error(refusal))
         if self.pending:
             self._pump()
         self._notify()
+
+    def _pushed_back(self, sequence: int, error: CxlmqError) -> None:
+        """A broker had no room for a batch: send it again later, and less at once.
+
+        What was sent behind the oldest batch waits in memory for its order, and may be what fills it: take it back.
+        """
+        now = time.monotonic()
+        self.obstacle = self.last_refusal[sequence] = error
+        self.retry_at[sequence] = now + PUSHED_BACK_SECONDS
+        if sequence == self._oldest() and len(self.inflight) > 1 and not self.reopening:
+            self.span = max(1, len(self.inflight) // 2)
+            self.span_grows_at = now + SPAN_GROWTH_SECONDS
+            if self.session.order == 5:
+                self._start_reopening(error)
+
+    def _had_room(self, now: float) -> None:
+        self.obstacle = None
+        if self.span < SPAN_MAX and now >= self.span_grows_at:
+            self.span = min(SPAN_MAX, self.span * 2)
+            self.span_grows_at = now + SPAN_GROWTH_SECONDS
 
     def _on_broken(self, transport: PublishTransport, error: CxlmqError) -> None:
         """A stream ended: its batches go elsewhere with the sequence they have."""
@@ -455,8 +506,7 @@ class PublisherEngine:
             self._settle(batch, None, self._why_not_sent())
             expired = True
         for sequence in [key for key, batch in self.inflight.items() if batch.deadline <= now]:
-            batch = self.inflight.pop(sequence)
-            self._settle(batch, None, self._why_not_acked(sequence))
+            self._settle(self._leave(sequence), None, self._why_not_acked(sequence))
             # Its sequence may never arrive: the session has to end, or everything behind it would wait for ever.
             self._start_reopening(SessionFenced(reason="a batch was given up", committed=sequence))
             expired = True
@@ -491,6 +541,8 @@ class PublisherEngine:
             self.last_refusal.pop(batch.sequence, None)
         batch.release()
         with self.account:
+            if self.unsettled.pop(batch.number, None) is None:
+                return                      # another thread gave it up
             self.buffered -= batch.nbytes
             self.counts["duplicates"] += duplicate
             if not batch.settled:
@@ -523,7 +575,7 @@ class PublisherEngine:
         for transport in list(self.transports.values()):
             transport.abandon()
         self.transports.clear()
-        resume_from = min(self.inflight, default=self.next_sequence)
+        resume_from = self._oldest()
         while not self.closed:
             try:
                 brokers = await self.connection.brokers()
@@ -557,6 +609,7 @@ class PublisherEngine:
             else:
                 unsettled.append(batch)
         self.inflight.clear()
+        self.inflight_bytes = 0
         self.retry_at.clear()
         self.last_refusal.clear()
         self.next_sequence = 0
@@ -577,7 +630,7 @@ class PublisherEngine:
                 _log.exception("the callback for events failed")
 
     def _give_up(self) -> None:
-        """Settle what a closed publisher still has. Any thread; each batch is taken by one of them."""
+        """Settle what a closed publisher still has. Any thread."""
         error = self.failure or ClosedError(what="the publisher")
         current = self.packer.take() if self.packer is not None else None
         if current is not None:
@@ -585,10 +638,12 @@ class PublisherEngine:
             current.release()
             with self.account:
                 self.counts["failed"] += current.count
-        for take in (lambda: self.inflight.popitem()[1], self.pending.popleft):
-            with contextlib.suppress(KeyError, IndexError):
-                while True:
-                    self._settle(take(), None, error)
+        self.pending.clear()
+        self.inflight.clear()
+        with self.account:
+            left = list(self.unsettled.values())
+        for batch in left:
+            self._settle(batch, None, error)
         self._notify()
 
     # ---- closing ----------------------------------------------------------------------------------------------------
@@ -674,12 +729,31 @@ class _PublisherBase:
             "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression}
         check_topic_name(topic)
         _check_options(when_full, transport, options)
-        engine: type[PublisherEngine] | type[AttachedEngine] = PublisherEngine
-        if transport == "attached":
-            engine = AttachedEngine
-        self._engine = engine(topic, cluster=cluster, bootstrap=bootstrap, when_full=when_full,
-                              on_delivery=on_delivery, on_event=on_event, **options)
+        options |= {"cluster": cluster, "bootstrap": bootstrap, "when_full": when_full, "on_delivery": on_delivery,
+                    "on_event": on_event}
+        self._by_grpc = lambda: PublisherEngine(topic, **options)
+        self._is_auto = transport == "auto"
+        # Dropping and compressing are about a buffer of our own, which an attached publisher does not have.
+        suits = bootstrap is None and compression is None and when_full in ("block", "error")
+        self._engine: PublisherEngine | AttachedEngine
+        if transport == "attached" or self._is_auto and suits and can_attach(cluster):
+            self._engine = AttachedEngine(topic, **options)
+        else:
+            self._engine = self._by_grpc()
         self._on_delivery = on_delivery
+
+    def _may_fall_back(self, error: BaseException) -> bool:
+        """Whether an automatic choice of the attached transport goes on over gRPC."""
+        if self._is_auto and isinstance(self._engine, AttachedEngine) and isinstance(error, CxlmqError) and (
+                error.code == "attach-slots-full" or isinstance(error, RegionError | PermissionDenied)):
+            self._engine = self._by_grpc()
+            return True
+        return False
+
+    @property
+    def transport(self) -> str:
+        """How batches travel: "attached" or "grpc"."""
+        return "attached" if isinstance(self._engine, AttachedEngine) else "grpc"
 
     @property
     def _packer(self) -> Packer:
@@ -719,7 +793,8 @@ class _PublisherBase:
 class Publisher(_PublisherBase):
     """Publishes to one topic. `with Publisher("topic") as publisher: publisher.publish(b"...").result()`
 
-    `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `ack` is the level
+    `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `transport` "auto"
+    writes into the region itself when it is on this machine ("attached"), and goes over gRPC otherwise. `ack` is the level
     to wait for (None: the topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by
     `batch_bytes`); a message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged;
     `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within
@@ -733,8 +808,10 @@ class Publisher(_PublisherBase):
         engine = self._engine
         try:
             engine.client_loop.run(engine.open())
-        except BaseException:
+        except BaseException as error:
             engine.client_loop.run(engine.close())
+            if self._may_fall_back(error):
+                return self.open()
             raise
         if self._on_delivery is None:
             # The native method itself: this wrapper would cost as much as packing a small message.
@@ -797,8 +874,10 @@ class AsyncPublisher(_PublisherBase):
         engine = self._engine
         try:
             await engine.client_loop.call(engine.open())
-        except BaseException:
+        except BaseException as error:
             await engine.client_loop.call(engine.close())
+            if self._may_fall_back(error):
+                return await self.open()
             raise
         return self
 

@@ -175,7 +175,8 @@ class SubscriberEngine:
             for batch in batches:
                 if wanted is not None and batch.position < wanted:
                     batch.drop_before(wanted)
-                self.next_position = batch.position + batch.count
+                # A start that is still to come stays where it is.
+                self.next_position = wanted = max(wanted or 0, batch.position + batch.count)
                 if batch.count:
                     self.batches.append(batch)
                     self.buffered += batch.nbytes

@@ -43,7 +43,7 @@ KIB, MIB = 1 << 10, 1 << 20
 SECOND = 1_000_000_000
 LEASE_NS = 30 * SECOND
 SESSIONS_WORD, CURSORS_WORD = 5, 6
-STEPS_MAX = 10_000
+STEPS_MAX, RETRIES = 10_000, 5
 
 # The smallest numbers at which everything still happens: rings wrap, segments end, tables fill.
 TINY = {
@@ -281,10 +281,12 @@ class ManualCluster:
     def publish_all(self, session: Session, sequences: Iterable[int], broker: int = 0) -> None:
         """Publish one-message batches, stepping so that rings do not fill."""
         for sequence in sequences:
-            status = self.publish(session, sequence, broker=broker)
-            if status != RECEIVED:
-                self.settle()
+            for _ in range(RETRIES):
                 status = self.publish(session, sequence, broker=broker)
+                if status == RECEIVED:
+                    break
+                self.clock.advance(SECOND // 10)
+                self.settle()
             assert status == RECEIVED, f"batch {sequence} was not received: status {status}"
         self.settle()
 

@@ -95,6 +95,7 @@ cdef class Receiver:
             self.head_doorbell.ring()
             self.own_doorbell.ring()
         elif status == RING_FULL:
+            self.head_doorbell.ring()       # it relieves a ring that is full of batches which wait for their order
             self.own_doorbell.ring()
         return status
 

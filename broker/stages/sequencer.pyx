@@ -30,6 +30,7 @@ cdef enum:
     STEP_BATCHES = 64               # a scanner looks at so many batches of one topic and broker at a time
     POSITION_BITS = 48
     GAP_CHECK_NS = 1000000
+    RELIEF_NS = 20000000            # a session that is stuck for longer may not fill up rings that others use
 
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
 
@@ -700,8 +701,40 @@ cdef class Scanner(Stage):
             if self.is_gap(session, now, elapsed):
                 self.fence_claimed(i, SESSION_FENCED)
                 work += 1
+            elif session.gap_since and now - session.gap_since > RELIEF_NS:
+                work += self.relieve(session)
             self.unclaim(session)
         return work
+
+    cdef int64_t relieve(self, Session* session) noexcept nogil:
+        """Refuse what a stuck session holds at the end of rings that fill up behind it: others, and what it waits for,
+        have to get in. Its publisher sends it again."""
+        cdef uint64_t topic = session.topic & 0xFFFF, quarter = self.layout.g.ring_slot_count // 4, i, line, tail
+        cdef Held* held
+        cdef int64_t refused = 0
+        if self.state.topics[topic].generation != session.topic >> 16:
+            return 0
+        for i in range(WINDOW):
+            held = &session.held[i]
+            if not held.sequence_and_one:
+                continue
+            line = self.layout.offset_broker(topic, held.broker)
+            self.memory.invalidate(line, 64)
+            tail = self.memory.load(line + 56)
+            if self.memory.load(line) < tail + 3 * quarter or held.slot >= tail + quarter:
+                continue
+            self.answer(topic, held.broker, held.slot, RESULT_REFUSED, 0)
+            held.sequence_and_one = 0
+            refused += 1
+        if refused:
+            session.held_count -= refused
+            self.state.add(&self.state.counters.held_now, <uint64_t>-refused)
+            self.state.add(&self.state.counters.refused, refused)
+            self.touch(session)
+        if session.held_count == 0:
+            session.gap_since = 0
+            cxl_fetch_add(&self.state.gaps, <uint64_t>-1)
+        return refused
 
     cdef bint is_gap(self, Session* session, int64_t now, int64_t elapsed) noexcept nogil:
         """Whether the session's gap has outlived its lease. Back-pressure is no gap: meanwhile the clock stands still."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy
 
+from broker.errors import CxlmqError
 from client.bench import pattern
 
 MODULE = "client.bench.load"
@@ -80,7 +81,7 @@ class Load:
         ended_ns, cpu_ns = time.monotonic_ns(), time.process_time_ns() - cpu_ns
         after = self._publisher.statistics()
         if after["failed"] != before["failed"]:
-            raise last.exception() or RuntimeError(f"{after['failed'] - before['failed']} messages were not delivered")
+            raise last.exception() or CxlmqError(f"{after['failed'] - before['failed']} messages were not delivered")
         latencies = self._publisher.take_latencies()
         return {"started_ns": started_ns, "ended_ns": ended_ns, "cpu_seconds": cpu_ns / 1e9,
                 **{name: after[name] - before[name] for name in ("batches", "retries", "reopened")},
@@ -98,7 +99,7 @@ class Load:
 
 
 def main(argument: str) -> None:
-    """Serve rounds until standard input ends; the first line says that the session is open."""
+    """Serve rounds until standard input ends. The first answer says that the session is open; one may be an error."""
     from client.publisher import Publisher
 
     # Ctrl-C reaches the whole process group, but the measuring process ends its children itself.
@@ -108,11 +109,18 @@ def main(argument: str) -> None:
         "cluster": settings.cluster, "bootstrap": settings.bootstrap, "transport": settings.transport,
         "ack": settings.ack, "batch_bytes": settings.batch_bytes, "in_flight": settings.in_flight,
         "delivery_timeout": settings.delivery_timeout}
-    with Publisher(settings.topic, **options) as publisher:
-        load = Load(settings, publisher)
-        print("ready", flush=True)
-        for line in sys.stdin:
-            print(json.dumps(load.run(**json.loads(line))), flush=True)
+    try:
+        with Publisher(settings.topic, **options) as publisher:
+            load = Load(settings, publisher)
+            _answer({"ready": True})
+            for line in sys.stdin:
+                _answer(load.run(**json.loads(line)))
+    except CxlmqError as error:
+        _answer({"error": f"{error.message} ({error.code})"})
+
+
+def _answer(values: dict[str, Any]) -> None:
+    print(json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -213,7 +213,7 @@ class Run:
         try:
             self._publishers = [self._start(number) for number in range(1, self._workload.publishers + 1)]
             for publisher in self._publishers:
-                publisher.read_answer()
+                self._answer_of(publisher)
         except BaseException:
             self._stack.close()
             raise
@@ -282,7 +282,14 @@ class Run:
             share = messages * (index + 1) // count - messages * index // count
             publisher.ask(json.dumps({"messages": share, "start_ns": start_ns}))
             self._verifier.expect(index + 1, share)
-        return [json.loads(publisher.read_answer()) for publisher in self._publishers]
+        return [self._answer_of(publisher) for publisher in self._publishers]
+
+    def _answer_of(self, publisher: Child) -> dict[str, Any]:
+        """What a publisher says. Raises `RunFailed` when that is an error."""
+        found: dict[str, Any] = json.loads(publisher.read_answer())
+        if "error" in found:
+            raise RunFailed(f"a publisher failed: {found['error']}", transport=self._transport)
+        return found
 
     def _read_back(self, totals: Totals) -> None:
         """Read and verify what this round published. Raises `Difference`."""

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from client.bench.load import period_of
+from broker.errors import CxlmqError
+from client.bench.load import Load, LoadSettings, period_of
 from client.bench.pattern import STAMP_BYTES, Difference, Verifier, fill, restamp
 
 SIZES = [0, 1, 7, 8, 15, 16, 17, 24, 100, 1000, 1024, 4096, 4097, 4111, 4112, 9001]
@@ -98,6 +99,54 @@ def test_the_period_is_prime_and_its_rows_fit_a_block() -> None:
         assert period >= 3
         assert all(period % divisor for divisor in range(2, int(period ** 0.5) + 1))
         assert period * size <= max(1 << 20, 3 * size)
+
+
+class FakePublisher:
+    """Keeps what is published, as a copy: rows are used again."""
+
+    def __init__(self) -> None:
+        self.rows: list[Rows] = []
+        self.failed = 0
+
+    def publish_array(self, rows: Rows) -> "FakePublisher":
+        self.rows.append(rows.copy())
+        return self
+
+    def statistics(self) -> dict[str, int]:
+        return {"batches": len(self.rows), "retries": 0, "reopened": 0, "failed": self.failed}
+
+    def take_latencies(self) -> NDArray[numpy.int64]:
+        return numpy.arange(len(self.rows), dtype=numpy.int64)
+
+    def flush(self) -> None:
+        self.failed += sum(len(rows) == 13 for rows in self.rows)
+
+    def exception(self) -> Exception | None:
+        return None
+
+
+def load_of(message_bytes: int, publisher: FakePublisher) -> Load:
+    return Load(LoadSettings("topic", "cluster", None, "grpc", 1, message_bytes, None, 1), publisher)
+
+
+@pytest.mark.parametrize("size", [64, 1000, 300_000])
+def test_a_publisher_process_publishes_every_message_once_over_many_rounds(size: int) -> None:
+    fake = FakePublisher()
+    load, period = load_of(size, fake), period_of(size)
+    counts = [1, period - 1, period + 2, 3 * period, 5]
+    verifier = Verifier(1, size, True, period)
+    for count in counts:
+        answer = load.run(count, 0)
+        verifier.expect(1, count)
+        assert answer["ended_ns"] >= answer["started_ns"]
+    for rows in fake.rows:
+        verifier.check(framed(rows), len(rows), verifier.position)
+    verifier.finish()
+
+
+def test_a_publisher_process_says_when_messages_were_not_delivered() -> None:
+    with pytest.raises(CxlmqError, match="1 messages were not delivered"):
+        load_of(64, FakePublisher()).run(13, 0)
 
 
 # ---- what is wrong is found ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support import ManualCluster, Session
+from support import SECOND, ManualCluster, Session
 
 from broker.layout import ResultStatus, SessionState
 from broker.stages.receiver import RECEIVED
@@ -135,6 +135,7 @@ class Traffic(RuleBasedStateMachine):
                     self.cluster.settle()
                     if self.transmit(client, sequence, sequence % BROKERS):
                         break
+                    self.cluster.clock.advance(SECOND // 10)
             state = self.cluster.order.session_state(client.session.slot)
             assert state["state"] == SessionState.SESSION_OPEN
         for _ in range(4):
