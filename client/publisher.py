@@ -719,7 +719,7 @@ class _PublisherBase:
     def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
                  ack: int | None = None, client_id: int | None = None, batch_bytes: int | None = None,
                  batch_bytes_min: int = 64 << 10, batch_bytes_max: int = 4 << 20, linger_ms: float = 1.0,
-                 in_flight: int = 8, buffer_bytes: int = 64 << 20, when_full: str = "block",
+                 in_flight: int = 8, buffer_bytes: int = 16 << 20, when_full: str = "block",
                  delivery_timeout: float = 30.0, on_delivery: Callable[[Delivery], None] | None = None,
                  on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None) -> None:
         options: dict[str, Any] = {
