@@ -7,8 +7,10 @@ its lease until it is settled, so that it can be submitted again without a copy 
 GIL is released (large copies, waiting) `busy` keeps other threads out.
 """
 
+import threading
 import time
 from array import array
+from collections import deque
 
 from cpython.buffer cimport (
     PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
@@ -33,6 +35,7 @@ from client.batch import Dropped, dropped_delivery
 
 cdef enum:
     SENT_RING = 1024
+    CHANNELS_MAX = 64               # one a broker
     SEQUENCES_IN_FLIGHT = 200       # below the sequencer's window of 256
     NOGIL_BYTES = 32768             # copies from here on release the GIL
     LATENCY_RING = 65536
@@ -125,6 +128,7 @@ cdef class AttachedCore:
     cdef object engine
     cdef list bells
     cdef Channel* channels
+    cdef list old_channels
     cdef readonly uint64_t channel_count
     cdef Sent* sent
     cdef readonly uint64_t next_sequence
@@ -157,6 +161,8 @@ cdef class AttachedCore:
     cdef readonly double opened
     cdef cxl_stream stream
     cdef Batch batch
+    cdef object outcomes                # settled batches whose waiters are not told yet
+    cdef uint64_t telling               # the thread that tells them, 0 none
     cdef uint8_t* present               # segments whose pages this process has mapped
     cdef int64_t* latencies
     cdef uint64_t latency_count
@@ -171,6 +177,8 @@ cdef class AttachedCore:
     def __init__(self, engine, Memory memory, Layout layout, uint64_t target, uint64_t window_bytes,
                  uint64_t message_bytes_max, int level):
         self.engine = engine
+        self.outcomes = deque()
+        self.old_channels = []
         self.memory = memory
         self.layout = layout
         self.target = target
@@ -186,6 +194,8 @@ cdef class AttachedCore:
         for i in range(SENT_RING):
             if self.sent[i].batch != NULL:
                 Py_DECREF(<object>self.sent[i].batch)
+        for old in self.old_channels or ():
+            free(<void*><uint64_t>old)
         free(self.channels)
         free(self.sent)
         free(self.latencies)
@@ -193,11 +203,13 @@ cdef class AttachedCore:
 
     def use_channels(self, slots) -> None:
         """Go on with these slots: (slot, generation, broker) each. Nothing may be open or in flight."""
-        free(self.channels)
-        self.channel_count = len(slots)
-        self.channels = <Channel*>calloc(max(1, len(slots)), sizeof(Channel))
-        if self.channels == NULL:
+        cdef Channel* fresh = <Channel*>calloc(CHANNELS_MAX, sizeof(Channel))
+        if fresh == NULL:
             raise MemoryError
+        # Another thread may be waiting over the old ones, without the GIL: they go when we go.
+        self.old_channels.append(<uint64_t>self.channels)
+        self.channels = fresh
+        self.channel_count = len(slots)
         self.bells = []
         for i, (slot, generation, broker) in enumerate(slots):
             self.channels[i].slot = slot
@@ -299,6 +311,8 @@ cdef class AttachedCore:
         c = self.pick(need)
         if c < 0:
             c = self.wait_for_channel(need)
+            if self.is_open:
+                return 0                    # another thread has begun a batch while we waited
         channel = &self.channels[c]
         self.at_channel = c
         self.at_offset = channel.lease_offset + channel.lease_used
@@ -363,7 +377,6 @@ cdef class AttachedCore:
         if self.channel_count == 0:
             time.sleep(0.001)
             return 0
-        self.busy = True
         bell = self.layout.attach_doorbell(self.channels[channel % self.channel_count].slot)
         with nogil:
             while not found and cxl_now_ns() < until:
@@ -377,7 +390,6 @@ cdef class AttachedCore:
                 if not self.news():
                     self.memory.wait(bell, seen, min(nanoseconds, 5000000))
                 self.memory.fetch_add(bell + 8, <uint64_t>-1)
-        self.busy = False
         return 0
 
     # ---- packing --------------------------------------------------------------------------------------------------------
@@ -389,7 +401,7 @@ cdef class AttachedCore:
 
     cdef int pack(self, const void* source, uint64_t nbytes) except -1:
         cdef uint64_t stride = message_stride(nbytes)
-        if not self.is_open or self.used + stride > self.capacity:
+        while not self.is_open or self.used + stride > self.capacity:
             self.begin(nbytes)
         if nbytes >= NOGIL_BYTES:
             self.busy = True
@@ -461,7 +473,7 @@ cdef class AttachedCore:
         if self.busy:
             self.wait_idle()
         while i < total:
-            if not self.is_open or self.used + stride > self.capacity:
+            while not self.is_open or self.used + stride > self.capacity:
                 self.begin(nbytes)
             fit = min(total - i, (self.capacity - self.used) // stride)
             self.busy = True
@@ -514,7 +526,9 @@ cdef class AttachedCore:
         sent.nbytes = nbytes
         sent.messages = messages
         sent.wall_ns = wall_ns
-        if batch is not None:
+        if batch is not None and self.level == 0:
+            self.outcomes.append((batch, None, False))      # nobody asked for more than that it is sent
+        elif batch is not None:
             batch.sequence = sequence
             Py_INCREF(batch)
             sent.batch = <PyObject*>batch
@@ -539,6 +553,8 @@ cdef class AttachedCore:
         self.memory.flush(at, 64)
         self.memory.full_fence()
         (<Doorbell>self.bells[c]).ring_fenced()
+        if self.level == 0:
+            self.tell_outcomes()
 
     # ---- settling -------------------------------------------------------------------------------------------------------
 
@@ -573,6 +589,7 @@ cdef class AttachedCore:
                 self.tell(channel)
         while self.oldest < self.next_sequence and self.sent[self.oldest % SENT_RING].state == SENT_FREE:
             self.oldest += 1
+        self.tell_outcomes()
         return done
 
     cdef void settle(self, Sent* sent, uint64_t position, bint duplicate):
@@ -590,8 +607,27 @@ cdef class AttachedCore:
         if sent.batch != NULL:
             batch = <Batch>sent.batch
             sent.batch = NULL
-            batch.settle(None if duplicate else position, self.epoch, self.channels[sent.channel].broker, duplicate, None)
+            batch.broker = self.channels[sent.channel].broker
+            self.outcomes.append((batch, None if duplicate else position, duplicate))
             Py_DECREF(batch)
+
+    cdef int tell_outcomes(self) except -1:
+        """Wake whoever waits. Callbacks may publish and so come back here: only the outermost call tells."""
+        cdef Batch batch
+        if self.telling or not self.outcomes:
+            return 0
+        self.telling = threading.get_ident()
+        try:
+            while self.outcomes:
+                batch, position, duplicate = self.outcomes.popleft()
+                batch.settle(position, self.epoch, batch.broker, duplicate, None)
+        finally:
+            self.telling = 0
+        return 0
+
+    def tells_now(self) -> bool:
+        """Whether this thread is in the middle of telling outcomes: it must not wait for others."""
+        return bool(self.telling == <uint64_t>threading.get_ident())
 
     # ---- for the engine ---------------------------------------------------------------------------------------------------
 
@@ -747,7 +783,9 @@ cdef class AttachedCore:
         cdef Channel* channel
         if self.busy:
             self.wait_idle()
-        self.begin(nbytes)
+        self.seal()
+        while not self.is_open or self.count or self.capacity < message_stride(nbytes):
+            self.begin(nbytes)
         self.is_open = False
         loan = Loan.__new__(Loan)
         loan.core = self

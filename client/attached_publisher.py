@@ -17,6 +17,7 @@ from broker.errors import (
     BrokerUnavailable,
     BufferFull,
     ClosedError,
+    ConfigError,
     CxlmqError,
     DeliveryTimeout,
     MessageTooBig,
@@ -89,6 +90,9 @@ class AttachedEngine:
         TopicConfig(name=topic.name, order=topic.order, ack=self.ack,
                     replication_factor=topic.replication_factor).validate(max(2, topic.replication_factor))
         self.attachments = await self._attach(brokers, 0)
+        if self.batch_bytes > self.session.batch_bytes_max and self.batch_bytes != DEFAULT_BATCH_BYTES:
+            raise ConfigError(setting="batch_bytes", value=self.batch_bytes,
+                              allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
         first = self.attachments[0][1]
         self.region = attach_region(first.region, run_id=first.run_id)
         memory = self.region.memory(Role.ROLE_CLIENT)
@@ -215,6 +219,10 @@ class AttachedEngine:
     def wait_for_batch(self, batch: Batch, timeout: float | None) -> None:
         """Wait until a batch is settled. Raises TimeoutError."""
         self.urge(batch)
+        if batch.settled:
+            return
+        if threading.current_thread() is self.client_loop.thread or self.packer is None or self.packer.tells_now():
+            raise RuntimeError("a callback cannot wait for a delivery: it would stop what settles it")
         limit = self.delivery_timeout + 5.0 if timeout is None else timeout
         if not self._wait(lambda: batch.settled, limit):
             raise TimeoutError(f"the outcome is not known after {limit} s")
@@ -366,6 +374,8 @@ class AttachedEngine:
                 batch.settle(None, None, None, False, error)
         self.reopening = None
         self.reopened_event.set()
+        if self.on_event is not None and not isinstance(error, ClosedError):
+            self.on_event(error)
 
     # ---- closing ----------------------------------------------------------------------------------------------------
 

@@ -532,7 +532,7 @@ def test_topics_come_and_go_under_traffic(cluster: Cluster, made: str) -> None:
 
     def traffic() -> None:
         try:
-            with Publisher(made, cluster=cluster.name, batch_bytes=2000) as publisher:
+            with Publisher(made, cluster=cluster.name, batch_bytes=2000, transport="grpc") as publisher:
                 while not stop.is_set():
                     messages = numbered(100, tag=f"r{len(published)}")
                     publisher.publish_many(messages).result()
