@@ -79,6 +79,7 @@ cdef class BrokerLog:
                      uint64_t* slot, uint64_t* offset) noexcept nogil
     cdef void note_segments(self, uint64_t topic, uint64_t first, uint64_t run, bint leased) noexcept nogil
     cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil
+    cdef void free_segment(self, uint64_t segment) noexcept nogil
     cdef uint64_t segment_of(self, uint64_t offset) noexcept nogil
     cdef int lease(self, uint64_t topic, uint64_t nbytes, uint64_t* offset, uint64_t* granted) noexcept nogil
     cdef void end_lease(self, uint64_t topic, uint64_t offset, uint64_t nbytes) noexcept nogil

@@ -184,14 +184,17 @@ cdef class BrokerLog:
         self.counters.segments_cold = self.pool.cold
 
     cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil:
-        """Give a segment back to the pool. The lock is held."""
+        """Give a topic's segment back to the pool. The lock is held."""
         cdef TopicLog* log = &self.topics[topic]
+        log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
+        log.segment_count -= 1
+        self.free_segment(segment)
+
+    cdef void free_segment(self, uint64_t segment) noexcept nogil:
         cdef SegmentLine line
         memset(&line, 0, sizeof(line))
         self.memory.write_line(self.layout.segment_line(segment), &line)
         self.memory.flush(self.layout.segment_line(segment), 64)
-        log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
-        log.segment_count -= 1
         self.pool.release(segment)
         cxl_count(&self.counters.segments_released, 1)
 
@@ -224,8 +227,7 @@ cdef class BrokerLog:
         for segment in range(first, first + nbytes // self.layout.g.segment_bytes):
             self.segments[segment].leased = 0
             if self.segments[segment].orphan:
-                self.pool.release(segment)
-                cxl_count(&self.counters.segments_released, 1)
+                self.free_segment(segment)
         self.topics[topic].release_again = 1
         self.unlock()
         dirty_add(&self.to_release, topic)

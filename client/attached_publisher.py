@@ -192,7 +192,7 @@ class AttachedEngine:
                 return PoolFull(holder=holder_text(answer["holder"]))
         return None
 
-    # ---- waiting (any thread but the loop's) --------------------------------------------------------------------------
+    # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 
     @property
     def buffered(self) -> int:
@@ -268,7 +268,7 @@ class AttachedEngine:
         assert self.packer is not None
         return self.packer.loan(nbytes)
 
-    # ---- on the loop ----------------------------------------------------------------------------------------------------
+    # ---- on the loop ------------------------------------------------------------------------------------------------
 
     async def _tick(self) -> None:
         """Linger, acks that nobody waits for, heartbeats, time-outs, dead brokers."""

@@ -76,8 +76,8 @@ class AttachedSubscriberEngine:
         page = region.layout.offset_of("attach_client", each.slot)
         part, offset = map_region_part(region.file_name, page, 4096)
         self.reader = AttachedReader(
-            region.memory(Role.ROLE_CLIENT), region.layout, MappedMemory(part, int(Role.ROLE_CLIENT)), offset, each.slot,
-            each.generation, each.topic_number, each.topic_generation, each.index, self.topic)
+            region.memory(Role.ROLE_CLIENT), region.layout, MappedMemory(part, int(Role.ROLE_CLIENT)), offset,
+            each.slot, each.generation, each.topic_number, each.topic_generation, each.index, self.topic)
         self.first_position, self.end_position = each.first_position, each.end_position
         if self.start == "end" and self.next_position is None:
             self.next_position = each.end_position
