@@ -215,7 +215,8 @@ cdef class BrokerLog:
             else:
                 status = RESERVE_POOL_EMPTY
                 cxl_count(&self.counters.pool_empty, 1)
-                self.press(nbytes)
+                if not self.pool.is_asking():
+                    self.press(nbytes)
                 dirty_add(&self.to_release, topic)
         self.unlock()
         return status
@@ -286,7 +287,8 @@ cdef class BrokerLog:
             status = RESERVE_RING_FULL
         elif log.cursor + need > log.end and not self.extend(topic, need):
             cxl_count(&self.counters.pool_empty, 1)
-            self.press(need)
+            if not self.pool.is_asking():
+                self.press(need)
             dirty_add(&self.to_release, topic)
             status = RESERVE_POOL_EMPTY
         else:

@@ -18,6 +18,7 @@ cdef class SegmentPool:
     cdef bint claim(self, uint64_t segment, uint64_t run) noexcept nogil
     cdef void release(self, uint64_t segment) noexcept nogil
     cdef void poll(self) noexcept nogil
+    cdef bint is_asking(self) noexcept nogil
     cdef bint take_bit(self, uint64_t segment) noexcept nogil
     cdef void give_bit(self, uint64_t segment) noexcept nogil
     cdef uint64_t word_of(self, uint64_t segment) noexcept nogil
@@ -44,6 +45,7 @@ cdef class LeaderPool(SegmentPool):
     cdef uint64_t collected         # granted segments taken from the grant ring
     cdef uint64_t returned
     cdef uint64_t granted_runs
+    cdef uint64_t asked             # failed allocations since the last wish
 
 cdef class PoolLeader:
     cdef Memory memory

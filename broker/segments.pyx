@@ -16,6 +16,10 @@ from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_popcount
 
 
+cdef enum:
+    ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
+
+
 cdef class SegmentPool:
     """Allocates runs of segments for one broker. Not thread-safe: the log's lock is held around it."""
 
@@ -148,6 +152,10 @@ cdef class SegmentPool:
         """Take in grants; nothing to do where the bitmap is reached directly."""
         pass
 
+    cdef bint is_asking(self) noexcept nogil:
+        """Whether somebody was asked for segments just now and has not had the time to answer."""
+        return False
+
     def allocate_segments(self, uint64_t run=1) -> int:
         """First segment of a run, or -1 when no run of that length is free."""
         return self.allocate(run)
@@ -279,14 +287,19 @@ cdef class LeaderPool(SegmentPool):
                 length = length + 1 if self.mine[self.word_of(at) // 8] & self.bit_of(at) else 0
                 if length == run and self.claim(at + 1 - run, run):
                     return <int64_t>(at + 1 - run)
+        self.asked += 1
         if self.wanted == answered:
             # One wish at a time: run first, then the count that makes it visible.
             self.wanted += 1
+            self.asked = 0
             self.memory.store(wish + 8, run)
             self.memory.store(wish, self.wanted)
             self.memory.flush(wish, 64)
             self.memory.fence()
         return -1
+
+    cdef bint is_asking(self) noexcept nogil:
+        return self.asked <= ANSWER_TRIES
 
     cdef void release(self, uint64_t segment) noexcept nogil:
         cdef uint64_t wish = self.layout.pool_wish(self.broker), slot

@@ -242,7 +242,7 @@ class AdminService:
         if found is None:
             server.cursors.close(cursor)
             raise AttachSlotsFull(broker=node.broker)
-        server.attached_cursors[found[0]] = cursor
+        server.attached_cursors[found[0]] = cursor, bool(request.subscribe.protect)
         node.watch_commits(+1)
         frontiers = reader.frontiers()
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
@@ -420,7 +420,7 @@ class BrokerServer:
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
-        self.attached_cursors: dict[int, int] = {}      # of the slots of attached clients
+        self.attached_cursors: dict[int, tuple[int, bool]] = {}      # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._receiving_bytes = 0
@@ -539,11 +539,12 @@ class BrokerServer:
             self.sessions.detach(self.attached_sessions.pop(slot))
         if slot not in self.attached_cursors:
             return
-        cursor = self.attached_cursors.pop(slot)
+        cursor, protected = self.attached_cursors.pop(slot)
         # The stage moves the cursor as long as the slot is open: only then may somebody else have it.
         while self.node.attach.is_taken(slot, generation):
             await asyncio.sleep(0.001)
-        self.cursors.close(cursor)
+        if not protected:
+            self.cursors.close(cursor)
         self.node.watch_commits(-1)
 
     def epoch(self) -> int:

@@ -171,7 +171,7 @@ class AttachedSubscriberEngine:
     # ---- life -------------------------------------------------------------------------------------------------------
 
     async def seek(self, start: Start) -> None:
-        """Go on elsewhere; views that are held stay valid until they are released or we close."""
+        """Go on elsewhere. Release the views first: what they show is protected no longer."""
         await self._detach()
         with self.lock:
             self.batch, self.wanted = None, None

@@ -39,7 +39,8 @@ class StartType(click.ParamType):
               help="How to print a message; see below.")
 @click.option("--count", "-c", type=click.IntRange(0), metavar="N", help="End after N messages.")
 @click.option("--follow", is_flag=True, help="Go on at the end of the topic, and wait for more.")
-@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc", help="How to reach a broker.")
+@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc|attached",
+              help="How to reach a broker.")
 @target_options
 def consume(topic: str, start: str | int, text: str, count: int | None, follow: bool, transport: str,
             target: Target) -> None:

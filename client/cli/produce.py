@@ -44,7 +44,7 @@ class Outcome:
 @click.option("--batch-size", type=common.SIZE, help="Bytes of a batch [adapted between 64KiB and 4MiB].")
 @click.option("--linger", type=common.DURATION, default="1ms", show_default=True,
               help="How long a batch that is not full waits for more.")
-@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc",
+@click.option("--transport", default="auto", show_default=True, metavar="auto|grpc|attached",
               help="How to reach the brokers; auto takes the fastest that works.")
 @click.option("--timeout", type=common.DURATION, default="30s", show_default=True,
               help="A message that is not acknowledged by then has failed.")
