@@ -78,6 +78,7 @@ cdef struct Sent:
     uint64_t messages
     uint64_t wall_ns
     int64_t sent_ns
+    bint expired                    # its delivery time-out is over: told, and not to be published again
     PyObject* batch                 # a reference of ours, NULL when nobody holds a delivery
 
 
@@ -135,6 +136,7 @@ cdef class AttachedCore:
     cdef readonly uint64_t oldest       # every lower sequence is settled
     cdef readonly uint64_t in_flight
     cdef readonly uint64_t in_flight_bytes
+    cdef uint64_t expired               # of those in flight, the ones that were given up
     cdef uint64_t window_bytes
     cdef readonly uint64_t message_bytes_max
     cdef public uint64_t target
@@ -519,6 +521,7 @@ cdef class AttachedCore:
             Py_DECREF(<object>sent.batch)
             sent.batch = NULL
         sent.sequence = sequence
+        sent.expired = False
         sent.state = SENT_WAITING
         sent.channel = c
         sent.lease = channel.using
@@ -599,7 +602,10 @@ cdef class AttachedCore:
         self.retire(channel)
         self.in_flight -= 1
         self.in_flight_bytes -= sent.nbytes
-        self.acked += sent.messages
+        if sent.expired:
+            self.expired -= 1
+        else:
+            self.acked += sent.messages
         self.duplicates += duplicate
         sent.state = SENT_FREE
         self.latencies[self.latency_count % LATENCY_RING] = cxl_now_ns() - sent.sent_ns
@@ -745,13 +751,14 @@ cdef class AttachedCore:
             sent = &self.sent[sequence % SENT_RING]
             if sent.state != SENT_FREE:
                 batch = <object>sent.batch if sent.batch != NULL else None
-                out.append((sequence, sent.offset, sent.nbytes, sent.messages, sent.wall_ns, batch))
+                if not sent.expired:
+                    out.append((sequence, sent.offset, sent.nbytes, sent.messages, sent.wall_ns, batch))
                 if sent.batch != NULL:
                     Py_DECREF(<object>sent.batch)
                     sent.batch = NULL
                 sent.state = SENT_FREE
         self.oldest = self.next_sequence
-        self.in_flight = self.in_flight_bytes = 0
+        self.in_flight = self.in_flight_bytes = self.expired = 0
         return out
 
     def republish(self, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t wall_ns, batch) -> bool:
@@ -760,6 +767,29 @@ cdef class AttachedCore:
             return False
         self.next_sequence += 1
         return True
+
+    def expire(self, int64_t before_ns, error) -> int:
+        """Tell `error` to whoever waits for batches submitted before a time; how many messages that are."""
+        cdef uint64_t sequence, messages = 0
+        cdef Sent* sent
+        for sequence in range(self.oldest, self.next_sequence):
+            sent = &self.sent[sequence % SENT_RING]
+            if sent.state == SENT_FREE or sent.expired or sent.sent_ns >= before_ns:
+                continue
+            sent.expired = True
+            self.expired += 1
+            messages += sent.messages
+            if sent.batch != NULL:
+                batch = <Batch>sent.batch
+                sent.batch = NULL
+                batch.settle(None, None, None, False, error)
+                Py_DECREF(batch)
+        return messages
+
+    @property
+    def undecided(self) -> int:
+        """Batches that somebody may still wait for."""
+        return self.in_flight - self.expired
 
     def oldest_sent_ns(self) -> int:
         """When the oldest unsettled batch was submitted, monotonic; 0 when none is."""

@@ -252,8 +252,7 @@ class AttachedEngine:
         limit = self.delivery_timeout + 5.0 if timeout is None else timeout
         # A session that was opened anew has renumbered what is left: then all of it has to settle.
         if not self._wait(lambda: self.closed or (
-                core.oldest >= target if core.epoch == epoch and self.reopening is None else core.in_flight == 0
-                and self.reopening is None), limit):
+                core.undecided == 0 or (core.epoch == epoch and core.oldest >= target)), limit):
             raise DeliveryTimeout(timeout_seconds=limit)
 
     def outstanding(self) -> list[Any]:
@@ -293,7 +292,11 @@ class AttachedEngine:
             if core.fenced:
                 self._start_reopening("the broker ended it")
             elif oldest and time.monotonic_ns() - oldest > self.delivery_timeout * 1e9:
-                self._start_reopening("a batch was given up", expire=True)
+                error = self._pool_full() or DeliveryTimeout(timeout_seconds=self.delivery_timeout)
+                self.extra["failed"] += core.expire(
+                    time.monotonic_ns() - int(self.delivery_timeout * 1e9), error)
+                # Its sequence may never arrive: the session has to end, or all behind it would wait for ever.
+                self._start_reopening("a batch was given up")
 
     def _check_brokers(self) -> None:
         """Drop the channels of dead brokers; notice a deleted topic."""
@@ -307,17 +310,16 @@ class AttachedEngine:
         if state != self.session.topic_generation << 8 | TopicState.TOPIC_ACTIVE:
             self._fail_everything(UnknownTopic(topic=self.topic))
 
-    def _start_reopening(self, reason: str, expire: bool = False) -> None:
+    def _start_reopening(self, reason: str) -> None:
         if self.reopening is None and not self.closed:
             self.reopened_event.clear()
-            self.reopening = asyncio.get_running_loop().create_task(self._reopen(reason, expire))
+            self.reopening = asyncio.get_running_loop().create_task(self._reopen(reason))
 
-    async def _reopen(self, reason: str, expire: bool) -> None:
+    async def _reopen(self, reason: str) -> None:
         """Open the next epoch, settle what is in the log, publish the rest again behind it."""
         core = self.packer
         assert core is not None
         old, resume_from = self.attachments, core.oldest
-        deadline = time.monotonic() + self.delivery_timeout
         attachments: list[tuple[BrokerAddress, pb.Attachment]] = []
         while not attachments:
             try:
@@ -325,18 +327,21 @@ class AttachedEngine:
             except (UnknownTopic, SessionFenced) as error:
                 self._fail_everything(error)
                 return
-            except CxlmqError as error:
-                if time.monotonic() > deadline:
-                    self._fail_everything(error)
-                    return
-                await asyncio.sleep(0.1)
+            except CxlmqError:
+                await asyncio.sleep(0.1)    # nobody answers now; what is in flight expires meanwhile
         core.poll()
-        unsettled = self._settle_committed(core.take_unsettled(), resume_from, expire)
+        deadline = time.monotonic() + self.delivery_timeout
+        unsettled = self._settle_committed(core.take_unsettled(), resume_from)
         self.attachments = attachments
         self.extra["reopened"] += 1
         self._use_attachments()
         for _, offset, nbytes, messages, wall_ns, batch in unsettled:
-            while not core.republish(offset, nbytes, messages, wall_ns, batch) and time.monotonic() < deadline:
+            while not core.republish(offset, nbytes, messages, wall_ns, batch):
+                if time.monotonic() > deadline:
+                    self.extra["failed"] += messages
+                    if batch is not None:
+                        batch.settle(None, None, None, False, DeliveryTimeout(timeout_seconds=self.delivery_timeout))
+                    break
                 await asyncio.sleep(0.001)
                 core.poll()
         await self._detach(old)
@@ -345,10 +350,9 @@ class AttachedEngine:
         if self.on_event is not None:
             self.on_event(SessionFenced(reason=reason, committed=self.session.high_water))
 
-    def _settle_committed(self, unsettled: list[Any], resume_from: int, expire: bool) -> list[Any]:
+    def _settle_committed(self, unsettled: list[Any], resume_from: int) -> list[Any]:
         high_water, positions = self.session.high_water, list(self.session.positions)
         left = []
-        oldest_ns = time.time_ns() - int(self.delivery_timeout * 1e9)
         for sequence, offset, nbytes, messages, wall_ns, batch in unsettled:
             at = sequence - resume_from
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
@@ -356,10 +360,6 @@ class AttachedEngine:
                 if batch is not None:
                     batch.settle(None if position == UNKNOWN_POSITION else position, self.session.session_epoch, None,
                                  True, None)
-            elif expire and wall_ns < oldest_ns:
-                self.extra["failed"] += messages
-                if batch is not None:
-                    batch.settle(None, None, None, False, DeliveryTimeout(timeout_seconds=self.delivery_timeout))
             else:
                 left.append((sequence, offset, nbytes, messages, wall_ns, batch))
         return left
@@ -405,15 +405,6 @@ class AttachedEngine:
         if self.region is not None:
             self.region.close()
             self.region = None
-
-
-def can_attach(cluster: str) -> bool:
-    """Whether a cluster's region is on this machine, ours to write, and has slots for attached clients."""
-    try:
-        with attach_region(cluster) as region:
-            return int(region.layout.numbers["attach_slot_count"]) > 0
-    except CxlmqError:
-        return False
 
 
 class _AllSettled:

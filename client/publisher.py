@@ -14,11 +14,9 @@ from broker.errors import (
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
-    PermissionDenied,
-    RegionError,
 )
 from client.attached import Loan
-from client.attached_publisher import AttachedEngine, can_attach
+from client.attached_publisher import AttachedEngine
 from client.batch import Delivery, Packer
 from client.grpc_publisher import PublisherEngine
 
@@ -75,24 +73,11 @@ class _PublisherBase:
         _check_options(when_full, transport, options)
         options |= {"cluster": cluster, "bootstrap": bootstrap, "when_full": when_full, "on_delivery": on_delivery,
                     "on_event": on_event}
-        self._by_grpc = lambda: PublisherEngine(topic, **options)
-        self._is_auto = transport == "auto"
-        # Dropping and compressing are about a buffer of our own, which an attached publisher does not have.
-        suits = bootstrap is None and compression is None and when_full in ("block", "error")
-        self._engine: PublisherEngine | AttachedEngine
-        if transport == "attached" or (self._is_auto and suits and can_attach(cluster)):
-            self._engine = AttachedEngine(topic, **options)
-        else:
-            self._engine = self._by_grpc()
+        engine: type[PublisherEngine] | type[AttachedEngine] = PublisherEngine
+        if transport == "attached":
+            engine = AttachedEngine
+        self._engine = engine(topic, **options)
         self._on_delivery = on_delivery
-
-    def _may_fall_back(self, error: BaseException) -> bool:
-        """Whether an automatic choice of the attached transport goes on over gRPC."""
-        if self._is_auto and isinstance(self._engine, AttachedEngine) and isinstance(error, CxlmqError) and (
-                error.code == "attach-slots-full" or isinstance(error, RegionError | PermissionDenied)):
-            self._engine = self._by_grpc()
-            return True
-        return False
 
     @property
     def transport(self) -> str:
@@ -137,8 +122,8 @@ class _PublisherBase:
 class Publisher(_PublisherBase):
     """Publishes to one topic. `with Publisher("topic") as publisher: publisher.publish(b"...").result()`
 
-    `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `transport` "auto"
-    writes into the region itself when it is on this machine ("attached"), and goes over gRPC otherwise. `ack` is the
+    `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `transport`
+    "attached" writes into the region itself, which has to be on this machine; "auto" is "grpc" today. `ack` is the
     level to wait for (None: the topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by
     `batch_bytes`); a message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged;
     `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within
@@ -152,10 +137,8 @@ class Publisher(_PublisherBase):
         engine = self._engine
         try:
             engine.client_loop.run(engine.open())
-        except BaseException as error:
+        except BaseException:
             engine.client_loop.run(engine.close())
-            if self._may_fall_back(error):
-                return self.open()
             raise
         if self._on_delivery is None:
             # The native method itself: this wrapper would cost as much as packing a small message.
@@ -218,10 +201,8 @@ class AsyncPublisher(_PublisherBase):
         engine = self._engine
         try:
             await engine.client_loop.call(engine.open())
-        except BaseException as error:
+        except BaseException:
             await engine.client_loop.call(engine.close())
-            if self._may_fall_back(error):
-                return await self.open()
             raise
         return self
 

@@ -1,4 +1,4 @@
-"""What all tests share: `support` can be imported from here, and property tests print how to replay a failure."""
+"""What all tests share: property tests print how to replay a failure. Helpers: `tests.manual_cluster`."""
 
 from hypothesis import HealthCheck, settings
 

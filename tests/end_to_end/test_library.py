@@ -26,7 +26,7 @@ from broker.errors import (
 from client import Admin, AsyncAdmin, AsyncPublisher, AsyncSubscriber, Delivery, Publisher, Subscriber
 from client.cluster import Cluster
 from tests.end_to_end.conftest import small_config, unique
-from tests.end_to_end.support import eventually, numbered, read, read_topic, segments_owned, settles_to_nothing
+from tests.end_to_end.library_support import eventually, numbered, read, read_topic, segments_owned, settles_to_nothing
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from broker.errors import BrokerUnavailable, BufferFull, CxlmqError, DeliveryTim
 from client import Admin, AsyncPublisher, Delivery, Publisher, Subscriber
 from client.cluster import Cluster
 from tests.end_to_end.conftest import small_config
-from tests.end_to_end.support import (
+from tests.end_to_end.library_support import (
     eventually,
     inspected,
     numbered,

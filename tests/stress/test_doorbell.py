@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support import ManualCluster
 
 from broker.doorbell import Doorbell
 from broker.pipeline import Pipeline
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory
+from tests.manual_cluster import ManualCluster
 
 BATCHES = 3_000
 WAIT_SECONDS = 60

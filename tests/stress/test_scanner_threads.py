@@ -11,11 +11,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
-from support import KIB, MIB, ManualCluster, Session, payload_of
 
 from broker.pipeline import Pipeline
 from broker.stages.receiver import RECEIVED
 from sim.cxl import region as files
+from tests.manual_cluster import KIB, MIB, ManualCluster, Session, payload_of
 
 BROKERS, SESSIONS, BATCHES = 4, 4, 1500
 WAIT_SECONDS = 60

@@ -4,10 +4,10 @@ import select
 from pathlib import Path
 
 import pytest
-from support import Ack, ManualCluster, Session
 
 from broker.layout import ResultStatus
 from broker.stages.receiver import RECEIVED, TOPIC_CLOSED, WINDOW_FULL
+from tests.manual_cluster import Ack, ManualCluster, Session
 
 COMMITTED, DUPLICATE = ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE
 

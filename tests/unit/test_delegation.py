@@ -1,10 +1,10 @@
 """Delegation publishes complete batches in ring order, in groups, and strands none."""
 
 import pytest
-from support import KIB, ManualCluster
 
 from broker.layout import ResultStatus
 from broker.records import unpack
+from tests.manual_cluster import KIB, ManualCluster
 
 
 def flushes(cluster: ManualCluster, broker: int = 0) -> int:

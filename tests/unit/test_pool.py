@@ -3,12 +3,12 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import KIB, MIB, ManualCluster
 
 from broker.layout import Layout, LayoutError
 from broker.segments import PoolLeader, SegmentPool, make_pool
 from sim.cxl.memory import MappedMemory
 from sim.cxl.region import private_mapping
+from tests.manual_cluster import KIB, MIB, ManualCluster
 
 STRATEGIES = ("atomic", "partitioned", "leader")
 NUMBERS = {

@@ -5,9 +5,9 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import KIB, ManualCluster, Session, payload_of
 
 from broker.reader import ReadError, ReadStatus
+from tests.manual_cluster import KIB, ManualCluster, Session, payload_of
 
 SIZES = (1, 3, 2, 5, 1, 4)                      # messages of the batches: positions 0, 1, 4, 6, 11, 12, 16
 STARTS = [sum(SIZES[:index]) for index in range(len(SIZES) + 1)]

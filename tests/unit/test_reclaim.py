@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from support import KIB, MIB, ManualCluster, Session
 
 from broker.layout import CursorState, HolderKind, ResultStatus
 from broker.stages.receiver import POOL_EMPTY, RECEIVED
+from tests.manual_cluster import KIB, MIB, ManualCluster, Session
 
 SMALL = {"region_bytes": 192 * KIB, "order_entry_count": 256}
 

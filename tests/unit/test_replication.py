@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import KIB, ManualCluster, Session, decode_messages, payload_of
 
 from broker.layout import RECORDS
 from broker.records import unpack
@@ -18,6 +17,7 @@ from broker.stages.replication import (
     REPLICA_RECORD_MAGIC,
     REPLICA_SUPERBLOCK_BYTES,
 )
+from tests.manual_cluster import KIB, ManualCluster, Session, decode_messages, payload_of
 
 
 def crc32c(data: bytes) -> int:

@@ -6,12 +6,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from support import LEASE_NS, SECOND, ManualCluster, Session, payload_of
 
 from broker.layout import ResultStatus, SessionState
 from broker.records import pack
 from broker.stages.receiver import RECEIVED, RING_FULL
 from sim.cxl import region as files
+from tests.manual_cluster import LEASE_NS, SECOND, ManualCluster, Session, payload_of
 
 COMMITTED, DUPLICATE = ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE
 FENCED, REFUSED = ResultStatus.RESULT_FENCED, ResultStatus.RESULT_REFUSED

@@ -3,7 +3,6 @@
 import asyncio
 
 import pytest
-from support import KIB, LEASE_NS, ManualCluster
 
 from broker.config import TopicConfig
 from broker.errors import BadTopicName, BadTopicOptions, BrokerUnavailable, DuplicateTopic, TopicTableFull, UnknownTopic
@@ -11,6 +10,7 @@ from broker.layout import ResultStatus, TopicState
 from broker.reader import ReadError, ReadStatus
 from broker.stages.receiver import RECEIVED, TOPIC_CLOSED
 from broker.topics import holder_text
+from tests.manual_cluster import KIB, LEASE_NS, ManualCluster
 
 GOOD = ("a", "A.b-c_9", "x" * 120, "_private", "9", "a..b")
 BAD = ("", ".hidden", "__system", "a b", "a/b", "../x", "x" * 121, "ü", "a\n", "a\0", "*", "topic:1", None, 7)

@@ -2,9 +2,8 @@
 
 import select
 
-from support import ManualCluster
-
 from broker.notifier import Notifier
+from tests.manual_cluster import ManualCluster
 
 
 def is_readable(notifier: Notifier) -> bool:

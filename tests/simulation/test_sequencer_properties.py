@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support import SECOND, ManualCluster, Session
 
 from broker.layout import ResultStatus, SessionState
 from broker.stages.receiver import RECEIVED
+from tests.manual_cluster import SECOND, ManualCluster, Session
 
 BROKERS, CLIENTS = 3, 3
 IN_LOG = (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE)
