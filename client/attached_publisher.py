@@ -344,11 +344,11 @@ class AttachedEngine:
                     break
                 await asyncio.sleep(0.001)
                 core.poll()
+        if self.on_event is not None:
+            self.on_event(SessionFenced(reason=reason, committed=self.session.high_water))
         await self._detach(old)
         self.reopening = None
         self.reopened_event.set()
-        if self.on_event is not None:
-            self.on_event(SessionFenced(reason=reason, committed=self.session.high_water))
 
     def _settle_committed(self, unsettled: list[Any], resume_from: int) -> list[Any]:
         high_water, positions = self.session.high_water, list(self.session.positions)
