@@ -39,7 +39,7 @@ from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, channel_option
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
-from broker.records import unpack
+from broker.records import record_bytes, unpack
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
@@ -256,15 +256,6 @@ class AdminService:
         return pb.DetachResponse()
 
 
-def _cause_of(group: BaseExceptionGroup) -> BaseException:
-    """The error that ended a group of tasks: ours when there is one, else the first."""
-    ours = group.subgroup(CxlmqError)
-    error: BaseException = group if ours is None else ours
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 class PublishStream:
     """One publish stream: the batches of one session that come through this broker."""
 
@@ -276,6 +267,7 @@ class PublishStream:
         self._context = context
         self._news = asyncio.Event()
         self._ended = False
+        self._broken = False
         self._gone = False
         self._full_since = 0.0
         self.entry: TopicEntry | None = None
@@ -310,23 +302,33 @@ class PublishStream:
         self._server.publish_streams[self._number] = self
         self._server.sessions.attach(opened.session_slot)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write_acks())
-                try:
-                    if payload:
-                        await self._receive(first, entry, opened)
-                    await self._read_batches(entry, opened)
-                except BaseException:
-                    writer.cancel()
-                    raise
-                self._ended = True
-                self._news.set()
-        except BaseExceptionGroup as group:
-            raise _cause_of(group) from None
+            await self._serve(entry, opened, first if payload else None)
         finally:
             self._server.sessions.detach(opened.session_slot)
             del self._server.publish_streams[self._number]
             self._acks.close_stream(self._number)
+
+    async def _serve(self, entry: TopicEntry, opened: pb.PublishOpen, first: bytes | None) -> None:
+        """Take batches and write acks, side by side.
+
+        The writer is told to end, and not cancelled, when a batch is refused: behind a write that was cancelled gRPC
+        sends no status any more, and the stream would hang.
+        """
+        reader = asyncio.create_task(self._read_batches(entry, opened, first))
+        writer = asyncio.create_task(self._write_acks())
+        try:
+            await asyncio.wait((reader, writer), return_when=asyncio.FIRST_COMPLETED)
+            if reader.done():
+                self._ended, self._broken = True, reader.exception() is not None
+                self._news.set()
+                await writer
+                await reader
+            else:
+                await writer                # which raises why
+        finally:
+            for task in (reader, writer):
+                task.cancel()
+            await asyncio.gather(reader, writer, return_exceptions=True)
 
     def _parse_open(self, frame: bytes) -> tuple[pb.PublishOpen, bool]:
         fields = Receiver.sequence_of(frame)
@@ -337,7 +339,10 @@ class PublishStream:
         except DecodeError as error:
             raise BadBatch(reason="`open` is not a PublishOpen") from error
 
-    async def _read_batches(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
+    async def _read_batches(self, entry: TopicEntry, opened: pb.PublishOpen, first: bytes | None) -> None:
+        if first is not None:
+            await self._receive(first, entry, opened)
+            del first
         while True:
             async with self._server.receiving(self._last_bytes):
                 frame = await self._context.read()
@@ -393,12 +398,15 @@ class PublishStream:
             waiting = self._acks.waiting_count(self._number)
             if waiting and not self._ended and self._acks.ready_count(self._number) < min(
                     RECOMMENDED_ACK_INTERVAL_BATCHES, waiting):
+                # Not wait_for: it loses a cancellation that comes together with the news, and the stream never ends.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._news.wait(), ACK_LINGER_SECONDS)
+                    async with asyncio.timeout(ACK_LINGER_SECONDS):
+                        await self._news.wait()
             await self._send_acks()
             if self._gone:
                 raise UnknownTopic(topic=self.entry.name if self.entry else "")
-            if self._ended and not self._acks.waiting_count(self._number) and not self._acks.has_acks(self._number):
+            if self._broken or (self._ended and not self._acks.waiting_count(self._number)
+                                and not self._acks.has_acks(self._number)):
                 return
 
     async def _send_acks(self) -> None:
@@ -519,9 +527,9 @@ class BrokerServer:
             return
         async with self._receiving_free:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._receiving_free.wait_for(
-                    lambda: self._receiving_bytes == 0 or self._receiving_bytes + nbytes <= RECEIVING_BYTES_MAX),
-                    RECEIVING_WAIT_SECONDS)
+                async with asyncio.timeout(RECEIVING_WAIT_SECONDS):
+                    await self._receiving_free.wait_for(
+                        lambda: self._receiving_bytes == 0 or self._receiving_bytes + nbytes <= RECEIVING_BYTES_MAX)
         self._receiving_bytes += nbytes
         try:
             yield
@@ -621,6 +629,8 @@ class BrokerServer:
 
     async def place(self, request: Any, reader: OrderReader, key: int) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
+        if len(request.protect.encode()) >= record_bytes("CursorName"):
+            raise BadRequest(reason="the name of a protected cursor is too long: 63 bytes are allowed")
         if request.protect and (kept := self.cursors.protected(key, request.protect)):
             reader.move_to(kept[1])
             return kept[0]

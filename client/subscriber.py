@@ -90,7 +90,8 @@ class SubscriberEngine:
         error: CxlmqError = BrokerUnavailable(address="the cluster")
         for broker in await self._candidates():
             try:
-                return await asyncio.wait_for(self._subscribe_at(broker), SUBSCRIBE_SECONDS)
+                async with asyncio.timeout(SUBSCRIBE_SECONDS):      # wait_for may lose a cancellation
+                    return await self._subscribe_at(broker)
             except TimeoutError:
                 error = BrokerUnavailable(address=broker.target)
             except BrokerUnavailable as failed:
@@ -295,7 +296,8 @@ class SubscriberEngine:
                 future: asyncio.Future[None] = loop.create_future()
                 self.async_waiters.append((loop, future))
             try:
-                await asyncio.wait_for(future, None if deadline is None else deadline - time.monotonic())
+                async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
+                    await future
             except TimeoutError:
                 return
             finally:

@@ -1,0 +1,311 @@
+"""The gRPC publisher's engine without a cluster: policies, windows, retries, and sessions that end, step by step."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from broker.errors import (
+    BrokerUnavailable,
+    BufferFull,
+    ClosedError,
+    CxlmqError,
+    DeliveryTimeout,
+    PoolFull,
+    SessionFenced,
+)
+from broker.proto import cxlmq_pb2 as pb
+from client.batch import Batch, Delivery, Packer
+from client.connection import BrokerAddress
+from client.grpc_publisher import SPAN_MAX, PublisherEngine
+
+OPTIONS: dict[str, Any] = {
+    "cluster": "nowhere", "bootstrap": None, "ack": 1, "client_id": 1, "batch_bytes": 96, "batch_bytes_min": 96,
+    "batch_bytes_max": 96, "linger_ms": 60_000, "in_flight": 8, "buffer_bytes": 960, "when_full": "error",
+    "delivery_timeout": 1000.0, "on_delivery": None, "on_event": None, "compression": None,
+}
+
+
+class Transport:
+    """A broker that takes batches and answers when the test says so."""
+
+    def __init__(self, broker: int, window: int) -> None:
+        self.broker = BrokerAddress(broker, f"broker {broker}")
+        self.alive = True
+        self.window = window
+        self.sent: list[Batch] = []
+        self.waiting: list[int] = []
+
+    def has_room(self, nbytes: int) -> bool:
+        return len(self.waiting) < self.window
+
+    def send(self, batch: Batch) -> None:
+        self.sent.append(batch)
+        self.waiting.append(batch.sequence)
+
+    def answered(self, sequence: int) -> None:
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def unanswered(self) -> list[int]:
+        return list(self.waiting)
+
+    def abandon(self) -> None:
+        self.alive = False
+
+    @staticmethod
+    def refusal_error(refusal: pb.Refusal) -> CxlmqError:
+        return PoolFull(holder="a test")
+
+
+class Engine(PublisherEngine):
+    """The engine with transports of the test's, its callbacks called by the test."""
+
+    def __init__(self, brokers: int = 2, window: int = 4, **options: Any) -> None:
+        super().__init__("t", **{**OPTIONS, **options})
+        self.session = pb.Session(session_slot=1, session_epoch=1, order=5, message_bytes_max=1000,
+                                  batch_bytes_max=1 << 20, window=256)
+        self.epoch = 1
+        self.packer = Packer(self, self.send_full, 96, 1000)
+        self.fakes = [Transport(broker, window) for broker in range(brokers)]
+        self.transports = {fake.broker.id: fake for fake in self.fakes}  # type: ignore[misc]
+        self.reopened: list[CxlmqError] = []
+
+    def _schedule_pump(self) -> None:
+        pass                                # the test pumps
+
+    def _start_reopening(self, reason: CxlmqError) -> None:
+        self.reopening = True
+        self.reopened.append(reason)
+
+    def publish(self, count: int = 1) -> list[Delivery]:
+        """Messages that fill a batch each."""
+        assert self.packer is not None
+        return [self.packer.append(bytes(88)) for _ in range(count)]
+
+    def on_loop(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call where the engine's callbacks run."""
+        async def run() -> Any:
+            return call(*arguments)
+
+        return self.client_loop.run(run())
+
+
+def answer(engine: Engine, fake: Transport, status: int, *sequences: int) -> None:
+    """One response."""
+    response = pb.PublishResponse(batch_sequences=sequences, positions=[10 * each for each in sequences],
+                                  statuses=[status] * len(sequences), epoch=1)
+    engine.on_loop(engine._on_acks, fake, response)
+
+
+def refuse(engine: Engine, fake: Transport, *sequences: int) -> None:
+    """One response that says that there is no room."""
+    response = pb.PublishResponse(refusals=[pb.Refusal(batch_sequence=each, code="pool-full") for each in sequences])
+    engine.on_loop(engine._on_acks, fake, response)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def test_batches_go_to_the_brokers_in_turn_with_sequences_from_0(engine: Engine) -> None:
+    engine.publish(5)
+    engine.on_loop(engine._pump)
+    assert [[each.sequence for each in fake.sent] for fake in engine.fakes] == [[0, 2, 4], [1, 3]]
+
+
+def test_no_more_than_the_window_is_in_flight(engine: Engine) -> None:
+    engine.publish(10)
+    engine.on_loop(engine._pump)
+    assert (len(engine.inflight), len(engine.pending)) == (8, 2)
+    answer(engine, engine.fakes[0], pb.COMMITTED, 0, 2)
+    assert (len(engine.inflight), len(engine.pending)) == (8, 0)
+    assert engine.inflight_bytes == 768
+
+
+def test_a_broker_that_is_slow_stops_the_others_within_the_span() -> None:
+    engine = Engine(window=1000, buffer_bytes=1 << 20)
+    engine.publish(300)
+    engine.on_loop(engine._pump)
+    assert len(engine.inflight) == SPAN_MAX
+    # All but the oldest are answered: sequences may not run away from it, the sequencer's window has an end.
+    for fake in engine.fakes:
+        answer(engine, fake, pb.COMMITTED, *(each for each in fake.unanswered() if each))
+    assert (len(engine.inflight), engine.next_sequence) == (1, SPAN_MAX)
+
+
+def test_error_refuses_when_the_buffer_is_full(engine: Engine) -> None:
+    deliveries = engine.publish(10)
+    with pytest.raises(BufferFull):
+        engine.publish()
+    assert engine.buffered == 960
+    engine.on_loop(engine._pump)
+    answer(engine, engine.fakes[0], pb.COMMITTED, 0)
+    assert deliveries[0].result().position == 0
+    engine.publish()
+
+
+def test_drop_newest_counts_what_it_did_not_take() -> None:
+    engine = Engine(when_full="drop_newest")
+    deliveries = engine.publish(13)
+    assert [each.done() for each in deliveries] == [False] * 10 + [True] * 3
+    assert {type(each.exception()) for each in deliveries[10:]} == {BufferFull}
+    assert engine.counts["dropped_newest"] == 3
+    assert engine.packer is not None
+    assert engine.packer.messages == 10
+
+
+def test_drop_oldest_drops_what_is_not_on_its_way() -> None:
+    engine = Engine(when_full="drop_oldest", window=2)
+    deliveries = engine.publish(10)
+    engine.on_loop(engine._pump)
+    deliveries += engine.publish(3)
+    assert [each.done() for each in deliveries] == [False] * 4 + [True] * 3 + [False] * 6
+    assert engine.counts["dropped_oldest"] == 3
+    deliveries += engine.publish(7)
+    # Now everything that could be dropped is: what is in flight stays, the newest has to go.
+    more = engine.publish(1)
+    assert engine.counts["dropped_oldest"] + engine.counts["dropped_newest"] == 11
+    assert not any(each.done() for each in deliveries[:4])
+    assert engine.buffered <= 960
+    assert len(more) == 1
+
+
+def test_block_waits_until_there_is_room() -> None:
+    engine = Engine(when_full="block")
+    engine.publish(10)
+    engine.on_loop(engine._pump)
+
+    async def later() -> None:
+        await asyncio.sleep(0.05)
+        response = pb.PublishResponse(batch_sequences=[0], positions=[0], statuses=[pb.COMMITTED])
+        engine._on_acks(engine.fakes[0], response)  # type: ignore[arg-type]
+
+    engine.client_loop.submit(later())
+    engine.publish()
+    assert engine.counts["acked"] == 1
+
+
+def test_block_gives_up_after_the_delivery_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("client.grpc_publisher.BLOCK_GRACE_SECONDS", 0.0)
+    engine = Engine(when_full="block", delivery_timeout=0.05)
+    engine.publish(10)
+    with pytest.raises(BufferFull):
+        engine.publish()
+
+
+def test_a_broken_streams_batches_go_elsewhere_with_their_sequences(engine: Engine) -> None:
+    engine.publish(4)
+    engine.on_loop(engine._pump)
+    lost, other = engine.fakes
+    lost.alive = False
+    engine.on_loop(engine._on_broken, lost, BrokerUnavailable(address="x"))
+    assert [each.sequence for each in other.sent] == [1, 3, 0, 2]
+    answer(engine, other, pb.COMMITTED, 0, 1, 2, 3)
+    assert (engine.counts["acked"], engine.counts["retries"], engine.inflight_bytes) == (4, 2, 0)
+
+
+def test_a_fenced_batch_ends_the_session_also_when_it_is_settled_already(engine: Engine) -> None:
+    answer(engine, engine.fakes[0], pb.FENCED, 5)
+    assert [type(each) for each in engine.reopened] == [SessionFenced]
+
+
+def test_a_duplicates_receipt_has_no_position(engine: Engine) -> None:
+    delivery = engine.publish()[0]
+    engine.on_loop(engine._pump)
+    answer(engine, engine.fakes[0], pb.DUPLICATE, 0)
+    assert (delivery.result().position, delivery.result().duplicate) == (None, True)
+
+
+def test_a_refusal_of_the_oldest_takes_back_what_waits_behind_it(engine: Engine) -> None:
+    engine.publish(8)
+    engine.on_loop(engine._pump)
+    refuse(engine, engine.fakes[1], 1)
+    assert engine.reopened == [], "only the oldest holds the others back"
+    refuse(engine, engine.fakes[0], 0)
+    assert [type(each) for each in engine.reopened] == [PoolFull]
+    assert engine.span == 4
+
+
+def test_the_span_grows_again(engine: Engine) -> None:
+    engine.span = 2
+    engine.publish(8)
+    engine.on_loop(engine._pump)
+    assert len(engine.inflight) == 2
+    answer(engine, engine.fakes[0], pb.COMMITTED, 0)
+    answer(engine, engine.fakes[1], pb.COMMITTED, 1)
+    assert engine.span > 2
+    assert engine.obstacle is None
+
+
+def test_a_refusal_that_stands_is_what_a_delivery_settles_with() -> None:
+    engine = Engine(delivery_timeout=0.0001)
+    refused, unknown = engine.publish(2)
+    engine.on_loop(engine._pump)
+    unsent = engine.publish(1)[0]
+    engine.on_loop(engine.retry_at.update, {0: 1e12})
+    engine.last_refusal[0] = engine.obstacle = PoolFull(holder="a test")
+    engine.on_loop(engine._expire)
+    assert isinstance(refused.exception(), PoolFull)
+    assert isinstance(unknown.exception(), DeliveryTimeout)
+    assert isinstance(unknown.exception().__cause__, PoolFull)
+    assert isinstance(unsent.exception(), PoolFull)
+
+
+def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: Engine) -> None:
+    deliveries = engine.publish(6)
+    engine.on_loop(engine._pump)
+    engine.session.high_water = 2
+    engine.session.positions.extend([70, 80, (1 << 64) - 1, 90])
+    engine.on_loop(engine._resume, 0)
+    # Below the high-water mark, and beyond a gap where the order allows that: in the log. The others are not.
+    assert [each.done() for each in deliveries] == [True, True, False, True, False, False]
+    assert [each.result().position for each in (deliveries[0], deliveries[1], deliveries[3])] == [70, 80, 90]
+    for fake in engine.fakes:
+        fake.sent.clear()
+        fake.waiting.clear()
+    engine.on_loop(engine._pump)
+    sent = sorted(((each.sequence, each) for fake in engine.fakes for each in fake.sent), key=lambda pair: pair[0])
+    assert [sequence for sequence, _ in sent] == [0, 1, 2]
+    assert [each for _, each in sent] == [deliveries[2].batch, deliveries[4].batch, deliveries[5].batch]
+
+
+def test_level_0_is_settled_at_send_and_kept_until_a_broker_has_it(engine: Engine) -> None:
+    engine.ack = 0
+    delivery = engine.publish()[0]
+    engine.on_loop(engine._pump)
+    engine.on_loop(engine.settled_at_send, engine.fakes[0].sent[0])
+    assert delivery.result().position is None
+    assert engine.buffered == 96
+    engine.fakes[0].alive = False
+    engine.on_loop(engine._on_broken, engine.fakes[0], BrokerUnavailable(address="x"))
+    assert [each.frame is not None for each in engine.fakes[1].sent] == [True]
+    answer(engine, engine.fakes[1], pb.COMMITTED, 0)
+    assert (engine.buffered, engine.counts["acked"], len(engine.unsettled)) == (0, 1, 0)
+
+
+def test_giving_up_settles_everything_once(engine: Engine) -> None:
+    deliveries = engine.publish(9)
+    assert engine.packer is not None
+    deliveries.append(engine.packer.append(b"not sealed yet"))
+    engine.on_loop(engine._pump)
+    engine.closed = True
+    engine.on_loop(engine._give_up)
+    engine.on_loop(engine._give_up)
+    assert {type(each.exception()) for each in deliveries} == {ClosedError}
+    assert (engine.buffered, engine.counts["failed"]) == (0, 10)
+    with pytest.raises(ClosedError):
+        engine.publish(2)
+
+
+def test_the_counts_add_up_whatever_happens(engine: Engine) -> None:
+    engine.when_full = "drop_oldest"
+    engine.publish(30)
+    engine.on_loop(engine._pump)
+    answer(engine, engine.fakes[0], pb.COMMITTED, 0, 2)
+    engine.on_loop(engine._give_up)
+    counts = engine.counts
+    assert engine.packer is not None
+    assert engine.packer.messages == counts["acked"] + counts["failed"] + counts["dropped_oldest"] == 30
