@@ -266,6 +266,7 @@ class PublishStream:
         self._acks = server.node.acks
         self._context = context
         self._news = asyncio.Event()
+        self._linger: asyncio.TimerHandle | None = None
         self._ended = False
         self._broken = False
         self._gone = False
@@ -276,9 +277,15 @@ class PublishStream:
         self._last_bytes = 64 << 10
 
     def wake(self) -> None:
-        """Acks may have come."""
-        if self._acks.has_acks(self._number):
+        """Acks may have come: several go in one response while more are on the way, at once when none is."""
+        ready = self._acks.ready_count(self._number)
+        if not ready or self._news.is_set():
+            return
+        waiting = self._acks.waiting_count(self._number)
+        if self._ended or ready >= min(RECOMMENDED_ACK_INTERVAL_BATCHES, waiting):
             self._news.set()
+        elif self._linger is None:
+            self._linger = asyncio.get_running_loop().call_later(ACK_LINGER_SECONDS, self._news.set)
 
     def topic_is_gone(self) -> None:
         """Its topic was deleted: the publisher is told, also when it sends nothing."""
@@ -356,8 +363,6 @@ class PublishStream:
         """Take one batch in; wait for room when something is full, and say what when that takes too long."""
         pause = 0.0002
         while True:
-            if not self._node.topics.is_open(entry):
-                raise UnknownTopic(topic=entry.name)    # its number may belong to another topic by now
             status = self._receiver.receive(frame, self._number, entry.number, opened.client_id, opened.session_slot,
                                             opened.session_epoch)
             if status == receiving.RECEIVED:
@@ -391,17 +396,13 @@ class PublishStream:
         self._news.set()
 
     async def _write_acks(self) -> None:
-        """Cumulative acks: several batches a response while more are on the way, at once when none is."""
+        """Cumulative acks and refusals, as often as there is news."""
         while True:
             await self._news.wait()
             self._news.clear()
-            waiting = self._acks.waiting_count(self._number)
-            if waiting and not self._ended and self._acks.ready_count(self._number) < min(
-                    RECOMMENDED_ACK_INTERVAL_BATCHES, waiting):
-                # Not wait_for: it loses a cancellation that comes together with the news, and the stream never ends.
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ACK_LINGER_SECONDS):
-                        await self._news.wait()
+            if self._linger is not None:
+                self._linger.cancel()
+                self._linger = None
             await self._send_acks()
             if self._gone:
                 raise UnknownTopic(topic=self.entry.name if self.entry else "")
