@@ -101,6 +101,7 @@ class BrokerNode:
         self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
         self.scanners: list[Scanner] = []
         self.order: OrderState | None = None
+        self.pool_leader: PoolLeader | None = None
         self.pipelines = self._pipelines()
         self._watchers = 0
         self._stop_warming = threading.Event()
@@ -128,7 +129,9 @@ class BrokerNode:
         replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
                                   self._replica_superblock, self.doorbells)
         if self.config.thread_plan == "staged":
-            plan = [[directory, self.attach, delegation, release], [self.acks, self.watch],
+            # The stages of the broker's own log stay together: what one of them does to a topic the others must not
+            # meet half done.
+            plan = [[directory, self.attach, delegation, release], [self.acks], [self.watch],
                     *([stage] for stage in head_stages)]
         else:
             first, others = head_stages[:1], head_stages[1:]
@@ -155,10 +158,10 @@ class BrokerNode:
             brokers = [b for b in range(count) if b % config.scanners == number]
             self.scanners.append(Scanner(self.order, self._door(Role.ROLE_SEQUENCER), self.clock, number, brokers,
                                          self.doorbells, self.replication_bells))
-        leader = None
         if config.pool == "leader":
-            leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker)
-        return [*self.scanners, Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, leader)]
+            self.pool_leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker)
+        return [*self.scanners,
+                Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, self.pool_leader)]
 
     def _replica_folder(self) -> str:
         root = Path(self.config.data_directory) if self.config.data_directory else self.config.folder / "replicas"
@@ -188,7 +191,8 @@ class BrokerNode:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         touched, size = 0, self.layout.numbers["segment_bytes"]
-        while touched < WARM_BYTES_MAX and not self._stop_warming.is_set() and self.log.warm_segment():
+        pool = self.pool_leader or self.log
+        while touched < WARM_BYTES_MAX and not self._stop_warming.is_set() and pool.warm_segment():
             touched += size
 
     def stop(self) -> None:

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from broker.layout cimport SequencerCounters
+from sim.cxl.memory cimport Memory
 
 cpdef enum LockMode:
     LOCK_ATOMIC = 0
@@ -12,6 +13,8 @@ cdef class OrderLock:
     cdef void* mutex
     cdef void* semaphore
     cdef SequencerCounters* counters
+    cdef SequencerCounters* own_counters     # NULL: they lie in the region
+    cdef Memory memory                      # keeps the mapping of a lock made by `at`
     cdef int64_t held_since
 
     @staticmethod

@@ -5,7 +5,10 @@ Waits are timed when there is one; hold times are sampled, one in 64, so that ti
 
 from libc.stdint cimport int64_t, uint64_t
 
+from libc.stdlib cimport calloc, free
+
 from broker.layout cimport SequencerCounters
+from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_fetch_add, cxl_mutex_init, cxl_mutex_lock, cxl_mutex_try, cxl_mutex_unlock, cxl_now_ns
 
 cdef extern from "<fcntl.h>" nogil:
@@ -34,6 +37,7 @@ cdef class OrderLock:
         self.semaphore = NULL
 
     def __dealloc__(self):
+        free(self.own_counters)
         if self.semaphore != NULL:
             sem_close(<sem_t*>self.semaphore)
 
@@ -81,3 +85,23 @@ cdef class OrderLock:
             cxl_mutex_unlock(self.mutex)
         else:
             sem_post(<sem_t*>self.semaphore)
+
+    @staticmethod
+    def at(Memory memory, uint64_t offset, str mode, str semaphore_name="", bint initialise=False) -> OrderLock:
+        """The lock whose mutex lies at `offset`, with counters of its own; for tools and tests."""
+        cdef SequencerCounters* counters = <SequencerCounters*>calloc(1, sizeof(SequencerCounters))
+        if counters == NULL:
+            raise MemoryError
+        cdef OrderLock self = OrderLock.make(LOCK_MODES[mode], memory.coherent_area(offset), counters, semaphore_name,
+                                             initialise)
+        self.own_counters = counters
+        self.memory = memory
+        return self
+
+    def __enter__(self):
+        with nogil:
+            self.acquire()
+        return self
+
+    def __exit__(self, *_):
+        self.release()

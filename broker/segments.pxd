@@ -54,5 +54,7 @@ cdef class PoolLeader:
     cdef uint64_t* granted_runs
     cdef uint64_t* granted_segments
     cdef uint64_t* taken
+    cdef uint64_t warmed_to         # no cold segment that was free lies below
 
     cdef int64_t step(self) noexcept nogil
+    cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil

@@ -390,6 +390,28 @@ cdef class PoolLeader:
                 self.memory.fence()
         return work
 
+    cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil:
+        cdef uint64_t segment, size = self.layout.g.segment_bytes
+        cdef int result
+        for segment in range(from_segment, self.layout.g.segment_count):
+            if not self.pool.is_warm(segment) and self.pool.take_bit(segment):
+                result = self.memory.touch(self.layout.segment(segment), size)
+                self.pool.give_warm(segment, result == 0)
+                return <int64_t>segment + 1 if result == 0 else -1
+        return -1
+
+    def warm_segment(self) -> bool:
+        """Touch one cold free segment ahead of use, without the GIL; False when none is left or tmpfs is full.
+
+        The leader warms for all: nobody else may take a segment without asking. Its bitmap is atomic, so any thread may.
+        """
+        cdef int64_t following
+        with nogil:
+            following = self.warm_one(self.warmed_to)
+        if following > 0:
+            self.warmed_to = following
+        return following > 0
+
     def step_once(self) -> int:
         """Answer what is asked now; the amount of work done."""
         return self.step()

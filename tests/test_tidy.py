@@ -33,6 +33,7 @@ MAY_READ_ENVIRONMENT = {
 }
 MAY_REACH_POINTERS = {
     "broker/log.pyx": "the broker's counters",
+    "broker/order_lock.pyx": "the order lock, on its own",
     "broker/stages/sequencer.pyx": "the sequencer's counters, the order lock",
     "broker/stages/replication.pyx": "the broker's counters; payload goes to writev without a copy",
     "client/attached.pyx": "loans: an attached client fills its lease in place",

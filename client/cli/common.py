@@ -171,7 +171,7 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
                                           "sleep at once [balanced]."),
     ("memory", "mapped", "What kind of memory the region is [mapped]."),
     ("session_lease_seconds", "TIME", "How long a gap in a publisher's batches may last [30s]."),
-    ("heartbeat_ms", "N", "How often a broker says that it is alive [200]."),
+    ("heartbeat_ms", "N", "How often a broker says that it is alive [500]."),
     ("data_directory", "FOLDER", "Where replicas are written; they stay when the cluster stops [a folder of the "
                                  "cluster, which goes with it]."),
     ("listen_host", "HOST", "Address to listen at; 0.0.0.0 for publishers on other machines [127.0.0.1]."),

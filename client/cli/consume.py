@@ -44,7 +44,7 @@ class StartType(click.ParamType):
 @target_options
 def consume(topic: str, start: str | int, text: str, count: int | None, follow: bool, transport: str,
             target: Target) -> None:
-    r"""Print the messages of a topic, as raw bytes, in their order.
+    """Print the messages of a topic, as raw bytes, in their order.
 
     Without --follow it ends at the end that the topic had when it started.
 
@@ -53,12 +53,12 @@ def consume(topic: str, start: str | int, text: str, count: int | None, follow: 
       %s payload              %o position            %T timestamp, ms
       %S its length           %t topic               %k key, always empty; %K its length, always -1
       %R its length, 4 bytes  %p broker              %h headers, always empty
-         big-endian           %% a percent sign      \n \r \t \0 \\ \xNN bytes
+         big-endian           %% a percent sign      \\n \\r \\t \\0 \\\\ \\xNN bytes
 
     \b
     Examples:
       cxlmq consume frames > copy.log
-      cxlmq consume frames --from end --follow -f '%o: %s\n'
+      cxlmq consume frames --from end --follow -f '%o: %s\\n'
       cxlmq consume frames --from 100 --count 10 --json
       cxlmq consume pictures --count 1 -f %s > cat.jpg
     """

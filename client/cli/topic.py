@@ -39,7 +39,8 @@ def topic_options(function: Any) -> Any:
              "drop, publishers wait instead [0].")(function)
     function = click.option(
         "--replication-factor", "--rf", type=int, default=1, show_default=True,
-        help="Brokers whose disks hold a copy, 1 to the number of brokers.")(function)
+        help="Copies of the data: 1 is memory alone, every further one is on the disk of another broker. At most the "
+             "number of brokers.")(function)
     return click.option(
         "--order", type=int, default=5, show_default=True,
         help="0: none, 1: per broker, 2: one global order, 5: global, and every publisher's own order kept "

@@ -168,3 +168,16 @@ def test_brokers_with_any_pool_carry_traffic_many_times_the_region(strategy: str
     assert received == 300
     assert cluster.reader(session.topic).frontiers()["committed_index"] == 300
     cluster.check_invariants()
+
+
+def test_the_leader_warms_every_free_segment_and_gives_it_back() -> None:
+    pools = Pools("leader")
+    assert pools.leader is not None
+    first = pools.allocate(0, 1)
+    taken = pools.taken_bits()
+    warmed = 0
+    while pools.leader.warm_segment():
+        warmed += 1
+    assert warmed == pools.count - taken, "whatever is free"
+    assert pools.taken_bits() == taken, "and all of it is free again"
+    assert first >= 0 and not pools.leader.warm_segment()
