@@ -188,6 +188,7 @@ class Child:
     def read_answer(self) -> str:
         """The next line; raises `LimitError` when the process has ended instead, or hangs."""
         watchdog = threading.Timer(self._seconds_max, self._process.kill)
+        watchdog.daemon = True              # Ctrl-C may come before the `try`: it must not keep this process
         watchdog.start()
         try:
             line = self._output.readline().strip()
