@@ -331,6 +331,14 @@ cdef class BrokerLog:
             more = self.warm_one()
         return more
 
+    def map_segment(self, uint64_t segment) -> bool:
+        """Map a segment that somebody has touched into this process as well; False while it is cold."""
+        cdef int result = -1
+        with nogil:
+            if self.pool.is_warm(segment):
+                result = self.memory.touch(self.layout.segment(segment), self.layout.g.segment_bytes)
+        return result == 0
+
     def note_cpu(self, uint64_t nanoseconds) -> None:
         """Keep this process's CPU time among its counters."""
         self.counters.cpu_ns = nanoseconds

@@ -70,6 +70,7 @@ from sim.cxl.region import host_identity, process_alive, process_start_time
 HEAD = 0
 REGION_WAIT_SECONDS = 20.0
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
+MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
 
@@ -194,6 +195,10 @@ class BrokerNode:
         pool = self.pool_leader or self.log
         while touched < WARM_BYTES_MAX and not self._stop_warming.is_set() and pool.warm_segment():
             touched += size
+        # Segments wander between brokers: each is a page fault every 64 KiB until this process has it mapped.
+        unmapped = list(range(self.layout.numbers["segment_count"]))
+        while unmapped and not self._stop_warming.wait(MAP_SECONDS):
+            unmapped = [segment for segment in unmapped if not self.log.map_segment(segment)]
 
     def stop(self) -> None:
         """End the threads; memory stays as it is."""
