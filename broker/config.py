@@ -6,6 +6,7 @@ Every wrong value is a `ConfigError` that names the setting, the value and what 
 exists is valid: sizes are numbers, and what depends on the size of the region is chosen.
 """
 
+import ipaddress
 import os
 import re
 import tomllib
@@ -15,7 +16,14 @@ from typing import Any
 
 import msgspec
 
-from broker.errors import BadTopicName, BadTopicOptions, ConfigError, PermissionDenied, RegionTooSmall
+from broker.errors import (
+    BadTopicName,
+    BadTopicOptions,
+    ClearTextRefused,
+    ConfigError,
+    PermissionDenied,
+    RegionTooSmall,
+)
 from broker.layout import Layout, LayoutError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -126,6 +134,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     listen_host: str = "127.0.0.1"
     listen_port: int = 0                    # broker b listens on listen_port + b; 0: any free port
     runtime_directory: str = ""             # the cluster's folder with its sockets lies below
+    security: str | None = None             # folder or file that names certificates and principals; None: off
+    insecure_clear_text: bool = False       # listen beyond this machine without security
 
     def __post_init__(self) -> None:
         for setting in _BYTES:
@@ -143,6 +153,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 setattr(self, setting, value)
         if not self.runtime_directory:
             self.runtime_directory = str(runtime_root())
+        if self.security:                   # brokers run in another folder
+            self.security = os.path.abspath(os.path.expanduser(self.security))
 
     def _check(self) -> None:
         """Raise `ConfigError` for the first setting that is wrong."""
@@ -162,6 +174,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             _refuse("session_lease_seconds", self.session_lease_seconds, "more than 0")
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
+        if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
+            raise ClearTextRefused(setting="listen_host", host=self.listen_host)
         if self.listen_port and self.listen_port + self.brokers - 1 > 65535:
             _refuse("listen_port", self.listen_port, f"0, or a port with {self.brokers - 1} more above it up to 65535")
         if len(os.fsencode(self.folder)) > 90:
@@ -189,6 +203,15 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         return load_config(environment={}, **values)
 
 
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False                        # a name may mean anything
+
+
 def _refuse(setting: str, value: object, allowed: str) -> None:
     raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
 
@@ -206,7 +229,7 @@ ENVIRONMENT = {
     "CXLMQ_NAME": "name", "CXLMQ_BROKERS": "brokers", "CXLMQ_REGION_BYTES": "region_bytes",
     "CXLMQ_WAITING": "waiting", "CXLMQ_SEQUENCER_LOCK": "sequencer_lock", "CXLMQ_DATA_DIRECTORY": "data_directory",
     "CXLMQ_RUNTIME_DIRECTORY": "runtime_directory", "CXLMQ_LISTEN_HOST": "listen_host",
-    "CXLMQ_LISTEN_PORT": "listen_port",
+    "CXLMQ_LISTEN_PORT": "listen_port", "CXLMQ_SECURITY": "security",
 }
 CONFIG_FILE_VARIABLE = "CXLMQ_CONFIG"
 _SETTINGS = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
@@ -238,6 +261,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read the configuration file {path}: {error.strerror}", setting="config") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} is no TOML: {error}", setting="config") from error
+    if isinstance(content.get("security"), dict):      # the table itself: the brokers read it from this file
+        content["security"] = os.path.abspath(path)
     inner = content.pop("cluster", {})
     if not isinstance(inner, dict):
         raise ConfigError(setting="cluster", value=repr(inner), allowed="a table of settings")
@@ -253,6 +278,10 @@ def _typed(setting: str, value: Any) -> Any:
             _refuse(setting, value, "a whole number")
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if _SETTINGS[setting] is bool:
+        if str(value).lower() not in ("true", "false"):
+            _refuse(setting, value, "true or false")
+        return str(value).lower() == "true"
     if _SETTINGS[setting] is not int and setting != "session_lease_seconds" and not isinstance(value, str):
         _refuse(setting, value, "text")
     return value

@@ -297,6 +297,32 @@ class PermissionDenied(CxlmqError):
     template = "not allowed: {what} belongs to another user"
 
 
+class ClearTextRefused(ConfigError):
+    """A cluster would listen in clear text where others can listen in; details: host."""
+
+    code = "clear-text-refused"
+    template = ("listen_host {host} is reached from other machines, in clear text and by anybody: turn on security "
+                "(`cxlmq security init DIR`, then --security DIR), listen at 127.0.0.1, or say --insecure-clear-text")
+
+
+class Unauthenticated(CxlmqError):
+    """The broker does not know who calls; details: reason."""
+
+    code = "unauthenticated"
+    status = "UNAUTHENTICATED"
+    template = ("the cluster does not know who you are ({reason}): give security=DIR, --security DIR or "
+                "CXLMQ_SECURITY, with the folder that `cxlmq security add` made for you")
+
+
+class NotAllowed(CxlmqError):
+    """The caller is known and lacks a right; details: principal, right, topic."""
+
+    code = "not-allowed"
+    status = "PERMISSION_DENIED"
+    template = ("{principal} has no right to {right} on topic {topic}: an owner of the cluster's security folder gives "
+                "rights with `cxlmq security add`")
+
+
 class ClosedError(CxlmqError):
     """The object was closed; details: what."""
 
@@ -319,7 +345,7 @@ STATUS_ERRORS: dict[str, type[CxlmqError]] = {
     "NOT_FOUND": UnknownTopic,
     "ALREADY_EXISTS": DuplicateTopic,
     "PERMISSION_DENIED": PermissionDenied,
-    "UNAUTHENTICATED": PermissionDenied,
+    "UNAUTHENTICATED": Unauthenticated,
     "RESOURCE_EXHAUSTED": MessageTooBig,
     "FAILED_PRECONDITION": SessionError,
     "ABORTED": SessionFenced,

@@ -5,7 +5,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,10 +15,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
+from broker.admin_service import AdminService
+from broker.calls import PUBLISH, SUBSCRIBE, Doorkeeper, errors_as_statuses, introduce, parsed, unary
 from broker.config import TopicConfig
 from broker.errors import (
-    ERROR_KEY,
-    AttachSlotsFull,
     BadBatch,
     BadRequest,
     BrokerUnavailable,
@@ -32,14 +32,13 @@ from broker.errors import (
     SessionUnknown,
     StreamTableFull,
     UnknownTopic,
-    status_of,
-    to_metadata,
 )
-from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, channel_options, server_options
+from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.records import record_bytes, unpack
+from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
     from broker.node import BrokerNode
 
 SERVICES = ("cxlmq.v1.PubSub", "cxlmq.v1.Admin", "cxlmq.v1.Cluster")
-SESSION_WINDOW = 256                    # WINDOW of the sequencer
 FRAME_BYTES = 1 << 20
 # A batch that finds no room waits so long before its publisher is told what is full; then it is for the publisher.
 PUSH_BACK_SECONDS = 1.0
@@ -63,197 +61,8 @@ RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
 LOOK_SECONDS = 0.2
-UNKNOWN_POSITION = (1 << 64) - 1
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
-
-
-async def _abort(context: Any, error: CxlmqError) -> None:
-    await context.abort(grpc.StatusCode[status_of(error)], error.message, to_metadata(error))
-
-
-@contextlib.asynccontextmanager
-async def _errors_as_statuses(context: Any) -> AsyncIterator[None]:
-    """Whatever goes wrong within reaches the caller as a status with typed trailers."""
-    try:
-        yield
-    except CxlmqError as error:
-        await _abort(context, error)
-    except (grpc.aio.AbortError, grpc.aio.BaseError):
-        raise
-    except Exception as error:
-        _log.exception("a call failed")
-        await _abort(context, CxlmqError(f"internal error: {error!r}"))
-
-
-def _parsed(kind: Any, data: bytes) -> Any:
-    try:
-        return kind.FromString(data)
-    except DecodeError as error:
-        raise BadRequest(reason=f"no {kind.DESCRIPTOR.name}") from error
-
-
-def _unary(method: Callable[[Any, Any], Awaitable[Any]], kind: Any, reply: Any) -> grpc.RpcMethodHandler:
-    """A handler of one method: parses the request itself, so that garbage gets a typed answer."""
-    async def call(data: bytes, context: Any) -> Any:
-        async with _errors_as_statuses(context):
-            return await method(_parsed(kind, data), context)
-
-    return grpc.unary_unary_rpc_method_handler(call, None, reply.SerializeToString)
-
-
-class AdminService:
-    """Topics and sessions. What only the head may do is passed on to it."""
-
-    def __init__(self, server: "BrokerServer") -> None:
-        self._server = server
-        self._node = server.node
-
-    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
-        """Methods of cxlmq.v1.Admin."""
-        methods = {
-            "CreateTopic": (self.create_topic, pb.CreateTopicRequest, pb.Topic),
-            "DeleteTopic": (self.delete_topic, pb.DeleteTopicRequest, pb.DeleteTopicResponse),
-            "ListTopics": (self.list_topics, pb.ListTopicsRequest, pb.ListTopicsResponse),
-            "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic),
-            "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session),
-            "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse),
-            "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment),
-            "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment),
-            "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
-        }
-        return {name: _unary(call, request, reply) for name, (call, request, reply) in methods.items()}
-
-    async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
-        """Call the head's Admin service; its error comes through as it is."""
-        head = self._node.broker_line(0)
-        async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
-            call = channel.unary_unary(f"/cxlmq.v1.Admin/{method}", request.__class__.SerializeToString,
-                                       reply.FromString)
-            return await call(request, timeout=30)
-
-    async def _forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
-        try:
-            return await self._at_head(method, request, reply)
-        except grpc.aio.AioRpcError as error:
-            trailers = tuple(error.trailing_metadata() or ())
-            if not any(key == ERROR_KEY for key, _ in trailers):
-                raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
-                                        "creates and deletes topics", address="head") from None
-            await context.abort(error.code(), error.details(), trailers)
-
-    async def create_topic(self, request: Any, context: Any) -> pb.Topic:
-        count = self._node.layout.numbers["broker_count"]
-        config, _ = TopicConfig(
-            name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
-            retention_bytes=request.retention_bytes).validate(count)
-        if not self._node.is_head:
-            return await self._forward("CreateTopic", request, pb.Topic, context)
-        lease_ns = int(self._node.config.session_lease_seconds * 1e9)
-        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
-
-    async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
-        self._node.topics.find(request.name)
-        if not self._node.is_head:
-            return await self._forward("DeleteTopic", request, pb.DeleteTopicResponse, context)
-        await self._node.topics.delete(request.name, self._node.live_brokers)
-        return pb.DeleteTopicResponse()
-
-    async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
-        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in self._node.topics.entries()])
-
-    async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
-        return self._describe(self._node.topics.find(request.name))
-
-    def _describe(self, entry: TopicEntry) -> pb.Topic:
-        frontiers = self._node.topics.frontiers(entry)
-        return pb.Topic(
-            name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
-            retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
-            created_ns=entry.created_ns, holder=self._server.holder(), **frontiers)
-
-    async def open_session(self, request: Any, context: Any) -> pb.Session:
-        entry = self._node.topics.find(request.topic)
-        self._server.check_ack(entry, request.ack)
-        opened = await self._server.sessions.open(
-            request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
-        numbers = self._node.layout.numbers
-        session = pb.Session(
-            session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
-            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
-            message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
-            high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
-            lease_ms=int(self._node.config.session_lease_seconds * 1000))
-        if request.resume_epoch:
-            session.high_water, positions = self._resumed(entry, request, opened)
-            session.positions.extend(positions)
-        return session
-
-    def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
-        """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
-        key = entry.generation << 16 | entry.number
-        high_water: int | None = opened["predecessor_expected"]
-        if opened["predecessor_epoch"] != request.resume_epoch:
-            # Sessions that the client never heard of lie between.
-            high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
-        reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
-        end = request.resume_from + SESSION_WINDOW
-        if high_water is not None and entry.order == 5:
-            end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
-        found = [reader.find_batch(request.client_id, request.resume_epoch, sequence)
-                 for sequence in range(request.resume_from, end)]
-        positions = [UNKNOWN_POSITION if each is None else each[0] for each in found]
-        while positions and positions[-1] == UNKNOWN_POSITION:
-            positions.pop()
-        return (request.resume_from if high_water is None else high_water), positions
-
-    async def close_session(self, request: Any, context: Any) -> pb.CloseSessionResponse:
-        line = self._server.sessions.line(request.session_slot) if (
-            request.session_slot < self._node.layout.numbers["session_count_max"]) else {}
-        if line.get("client_id") == request.client_id and line["session_epoch"] == request.session_epoch:
-            await self._server.sessions.close(request.session_slot)
-        return pb.CloseSessionResponse()
-
-
-    async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
-        opened, node = request.open, self._node
-        entry = node.topics.find(opened.topic)
-        self._server.check_ack(entry, opened.ack)
-        self._server.check_session(entry, opened)
-        found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
-                                 opened.client_id, opened.ack, entry.replication_factor, request.pid,
-                                 request.start_time)
-        if found is None:
-            raise AttachSlotsFull(broker=node.broker)
-        self._server.sessions.attach(opened.session_slot)
-        self._server.attached_sessions[found[0]] = opened.session_slot
-        node.doorbells[node.broker].ring_now()
-        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
-                             topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
-
-    async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
-        node, server = self._node, self._server
-        entry = node.topics.find(request.subscribe.topic)
-        key = entry.generation << 16 | entry.number
-        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await server.place(request.subscribe, reader, key)
-        found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
-                                            request.start_time)
-        if found is None:
-            server.cursors.close(cursor)
-            raise AttachSlotsFull(broker=node.broker)
-        server.attached_cursors[found[0]] = cursor, bool(request.subscribe.protect)
-        node.watch_commits(+1)
-        frontiers = reader.frontiers()
-        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
-                             topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
-                             first_position=frontiers["reclaimed_position"],
-                             end_position=frontiers["committed_position"], doorbell=node.broker)
-
-    async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
-        await self._server.close_attached(request.slot, request.generation)
-        self._node.doorbells[self._node.broker].ring_now()
-        return pb.DetachResponse()
 
 
 class PublishStream:
@@ -298,6 +107,7 @@ class PublishStream:
         if first is grpc.aio.EOF:
             return
         opened, payload = self._parse_open(first)
+        CALLER.get().require(PUBLISH, opened.topic)
         entry = self._node.topics.find(opened.topic)
         self._server.check_ack(entry, opened.ack)
         self._server.check_session(entry, opened)
@@ -426,11 +236,14 @@ class BrokerServer:
 
     def __init__(self, node: "BrokerNode") -> None:
         self.node = node
+        self.guard = Guard(node.config.security)
+        self.guard.check()
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
         self.attached_cursors: dict[int, tuple[int, bool]] = {}      # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}
+        self.attached_by: dict[int, str] = {}                        # principals
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
@@ -439,13 +252,14 @@ class BrokerServer:
         self._caretaker: asyncio.Task[None] | None = None
         numbers = node.layout.numbers
         self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
-        self._server = grpc.aio.server(options=server_options(self._message_limit))
+        self._server = grpc.aio.server(options=server_options(self._message_limit),
+                                       interceptors=[Doorkeeper(self.guard)] if self.guard.security else None)
         self._add_services()
 
     def _add_services(self) -> None:
         publish = grpc.stream_stream_rpc_method_handler(self._publish)
         subscribe = grpc.unary_stream_rpc_method_handler(self._subscribe)
-        describe = _unary(self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription)
+        describe = unary(self.guard, self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription, None)
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("cxlmq.v1.PubSub", {"Publish": publish, "Subscribe": subscribe}),
             grpc.method_handlers_generic_handler("cxlmq.v1.Admin", AdminService(self).handlers()),
@@ -464,7 +278,8 @@ class BrokerServer:
         wanted = f"{config.listen_host}:{port}"
         unix = f"unix:{config.folder / f'broker-{self.node.broker}.sock'}"
         try:
-            bound = self._server.add_insecure_port(wanted)
+            bound = self._server.add_secure_port(wanted, credentials) if (
+                credentials := self._credentials()) else self._server.add_insecure_port(wanted)
             self._server.add_insecure_port(unix)
         except RuntimeError as error:
             raise PortTaken(address=wanted) from error
@@ -474,6 +289,13 @@ class BrokerServer:
         asyncio.get_running_loop().add_reader(self.node.notifier.fd, self._notified)
         self._caretaker = asyncio.create_task(self._look_after())
         return f"{config.listen_host}:{bound}", unix
+
+    def _credentials(self) -> Any:
+        """TLS that asks the caller for a certificate of our CA; None while security is off."""
+        security = self.guard.security
+        return security and grpc.ssl_server_credentials(
+            [(security.key.read_bytes(), security.certificate.read_bytes())], security.ca.read_bytes(),
+            require_client_auth=True)
 
     async def stop(self) -> None:
         """Refuse new calls, let the running ones end, then cancel them."""
@@ -543,6 +365,7 @@ class BrokerServer:
         """An attached client is done, or dead: its slot and its cursor are free again."""
         if not self.node.attach.close_slot(slot, generation):
             return
+        self.attached_by.pop(slot, None)
         self.node.doorbells[self.node.broker].ring_now()
         if slot in self.attached_sessions:
             self.sessions.detach(self.attached_sessions.pop(slot))
@@ -587,14 +410,17 @@ class BrokerServer:
     # ---- publish ----------------------------------------------------------------------------------------------------
 
     async def _publish(self, _: Any, context: Any) -> None:
-        async with _errors_as_statuses(context):
+        async with errors_as_statuses(context):
+            introduce(self.guard, context)
             await PublishStream(self, context).run()
 
     # ---- subscribe --------------------------------------------------------------------------------------------------
 
     async def _subscribe(self, data: bytes, context: Any) -> None:
-        async with _errors_as_statuses(context):
-            request = _parsed(pb.SubscribeRequest, data)
+        async with errors_as_statuses(context):
+            caller = introduce(self.guard, context)
+            request = parsed(pb.SubscribeRequest, data)
+            caller.require(SUBSCRIBE, request.topic)
             try:
                 await self._deliver(request, context)
             except ReadError as error:

@@ -1,5 +1,6 @@
 """Admin: topics and the state of the cluster, for programs; sync and async."""
 
+from pathlib import Path
 from typing import Any
 
 from broker.config import TopicConfig, check_topic_name
@@ -22,12 +23,14 @@ class AsyncAdmin:
     """Topics and cluster state. `async with AsyncAdmin(cluster="name") as admin: ...`
 
     `cluster` is the name of a cluster on this machine, `bootstrap` the address of any broker of one elsewhere.
+    `security` is the folder that `cxlmq security add` made for us (default: CXLMQ_SECURITY, or none).
     Every method raises the typed errors of `client.errors`.
     """
 
-    def __init__(self, cluster: str = "default", bootstrap: str | None = None) -> None:
+    def __init__(self, cluster: str = "default", bootstrap: str | None = None,
+                 security: str | Path | None = None) -> None:
         self._loop = ClientLoop.get()
-        self._connection = Connection(cluster, bootstrap)
+        self._connection = Connection(cluster, bootstrap).secured(security)
 
     async def create_topic(self, name: str, order: int = 5, ack: int = 1, replication_factor: int = 1,
                            retention_bytes: int = 0) -> dict[str, Any]:
@@ -85,8 +88,9 @@ class AsyncAdmin:
 class Admin:
     """As `AsyncAdmin`, for programs without an event loop."""
 
-    def __init__(self, cluster: str = "default", bootstrap: str | None = None) -> None:
-        self._admin = AsyncAdmin(cluster, bootstrap)
+    def __init__(self, cluster: str = "default", bootstrap: str | None = None,
+                 security: str | Path | None = None) -> None:
+        self._admin = AsyncAdmin(cluster, bootstrap, security)
         self._run = ClientLoop.get().run
 
     def create_topic(self, name: str, order: int = 5, ack: int = 1, replication_factor: int = 1,

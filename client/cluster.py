@@ -19,6 +19,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -33,6 +34,7 @@ from broker.config import FOLDER_PREFIX, ClusterConfig, layout_of, load_config, 
 from broker.errors import CxlmqError, PermissionDenied, RegionForeign, from_code
 from broker.layout import BrokerState
 from broker.records import record_bytes, unpack
+from broker.security import Guard, Security
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory
 
@@ -140,6 +142,7 @@ class Cluster:
         """
         assert self._claim is None, "this cluster is started already"
         layout_of(self.config)              # a region that is too small is refused before anything exists
+        Guard(self.config.security).check()
         self._collect_leftovers()
         self._take_name()
         try:
@@ -203,7 +206,7 @@ class Cluster:
                 time.sleep(_POLL_SECONDS)
         for broker, addresses in sorted(self._addresses.items()):
             for address in filter(None, addresses):
-                if not answers(address, ANSWER_SECONDS):
+                if not answers(address, ANSWER_SECONDS, self.config.security):
                     self._raise_if_ended()
                     self._raise_late(broker, f"not answering at {address}")
 
@@ -508,10 +511,10 @@ class BrokerTable:
         return Addresses(address["tcp_address"], address["unix_address"])
 
 
-def answers(address: str, timeout: float) -> bool:
+def answers(address: str, timeout: float, security: str | None = None) -> bool:
     """Whether a gRPC server answers at "host:port" or "unix:/path": it greets with an HTTP/2 SETTINGS frame."""
     try:
-        with _connect(address, timeout) as connection:
+        with _connect(address, timeout, security) as connection:
             connection.sendall(_HTTP2_PREFACE)
             greeting = b""
             while len(greeting) < _HTTP2_FRAME_BYTES:
@@ -524,7 +527,7 @@ def answers(address: str, timeout: float) -> bool:
         return False
 
 
-def _connect(address: str, timeout: float) -> socket.socket:
+def _connect(address: str, timeout: float, security: str | None) -> socket.socket:
     if address.startswith("unix:"):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -535,7 +538,21 @@ def _connect(address: str, timeout: float) -> socket.socket:
             raise
         return connection
     host, _, port = address.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout)
+    plain = socket.create_connection((host.strip("[]"), int(port)), timeout)
+    return _over_tls(plain, Security.load(security)) if security else plain
+
+
+def _over_tls(plain: socket.socket, security: Security) -> socket.socket:
+    """TLS as a client of our CA. Which name the certificate has is for those to check who reach the broker by it."""
+    context = ssl.create_default_context(cafile=security.ca)
+    context.check_hostname = False
+    context.load_cert_chain(security.certificate, security.key)
+    context.set_alpn_protocols(["h2"])
+    try:
+        return context.wrap_socket(plain)
+    except OSError:
+        plain.close()
+        raise
 
 
 # ---- signals -----------------------------------------------------------------------------------------------------

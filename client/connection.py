@@ -10,20 +10,25 @@ import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
 
-from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, from_metadata
+from broker.config import load_config
+from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, Unauthenticated, from_metadata
 from broker.grpc_options import channel_options
 from broker.layout import BrokerState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import attach_region
+from broker.security import Security
 from sim.cxl.region import host_identity, process_alive
 
 T = TypeVar("T")
+Identity = tuple[grpc.ChannelCredentials, tuple[tuple[str, str], ...]]
 CALL_SECONDS = 30.0
 MESSAGE_LIMIT = (1 << 30) + (1 << 21)
 
@@ -77,11 +82,35 @@ class BrokerAddress:
     target: str
 
 
+# What gRPC says when a TLS handshake fails, or a server that wants one hangs up on clear text.
+_TLS_SIGNS = ("ssl", "certificate", "handshake", "tls")
+
+
+class _Introduced:
+    """A channel whose every call says who we are."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+        self.close = channel.close
+
+    def __getattr__(self, kind: str) -> Any:
+        """unary_unary, unary_stream, stream_stream: as the channel's, with our metadata in each call."""
+        make = getattr(self._channel, kind)
+        return lambda *args, **options: partial(make(*args, **options), metadata=self._metadata)
+
+
 def translated(error: grpc.aio.AioRpcError, address: str = "") -> CxlmqError:
     """The typed error that a failed call stands for."""
     message = error.details() or str(error.code())
     found = from_metadata(error.code().name, message, tuple(error.trailing_metadata() or ()))
     if isinstance(found, BrokerUnavailable) and "address" not in found.details:
+        if any(sign in message.lower() for sign in _TLS_SIGNS):
+            return Unauthenticated(reason=f"no TLS connection to {address or 'the broker'} came about: the cluster "
+                                          "has security and we have none, or our certificates are of another CA")
+        if address and not address.startswith("unix:"):
+            return BrokerUnavailable(f"no broker answers at {address}: is the cluster up, and does it want security "
+                                     "(security=DIR, --security DIR or CXLMQ_SECURITY)?", address=address)
         return BrokerUnavailable(address=address or "the cluster")
     return found
 
@@ -113,13 +142,32 @@ class Connection:
     def __init__(self, cluster: str | None, bootstrap: str | None) -> None:
         self.cluster = cluster
         self.bootstrap = bootstrap
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._channels: dict[str, Any] = {}
+        self._identity: Identity | None = None
         self.description: pb.ClusterDescription | None = None
 
-    def channel(self, target: str) -> grpc.aio.Channel:
-        """The channel to an address."""
+    def secured(self, path: str | Path | None) -> "Connection":
+        """Use this certificate and token (None: those of CXLMQ_SECURITY, if any). Raises `ConfigError`."""
+        path = load_config(security=path).security
+        if path is not None:
+            security = Security.load(path)
+            credentials = grpc.ssl_channel_credentials(
+                security.ca.read_bytes(), security.key.read_bytes(), security.certificate.read_bytes())
+            self._identity = credentials, security.own_metadata()
+        return self
+
+    def channel(self, target: str) -> Any:
+        """The channel to an address. With security, TLS for all but unix sockets: a token goes nowhere in the clear."""
         if target not in self._channels:
-            self._channels[target] = grpc.aio.insecure_channel(target, options=channel_options(MESSAGE_LIMIT))
+            options = channel_options(MESSAGE_LIMIT)
+            if self._identity is None:
+                channel: Any = grpc.aio.insecure_channel(target, options=options)
+            else:
+                credentials, metadata = self._identity
+                channel = _Introduced(
+                    grpc.aio.insecure_channel(target, options=options) if target.startswith("unix:")
+                    else grpc.aio.secure_channel(target, credentials, options=options), metadata)
+            self._channels[target] = channel
         return self._channels[target]
 
     async def brokers(self) -> list[BrokerAddress]:
@@ -128,7 +176,7 @@ class Connection:
             return addresses_of_region(self.cluster or "default")
         known = [self.bootstrap]
         if self.description is not None:
-            known += [each.tcp_address for each in self.description.brokers]
+            known += [self._as_reached(each.tcp_address) for each in self.description.brokers]
         error: CxlmqError | None = None
         for target in dict.fromkeys(known):
             try:
@@ -141,11 +189,18 @@ class Connection:
             raise error or BrokerUnavailable(address=self.bootstrap)
         here = self.description.host == host_identity()
         return [BrokerAddress(each.id, each.unix_address if here and _reachable(each.unix_address)
-                              and not self._wants_tcp() else each.tcp_address)
+                              and not self._wants_tcp() else self._as_reached(each.tcp_address))
                 for each in self.description.brokers if each.state == "ready"]
 
     def _wants_tcp(self) -> bool:
         return self.bootstrap is not None and not self.bootstrap.startswith("unix:")
+
+    def _as_reached(self, address: str) -> str:
+        """A broker's address from here: one that listens everywhere is where the one is that we know."""
+        host, _, port = address.rpartition(":")
+        if self.bootstrap is None or host.strip("[]") not in ("0.0.0.0", "::"):
+            return address
+        return f"{self.bootstrap.rpartition(':')[0]}:{port}"
 
     async def unary(self, target: str, method: str, request: Any, reply: Any, timeout: float = CALL_SECONDS) -> Any:
         """Call a method at one broker; typed errors."""

@@ -5,6 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from broker.config import check_topic_name
@@ -63,7 +64,8 @@ class _PublisherBase:
                  batch_bytes_min: int = 64 << 10, batch_bytes_max: int = 4 << 20, linger_ms: float = 1.0,
                  in_flight: int = 8, buffer_bytes: int = 16 << 20, when_full: str = "block",
                  delivery_timeout: float = 30.0, on_delivery: Callable[[Delivery], None] | None = None,
-                 on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None) -> None:
+                 on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None,
+                 security: str | Path | None = None) -> None:
         options: dict[str, Any] = {
             "ack": ack, "client_id": client_id if client_id is not None else secrets.randbits(63) + 1,
             "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
@@ -77,6 +79,7 @@ class _PublisherBase:
         if transport == "attached":
             engine = AttachedEngine
         self._engine = engine(topic, **options)
+        self._engine.connection.secured(security)
         self._on_delivery = on_delivery
 
     @property

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -320,7 +321,7 @@ class _SubscriberBase:
 
     def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
                  start: Start = "beginning", broker: int | None = None, buffer_bytes: int = BUFFER_BYTES,
-                 protect: str = "") -> None:
+                 protect: str = "", security: str | Path | None = None) -> None:
         if transport not in TRANSPORTS:
             raise ConfigError(setting="transport", value=repr(transport), allowed=", ".join(TRANSPORTS))
         check_topic_name(topic)
@@ -329,6 +330,7 @@ class _SubscriberBase:
         if transport == "attached":
             engine = AttachedSubscriberEngine
         self._engine = engine(topic, cluster, bootstrap, start, broker, buffer_bytes, protect)
+        self._engine.connection.secured(security)
 
     @property
     def position(self) -> int | None:

@@ -47,7 +47,7 @@ def up(detach: bool, overrides: dict[str, Any]) -> None:
     Examples:
       cxlmq cluster up                                  four brokers, 1 GiB of shared memory
       cxlmq cluster up -d --brokers 2 --region-bytes 64MiB
-      cxlmq cluster up --name lab --listen-host 0.0.0.0 --listen-port 7000
+      cxlmq cluster up --name lab --listen-host 0.0.0.0 --listen-port 7000 --security ~/lab-security
     """
     from broker.config import load_config
 

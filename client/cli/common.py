@@ -77,23 +77,26 @@ class Target:
 
     cluster: str
     bootstrap: str | None
+    security: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments for the library's Admin, Publisher and Subscriber."""
-        return {"cluster": self.cluster, "bootstrap": self.bootstrap}
+        return {"cluster": self.cluster, "bootstrap": self.bootstrap, "security": self.security}
 
 
 def target_options(function: CommandFunction) -> CommandFunction:
-    """--cluster and --bootstrap as the argument `target`, with --json and --debug."""
+    """--cluster, --bootstrap and --security as the argument `target`, with --json and --debug."""
     import functools
 
     @functools.wraps(function)
-    def command(*args: Any, cluster: str | None, bootstrap: str | None, **values: Any) -> Any:
+    def command(*args: Any, cluster: str | None, bootstrap: str | None, security: str | None, **values: Any) -> Any:
         if cluster and bootstrap:
             raise click.UsageError("give --cluster or --bootstrap, not both")
-        return function(*args, target=Target(cluster or default_cluster(), bootstrap), **values)
+        return function(*args, target=Target(cluster or default_cluster(), bootstrap, security), **values)
 
+    command = click.option("--security", metavar="DIR|FILE",
+                           help="Certificate and token for a cluster with security [CXLMQ_SECURITY].")(command)
     command = click.option("--bootstrap", metavar="ADDRESS",
                            help="A broker's address instead, also on another machine: host:port or unix:/path."
                            )(command)
@@ -174,10 +177,13 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
     ("heartbeat_ms", "N", "How often a broker says that it is alive [500]."),
     ("data_directory", "FOLDER", "Where replicas are written; they stay when the cluster stops [a folder of the "
                                  "cluster, which goes with it]."),
-    ("listen_host", "HOST", "Address to listen at; 0.0.0.0 for publishers on other machines [127.0.0.1]."),
+    ("listen_host", "HOST", "Address to listen at; 0.0.0.0 for publishers on other machines, which needs --security "
+                            "[127.0.0.1]."),
     ("listen_port", "PORT", "Broker K listens at PORT + K; 0 takes any free port [0]."),
     ("runtime_directory", "FOLDER", "Where the cluster's folder (sockets, logs) is created [XDG_RUNTIME_DIR/cxlmq, or "
                                     "/tmp/cxlmq-UID]."),
+    ("security", "DIR|FILE", "Mutual TLS, tokens and rights per topic, as `cxlmq security init` writes them [off]."),
+    ("insecure_clear_text", "", "Listen beyond this machine without security: anybody can read and write."),
 )
 
 
@@ -192,7 +198,10 @@ def config_options(function: CommandFunction) -> CommandFunction:
 
     for setting, metavar, text in reversed(_SETTINGS):
         flag = "--" + setting.replace("_", "-")
-        command = click.option(flag, setting, metavar=metavar, help=text)(command)
+        if metavar:
+            command = click.option(flag, setting, metavar=metavar, help=text)(command)
+        else:
+            command = click.option(flag, setting, flag_value=True, default=None, help=text)(command)
     return click.option("--config", metavar="FILE.toml", type=click.Path(dir_okay=False),
                         help="Settings as TOML, named as the options with '_' for '-'; options given here win."
                         )(command)  # type: ignore[return-value]

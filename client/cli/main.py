@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "topic": ("client.cli.topic", "topic", "Create, list, describe and delete topics."),
     "produce": ("client.cli.produce", "produce", "Publish messages from a file or standard input."),
     "consume": ("client.cli.consume", "consume", "Print the messages of a topic."),
+    "security": ("client.cli.security", "security", "Certificates, tokens and rights for clusters with security."),
     "region": ("client.cli.region", "region", "Look into shared memory, and remove what dead clusters left."),
     "bench": ("client.cli.bench", "bench", "Measure this machine's limits and a cluster's speed."),
 }

@@ -1,0 +1,190 @@
+"""The Admin service of a broker: topics, sessions, and the slots of attached clients."""
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from broker.calls import ADMIN, PUBLISH, SUBSCRIBE, Access, unary
+from broker.config import TopicConfig
+from broker.errors import ERROR_KEY, AttachSlotsFull, BrokerUnavailable, NotAllowed
+from broker.grpc_options import channel_options
+from broker.proto import cxlmq_pb2 as pb
+from broker.reader import OrderReader
+from broker.security import CALLER, RIGHTS
+from broker.topics import TopicEntry
+
+if TYPE_CHECKING:
+    from broker.server import BrokerServer
+
+SESSION_WINDOW = 256                    # WINDOW of the sequencer
+UNKNOWN_POSITION = (1 << 64) - 1
+
+
+class AdminService:
+    """Topics and sessions. What only the head may do is passed on to it."""
+
+    def __init__(self, server: "BrokerServer") -> None:
+        self._server = server
+        self._node = server.node
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Methods of cxlmq.v1.Admin."""
+        methods: dict[str, tuple[Any, Any, Any, Access]] = {
+            "CreateTopic": (self.create_topic, pb.CreateTopicRequest, pb.Topic, (ADMIN, lambda asked: asked.name)),
+            "DeleteTopic": (self.delete_topic, pb.DeleteTopicRequest, pb.DeleteTopicResponse,
+                            (ADMIN, lambda asked: asked.name)),
+            "ListTopics": (self.list_topics, pb.ListTopicsRequest, pb.ListTopicsResponse, None),
+            "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic,
+                              (RIGHTS, lambda asked: asked.name)),
+            "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session,
+                            (PUBLISH, lambda asked: asked.topic)),
+            "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse, None),
+            "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment,
+                                (PUBLISH, lambda asked: asked.open.topic)),
+            "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment,
+                                 (SUBSCRIBE, lambda asked: asked.subscribe.topic)),
+            "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse, None),
+        }
+        return {name: unary(self._server.guard, *each) for name, each in methods.items()}
+
+    async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
+        """Call the head's Admin service; its error comes through as it is."""
+        head = self._node.broker_line(0)
+        async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
+            call = channel.unary_unary(f"/cxlmq.v1.Admin/{method}", request.__class__.SerializeToString,
+                                       reply.FromString)
+            return await call(request, timeout=30, metadata=self._server.guard.own_metadata())
+
+    async def _forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
+        try:
+            return await self._at_head(method, request, reply)
+        except grpc.aio.AioRpcError as error:
+            trailers = tuple(error.trailing_metadata() or ())
+            if not any(key == ERROR_KEY for key, _ in trailers):
+                raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
+                                        "creates and deletes topics", address="head") from None
+            await context.abort(error.code(), error.details(), trailers)
+
+    async def create_topic(self, request: Any, context: Any) -> pb.Topic:
+        count = self._node.layout.numbers["broker_count"]
+        config, _ = TopicConfig(
+            name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
+            retention_bytes=request.retention_bytes).validate(count)
+        if not self._node.is_head:
+            return await self._forward("CreateTopic", request, pb.Topic, context)
+        lease_ns = int(self._node.config.session_lease_seconds * 1e9)
+        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
+
+    async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
+        self._node.topics.find(request.name)
+        if not self._node.is_head:
+            return await self._forward("DeleteTopic", request, pb.DeleteTopicResponse, context)
+        await self._node.topics.delete(request.name, self._node.live_brokers)
+        return pb.DeleteTopicResponse()
+
+    async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
+        caller = CALLER.get()
+        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in self._node.topics.entries()
+                                             if any(caller.may(right, entry.name) for right in RIGHTS)])
+
+    async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
+        return self._describe(self._node.topics.find(request.name))
+
+    def _describe(self, entry: TopicEntry) -> pb.Topic:
+        frontiers = self._node.topics.frontiers(entry)
+        return pb.Topic(
+            name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
+            retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
+            created_ns=entry.created_ns, holder=self._server.holder(), **frontiers)
+
+    async def open_session(self, request: Any, context: Any) -> pb.Session:
+        entry = self._node.topics.find(request.topic)
+        self._server.check_ack(entry, request.ack)
+        opened = await self._server.sessions.open(
+            request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
+        numbers = self._node.layout.numbers
+        session = pb.Session(
+            session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
+            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
+            message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
+            high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
+            lease_ms=int(self._node.config.session_lease_seconds * 1000))
+        if request.resume_epoch:
+            session.high_water, positions = self._resumed(entry, request, opened)
+            session.positions.extend(positions)
+        return session
+
+    def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
+        """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
+        key = entry.generation << 16 | entry.number
+        high_water: int | None = opened["predecessor_expected"]
+        if opened["predecessor_epoch"] != request.resume_epoch:
+            # Sessions that the client never heard of lie between.
+            high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
+        reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
+        end = request.resume_from + SESSION_WINDOW
+        if high_water is not None and entry.order == 5:
+            end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
+        found = [reader.find_batch(request.client_id, request.resume_epoch, sequence)
+                 for sequence in range(request.resume_from, end)]
+        positions = [UNKNOWN_POSITION if each is None else each[0] for each in found]
+        while positions and positions[-1] == UNKNOWN_POSITION:
+            positions.pop()
+        return (request.resume_from if high_water is None else high_water), positions
+
+    async def close_session(self, request: Any, context: Any) -> pb.CloseSessionResponse:
+        line = self._server.sessions.line(request.session_slot) if (
+            request.session_slot < self._node.layout.numbers["session_count_max"]) else {}
+        if line.get("client_id") == request.client_id and line["session_epoch"] == request.session_epoch:
+            for entry in self._node.topics.entries():
+                if entry.generation << 16 | entry.number == line["topic"]:
+                    CALLER.get().require(PUBLISH, entry.name)
+            await self._server.sessions.close(request.session_slot)
+        return pb.CloseSessionResponse()
+
+    async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
+        opened, node = request.open, self._node
+        entry = node.topics.find(opened.topic)
+        self._server.check_ack(entry, opened.ack)
+        self._server.check_session(entry, opened)
+        found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
+                                 opened.client_id, opened.ack, entry.replication_factor, request.pid,
+                                 request.start_time)
+        if found is None:
+            raise AttachSlotsFull(broker=node.broker)
+        self._server.attached_by[found[0]] = CALLER.get().name
+        self._server.sessions.attach(opened.session_slot)
+        self._server.attached_sessions[found[0]] = opened.session_slot
+        node.doorbells[node.broker].ring_now()
+        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
+                             topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
+
+    async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
+        node, server = self._node, self._server
+        entry = node.topics.find(request.subscribe.topic)
+        key = entry.generation << 16 | entry.number
+        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
+        cursor = await server.place(request.subscribe, reader, key)
+        found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
+                                            request.start_time)
+        if found is None:
+            server.cursors.close(cursor)
+            raise AttachSlotsFull(broker=node.broker)
+        server.attached_by[found[0]] = CALLER.get().name
+        server.attached_cursors[found[0]] = cursor, bool(request.subscribe.protect)
+        node.watch_commits(+1)
+        frontiers = reader.frontiers()
+        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
+                             topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
+                             first_position=frontiers["reclaimed_position"],
+                             end_position=frontiers["committed_position"], doorbell=node.broker)
+
+    async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
+        caller = CALLER.get()
+        if self._server.attached_by.get(request.slot, caller.name) != caller.name:
+            raise NotAllowed("this slot belongs to another principal: only who attached may detach", topic="",
+                             principal=caller.name, right="detach")
+        await self._server.close_attached(request.slot, request.generation)
+        self._node.doorbells[self._node.broker].ring_now()
+        return pb.DetachResponse()

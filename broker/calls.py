@@ -1,0 +1,88 @@
+"""What every gRPC method of a broker does around its work: who calls and may, what is asked, how an error is told."""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from broker.errors import BadRequest, CxlmqError, status_of, to_metadata
+from broker.security import CALLER, Guard, Principal
+
+_log = logging.getLogger("cxlmq")
+
+
+async def abort(context: Any, error: CxlmqError) -> None:
+    await context.abort(grpc.StatusCode[status_of(error)], error.message, to_metadata(error))
+
+
+@contextlib.asynccontextmanager
+async def errors_as_statuses(context: Any) -> AsyncIterator[None]:
+    """Whatever goes wrong within reaches the caller as a status with typed trailers."""
+    try:
+        yield
+    except CxlmqError as error:
+        await abort(context, error)
+    except (grpc.aio.AbortError, grpc.aio.BaseError):
+        raise
+    except Exception as error:
+        _log.exception("a call failed")
+        await abort(context, CxlmqError(f"internal error: {error!r}"))
+
+
+def parsed(kind: Any, data: bytes) -> Any:
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise BadRequest(reason=f"no {kind.DESCRIPTOR.name}") from error
+
+
+# Who may call a method: one of these rights to the topic that the request names. None: whoever has a token.
+Access = tuple[tuple[str, ...], Callable[[Any], str]] | None
+PUBLISH, SUBSCRIBE, ADMIN = (("publish",), ("subscribe",), ("admin",))
+
+
+def unary(guard: Guard, method: Callable[[Any, Any], Awaitable[Any]], kind: Any, reply: Any,
+           access: Access) -> grpc.RpcMethodHandler:
+    """A handler of one method: parses the request itself, so that garbage gets a typed answer."""
+    async def call(data: bytes, context: Any) -> Any:
+        async with errors_as_statuses(context):
+            caller = introduce(guard, context)
+            request = parsed(kind, data)
+            if access is not None:
+                rights, topic_of = access
+                caller.require(rights, topic_of(request))
+            return await method(request, context)
+
+    return grpc.unary_unary_rpc_method_handler(call, None, reply.SerializeToString)
+
+
+def introduce(guard: Guard, context: Any) -> Principal:
+    """Who calls, for the rest of this call. Raises `Unauthenticated`."""
+    caller = guard.caller(context.invocation_metadata())
+    CALLER.set(caller)
+    return caller
+
+
+class Doorkeeper(grpc.aio.ServerInterceptor):
+    """Lets nobody in without a token, whatever the method; but for health, which tells no secret."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        """The method's handler, or one that refuses."""
+        if not details.method.startswith("/grpc.health."):
+            try:
+                self._guard.caller(details.invocation_metadata)
+            except CxlmqError as error:
+                refusal = error
+
+                async def refuse(_: Any, context: Any) -> None:
+                    await abort(context, refusal)
+
+                return grpc.stream_stream_rpc_method_handler(refuse)
+        return await continuation(details)
