@@ -159,3 +159,37 @@ def take_bits(Memory memory, uint64_t base, uint64_t who, uint64_t count, uint64
                 memory.store(mine + bit // 64 * 8, memory.load(mine + bit // 64 * 8) | mask)
                 won += 1
     return won if together else GAVE_UP
+
+
+def access_costs(Memory memory, uint64_t base, uint64_t count) -> dict[str, float]:
+    """Nanoseconds of one access of each kind, alone on its line, over `count` of them; 64 lines in turn."""
+    cdef uint64_t line[8]
+    cdef uint64_t i
+    cdef int64_t begun
+    costs = {}
+    memset(line, 0, 64)
+    begun = cxl_now_ns()
+    with nogil:
+        for i in range(count):
+            memory.load(base + i % 64 * 64)
+    costs["load"] = <double>(cxl_now_ns() - begun) / count
+    begun = cxl_now_ns()
+    with nogil:
+        for i in range(count):
+            memory.store(base + i % 64 * 64, i)
+    costs["store"] = <double>(cxl_now_ns() - begun) / count
+    begun = cxl_now_ns()
+    with nogil:
+        for i in range(count):
+            memory.invalidate(base + i % 64 * 64, 64)
+            memory.load(base + i % 64 * 64)
+    costs["invalidate, load"] = <double>(cxl_now_ns() - begun) / count
+    begun = cxl_now_ns()
+    with nogil:
+        for i in range(count):
+            memory.write_line(base + i % 64 * 64, line)
+            memory.flush(base + i % 64 * 64, 64)
+            if i % 4 == 3:
+                memory.fence()
+    costs["write line, flush, fence in fours"] = <double>(cxl_now_ns() - begun) / count
+    return costs

@@ -51,6 +51,7 @@ cdef class Memory:
     cdef readonly bint writable
     cdef AccessStatistics* statistics
     cdef AccessStatistics private_statistics
+    cdef const uint64_t* fault              # not 0 once this host cannot go on: see raise_fault
 
     cdef uint64_t load(self, uint64_t offset) noexcept nogil
     cdef void store(self, uint64_t offset, uint64_t value) noexcept nogil
@@ -77,6 +78,10 @@ cdef class Memory:
     cdef int touch(self, uint64_t offset, uint64_t count) noexcept nogil
     cdef void* coherent_area(self, uint64_t offset) noexcept nogil
     cdef void count_at(self, uint64_t offset) noexcept
+    cdef void note_caller(self)
+    cdef object _checked(self, object result)
+    cdef bint failed(self) noexcept nogil
+    cpdef raise_fault(self)
     cpdef Memory with_role(self, int role, uint64_t statistics_offset=*)
 
 cdef class MappedMemory(Memory):

@@ -18,6 +18,22 @@ class MemoryAccessError(Exception):
     """An access outside the region or not aligned, or a write through a read-only attachment."""
 
 
+class MemoryFault(Exception):
+    """This host cannot reach the memory, or used it in a way that its hardware does not offer. It does not go away.
+
+    `kind` is "atomic", "link" or "device".
+    """
+
+    def __init__(self, message: str, kind: str, offset: int, role: int) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.offset = offset
+        self.role = role
+
+
+cdef uint64_t NO_FAULT = 0
+
+
 cdef class Memory:
     """The contract (see memory.pxd) and, for tools and tests, its Python face.
 
@@ -27,6 +43,7 @@ cdef class Memory:
 
     def __cinit__(self, *args, **kwargs):
         self.statistics = &self.private_statistics
+        self.fault = &NO_FAULT
 
     # The native contract. A memory overrides all of it. Nothing here may be reached.
     cdef uint64_t load(self, uint64_t offset) noexcept nogil: return 0
@@ -54,6 +71,17 @@ cdef class Memory:
     cdef int touch(self, uint64_t offset, uint64_t count) noexcept nogil: return 0
     cdef void* coherent_area(self, uint64_t offset) noexcept nogil: return NULL
 
+    cdef void note_caller(self):
+        """A Python caller is about to access: memories that name places in code remember it."""
+        pass
+
+    cdef bint failed(self) noexcept nogil:
+        return self.fault[0] != 0
+
+    cpdef raise_fault(self):
+        """Raise `MemoryFault` if this host has one; what it loads since then means nothing."""
+        pass
+
     cpdef Memory with_role(self, int role, uint64_t statistics_offset=0):
         """Return a door to the same memory for another role.
 
@@ -78,36 +106,43 @@ cdef class Memory:
             raise MemoryAccessError(f"offset {offset} is not aligned to {align} bytes")
         if write and not self.writable:
             raise MemoryAccessError("this attachment is read-only; attach with writable=True to change memory")
+        self.note_caller()
+
+    cdef object _checked(self, object result):
+        if self.fault[0]:
+            self.raise_fault()
+        return result
 
     def load_word(self, uint64_t offset) -> int:
         """Load 8 bytes (acquire)."""
         self._check(offset, 8, False, 8)
-        return self.load(offset)
+        return self._checked(self.load(offset))
 
     def store_word(self, uint64_t offset, uint64_t value) -> None:
         """Store 8 bytes (release)."""
         self._check(offset, 8, True, 8)
         self.store(offset, value)
+        self._checked(None)
 
     def fetch_add_word(self, uint64_t offset, uint64_t value) -> int:
         """Add to 8 shared bytes; return what was there."""
         self._check(offset, 8, True, 8)
-        return self.fetch_add(offset, value)
+        return self._checked(self.fetch_add(offset, value))
 
     def fetch_or_word(self, uint64_t offset, uint64_t value) -> int:
         """Or into 8 shared bytes; return what was there."""
         self._check(offset, 8, True, 8)
-        return self.fetch_or(offset, value)
+        return self._checked(self.fetch_or(offset, value))
 
     def fetch_and_word(self, uint64_t offset, uint64_t value) -> int:
         """And into 8 shared bytes; return what was there."""
         self._check(offset, 8, True, 8)
-        return self.fetch_and(offset, value)
+        return self._checked(self.fetch_and(offset, value))
 
     def compare_and_swap_word(self, uint64_t offset, uint64_t expected, uint64_t desired) -> bool:
         """Replace 8 shared bytes if they hold `expected`; say whether they did."""
         self._check(offset, 8, True, 8)
-        return self.compare_and_swap(offset, expected, desired)
+        return self._checked(self.compare_and_swap(offset, expected, desired))
 
     def read_line_bytes(self, uint64_t offset) -> bytes:
         """Read one 64-byte line; word 0 first."""
@@ -115,7 +150,7 @@ cdef class Memory:
         self._check(offset, 64, False, 64)
         while not self.read_line(offset, line):
             pass
-        return line[:64]
+        return self._checked(line[:64])
 
     def write_line_bytes(self, uint64_t offset, bytes line) -> None:
         """Write one 64-byte line; word 0 last."""
@@ -123,6 +158,7 @@ cdef class Memory:
             raise MemoryAccessError(f"a line has 64 bytes, not {len(line)}")
         self._check(offset, 64, True, 64)
         self.write_line(offset, <const void*>PyBytes_AS_STRING(line))
+        self._checked(None)
 
     def write_bytes(self, uint64_t offset, data) -> None:
         """Copy `data` (anything with the buffer protocol) in around the cache. Needs a fence to be visible."""
@@ -134,6 +170,7 @@ cdef class Memory:
                 self.copy_in(offset, view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
+        self._checked(None)
 
     def read_bytes(self, uint64_t offset, uint64_t count) -> bytes:
         """Copy `count` bytes out."""
@@ -142,21 +179,25 @@ cdef class Memory:
         cdef void* target = PyBytes_AS_STRING(out)
         with nogil:
             self.copy_out(target, offset, count)
-        return out
+        return self._checked(out)
 
     def flush_range(self, uint64_t offset, uint64_t count) -> None:
         """Write back every line of the range; a fence completes it."""
         self._check(offset, count, False)
         self.flush(offset, count)
+        self._checked(None)
 
     def invalidate_range(self, uint64_t offset, uint64_t count) -> None:
         """Drop every cached line of the range, so that the next load sees memory."""
         self._check(offset, count, False)
         self.invalidate(offset, count)
+        self._checked(None)
 
     def store_fence(self) -> None:
         """Complete earlier flushes and bulk copies before any later store."""
+        self.note_caller()
         self.fence()
+        self._checked(None)
 
     def touch_range(self, uint64_t offset, uint64_t count) -> None:
         """Make the range's pages present without changing a byte; raises OSError when tmpfs is full."""

@@ -73,10 +73,13 @@ static inline void cxl_store_fence(void) {
 #endif
 }
 
-/* Orders everything, loads included: needed where two sides each store and then look at the other's word. */
+/* Orders everything, loads included: needed where two sides each store and then look at the other's word. It completes
+ * earlier flushes as well: `dmb` would not wait for `dc cvac`, `dsb` does. */
 static inline void cxl_full_fence(void) {
 #if defined(__x86_64__)
     __asm__ __volatile__("mfence" ::: "memory");
+#elif defined(__aarch64__)
+    __asm__ __volatile__("dsb ish" ::: "memory");
 #else
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
 #endif
@@ -256,12 +259,16 @@ static inline void cxl_copy_nontemporal(void *target, const void *source, uint64
  * Packs pieces of any size one behind the other around the cache: a line is put together here and stored when it is full;
  * whole lines of a large piece go straight from their source. `at` is 64-byte aligned at the start. */
 struct cxl_stream {
+    uint8_t *start;
     uint8_t *at;                /* where the line under construction goes */
     uint64_t fill;              /* bytes of it that are there */
     uint8_t line[CXL_LINE] __attribute__((aligned(64)));
 };
 
-static inline void cxl_stream_start(struct cxl_stream *s, void *target) { s->at = (uint8_t *)target; s->fill = 0; }
+static inline void cxl_stream_start(struct cxl_stream *s, void *target) {
+    s->start = s->at = (uint8_t *)target;
+    s->fill = 0;
+}
 
 static inline void cxl_stream_line(struct cxl_stream *s, const void *line, int kind, int flush_kind) {
     cxl_copy_nontemporal(s->at, line, CXL_LINE, kind, flush_kind);

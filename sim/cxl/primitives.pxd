@@ -1,6 +1,6 @@
 """The instructions of primitives.h, as Cython sees them."""
 
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "primitives.h" nogil:
     void cxl_probe()
@@ -28,7 +28,8 @@ cdef extern from "primitives.h" nogil:
     int cxl_copy_kind()
     void cxl_copy_nontemporal(void* target, const void* source, uint64_t bytes, int kind, int flush_kind)
     struct cxl_stream:
-        pass
+        uint8_t* start
+        uint8_t* at
     void cxl_stream_start(cxl_stream* s, void* target)
     void cxl_stream_append(cxl_stream* s, const void* source, uint64_t bytes, int kind, int flush_kind)
     void cxl_stream_message(cxl_stream* s, const void* source, uint64_t bytes, uint32_t check, int kind, int flush_kind)

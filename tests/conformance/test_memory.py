@@ -6,14 +6,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, Memory, MemoryAccessError, Role
+from sim.cxl.noncoherent import NonCoherentMemory
 
 MIB = 1 << 20
 WORD_MAX = (1 << 64) - 1
 
+# Doors opened one after the other to the same mapping are hosts of one device.
+_last: list[tuple[object, Device]] = []
+
+
+def noncoherent(mapping: object, line_bytes: int | None = None, eviction_period: int = 0) -> Memory:
+    """A host of its own, with device atomics, over the device that the mapping is."""
+    if not _last or _last[0][0] is not mapping:
+        _last[:] = [(mapping, Device(mapping, line_bytes, device_atomics=True))]
+    return NonCoherentMemory(HostCache(_last[0][1], eviction_period=eviction_period, seed=7), Role.ROLE_BROKER)
+
+
 MEMORIES: dict[str, Callable[[object], Memory]] = {
     "mapped-coherent": lambda mapping: MappedMemory(mapping, Role.ROLE_BROKER, True),
     "mapped-noncoherent": lambda mapping: MappedMemory(mapping, Role.ROLE_BROKER, False),
+    "noncoherent": noncoherent,
+    "noncoherent-evicting": lambda mapping: noncoherent(mapping, eviction_period=2),
+    "noncoherent-payload": lambda mapping: noncoherent(mapping, line_bytes=256),
 }
 Make = Callable[[object], Memory]
 
