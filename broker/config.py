@@ -121,7 +121,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     segment_bytes: int = 0
     session_count_max: int = 0
     cursor_count_max: int = 0
-    attach_slot_count: int = 64             # clients attached to the memory at once
+    attach_slot_count: int = 64             # clients attached to the memory at once; at least 4 a broker, or 0: none
     pool: str = "atomic"
     sequencer_lock: str = "atomic"
     scanners: int = 1                       # threads of the sequencer
@@ -314,12 +314,15 @@ def make_folder(config: ClusterConfig) -> Path:
 
 def layout_of(config: ClusterConfig) -> Layout:
     """The layout of a cluster's region. Raises `RegionTooSmall`, which names the smallest that works."""
+    # Each broker has its own share of the slots: one that has none could serve no attached client.
+    attach_slots = max(config.attach_slot_count, 4 * config.brokers) if config.attach_slot_count else 0
+
     def compute(region_bytes: int) -> Layout:
         return Layout.compute(
             broker_count=config.brokers, region_bytes=region_bytes, topic_count_max=config.topic_count_max,
             ring_slot_count=config.ring_slot_count, order_entry_count=config.order_entry_count,
             session_count_max=config.session_count_max, cursor_count_max=config.cursor_count_max,
-            attach_slot_count=config.attach_slot_count, segment_bytes=config.segment_bytes,
+            attach_slot_count=attach_slots, segment_bytes=config.segment_bytes,
             message_bytes_max=config.message_bytes_max, batch_bytes_max=config.batch_bytes_max,
             pool_strategy=config.pool)
 

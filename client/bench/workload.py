@@ -26,6 +26,7 @@ ROUND_SHARE = 0.4
 FRAME_BYTES = 8
 BATCH_BYTES = 1 << 20
 ADAPTIVE_BATCH_BYTES_MIN = 64 << 10
+USUAL_BATCH_BYTES_MAX = 4 << 20
 PUBLISHERS_MAX, TRIALS_MAX = 64, 1000
 
 # Field -> the name it has for the scripts, so that an error names what the user wrote.
@@ -92,7 +93,12 @@ class Workload:
 
     def cluster_config(self, name: str) -> ClusterConfig:
         """The cluster to run on. Raises `ConfigError`."""
-        return load_config(name=name, brokers=self.brokers, region_bytes=self.region_bytes,
+        # Batches larger than usual need a larger limit; what the region has no room for is refused.
+        batch_bytes_max = min(self.batch_bytes or 0, self.region_bytes // 16)
+        if batch_bytes_max <= USUAL_BATCH_BYTES_MAX:
+            batch_bytes_max = 0
+        return load_config(name=name, brokers=self.brokers, region_bytes=self.region_bytes, batch_bytes_max=batch_bytes_max,
+                           attach_slot_count=max(64, 2 * self.brokers * (self.publishers + 1)),
                            sequencer_lock=self.sequencer_lock, scanners=self.scanners, waiting=self.waiting,
                            thread_plan=self.thread_plan)
 
@@ -119,7 +125,11 @@ class Workload:
         """Messages that one round may publish so that all of them can be read back."""
         numbers = layout_of(self.cluster_config("check")).numbers
         batch_bytes = (self.batch_messages * self.framed_bytes + 63) // 64 * 64
-        by_segments = numbers["segment_count"] * numbers["segment_bytes"] // batch_bytes
+        # Every broker has segments that are not full, every attached publisher leases at each of them, and brokers that
+        # run out at once ask for room at once.
+        open_segments = self.brokers * (4 + 4 * self.publishers * -(-batch_bytes // numbers["segment_bytes"]))
+        segments = max(numbers["segment_count"] - open_segments, numbers["segment_count"] // 8)
+        by_segments = segments * numbers["segment_bytes"] // batch_bytes
         batches = min(by_segments, numbers["order_entry_count"])
         return max(self.publishers, int(ROUND_SHARE * batches) * self.batch_messages)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy
 import pytest
 
+from broker.config import layout_of
 from broker.errors import ConfigError, RegionTooSmall
 from client.bench import flamegraph, repeat, report
 from client.bench.throughput import (
@@ -251,3 +252,18 @@ python 123 1.6: 100 cpu-clock:
     drawing = flamegraph.draw(root)
     assert drawing.startswith("<svg")
     assert "other&lt;T&gt;: 1 samples, 50.0%" in drawing
+
+
+@pytest.mark.parametrize("brokers", [1, 4, 16, 64])
+def test_a_round_leaves_room_for_the_segments_that_are_open_at_every_broker(brokers: int) -> None:
+    workload = Workload.parse({"brokers": brokers, "publishers": 2})
+    numbers = layout_of(workload.cluster_config("check")).numbers
+    used = workload.round_messages() * workload.framed_bytes // numbers["segment_bytes"] + 1
+    assert used + brokers * 2 * 4 < numbers["segment_count"]
+
+
+def test_batches_larger_than_usual_are_allowed_when_the_region_has_room() -> None:
+    workload = Workload.parse({"batch_bytes": "16MiB", "region_bytes": "512MiB"})
+    assert workload.cluster_config("check").batch_bytes_max == 16 << 20
+    with pytest.raises(ConfigError, match="BATCH_SIZE"):
+        Workload.parse({"batch_bytes": "64MiB", "region_bytes": "512MiB"})
