@@ -97,7 +97,8 @@ class Workload:
         batch_bytes_max = min(self.batch_bytes or 0, self.region_bytes // 16)
         if batch_bytes_max <= USUAL_BATCH_BYTES_MAX:
             batch_bytes_max = 0
-        return load_config(name=name, brokers=self.brokers, region_bytes=self.region_bytes, batch_bytes_max=batch_bytes_max,
+        return load_config(name=name, brokers=self.brokers, region_bytes=self.region_bytes,
+                           batch_bytes_max=batch_bytes_max,
                            attach_slot_count=max(64, 2 * self.brokers * (self.publishers + 1)),
                            sequencer_lock=self.sequencer_lock, scanners=self.scanners, waiting=self.waiting,
                            thread_plan=self.thread_plan)

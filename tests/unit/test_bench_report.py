@@ -189,7 +189,7 @@ def test_a_baseline_that_is_none_is_refused(tmp_path: Path) -> None:
     ("publishers", "65", "NUM_PUBLISHERS"), ("message_bytes", "0", "MESSAGE_SIZE"),
     ("message_bytes", "1 furlong", "KiB"), ("message_bytes", "17MiB", "1 to 16777216"),
     ("total_bytes", "-1", "TOTAL_MESSAGE_SIZE"), ("total_bytes", "100", "at least one message"),
-    ("batch_bytes", "5MiB", "BATCH_SIZE"), ("order", "3", "ORDER"), ("order", "6", "0 to 5"), ("ack", "3", "ACK"),
+    ("batch_bytes", "65MiB", "BATCH_SIZE"), ("order", "3", "ORDER"), ("order", "6", "0 to 5"), ("ack", "3", "ACK"),
     ("ack", "2", "REPLICATION_FACTOR"), ("replication_factor", "5", "REPLICATION_FACTOR"),
     ("trials", "0", "NUM_TRIALS"),
     ("sequencer_lock", "spin", "mutex, semaphore, atomic"), ("waiting", "never", "latency, balanced, saver"),
