@@ -96,7 +96,8 @@ class AdminService:
         return pb.Topic(
             name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
             retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
-            created_ns=entry.created_ns, holder=self._server.holder(), **frontiers)
+            created_ns=entry.created_ns, holder=self._server.holder(),
+            degraded=self._node.topics.degraded(entry), **frontiers)
 
     async def open_session(self, request: Any, context: Any) -> pb.Session:
         entry = self._node.topics.find(request.topic)

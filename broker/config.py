@@ -96,13 +96,13 @@ def _chosen(region_bytes: int) -> dict[str, int]:
 
 _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THREAD_PLANS, "waiting": WAITINGS,
             "memory": MEMORIES}
-_BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes")
+_BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
     "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
     "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
     "cursor_count_max": (1, 1 << 20), "attach_slot_count": (0, 4096), "heartbeat_ms": (1, 60_000),
-    "listen_port": (0, 65535),
+    "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
 }
 _POWERS_OF_TWO = ("ring_slot_count", "order_entry_count", "segment_bytes")
 
@@ -131,6 +131,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     session_lease_seconds: float = 30.0     # how long a gap in a session may last
     heartbeat_ms: int = 500
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
+    replica_file_bytes: int = 64 * MIB      # a replica's file is followed by the next one at this size
     listen_host: str = "127.0.0.1"
     listen_port: int = 0                    # broker b listens on listen_port + b; 0: any free port
     runtime_directory: str = ""             # the cluster's folder with its sockets lies below

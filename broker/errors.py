@@ -8,6 +8,7 @@ error (`PoolFull(holder="replica 2").holder`). Status names are plain strings: o
 """
 
 import json
+import os
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -253,6 +254,40 @@ class DamagedData(CxlmqError):
     code = "damaged"
     status = "DATA_LOSS"
     template = "the data is damaged: run `cxlmq region inspect` for what is intact"
+
+
+class ReplicaFailed(CxlmqError):
+    """The disk of a replica failed, so that level 2 cannot be promised; details: replica (a broker), errno, reason.
+
+    The message is in the log, in memory: readers get it. It is not durable.
+    """
+
+    code = "replica-failed"
+    status = "DATA_LOSS"
+    template = ("the message is in the log, but not durable: the disk of the replica at broker {replica} failed "
+                "({reason}); repair it (the replica then goes on by itself) and publish again what has to be durable")
+
+
+def replica_failed(word: int) -> ReplicaFailed:
+    """The error that an ack stands for: replica << 32 | errno."""
+    number = word & 0xFFFFFFFF
+    return ReplicaFailed(replica=word >> 32, errno=number, reason=os.strerror(number))
+
+
+class RangeLost(CxlmqError):
+    """No replica had these messages when the cluster was recovered; details: topic, first, end (the next position)."""
+
+    code = "range-lost"
+    status = "DATA_LOSS"
+    template = "messages {first} up to {end} of topic {topic} were lost: go on with seek({end})"
+
+
+class RecoveryError(CxlmqError):
+    """A cluster cannot be rebuilt from these files; details: folder, reason."""
+
+    code = "recovery"
+    status = "FAILED_PRECONDITION"
+    template = "cannot recover from {folder}: {reason}"
 
 
 class CursorTableFull(CxlmqError):

@@ -18,6 +18,7 @@ cdef enum:
     POOL_RING = 64              # grants and returns under way to and from the leader's pool
     ATTACH_RING = 64            # descriptors and completions per attached client
     LEASE_RING = 16             # leases that an attached client may hold at once
+    LOST_BROKER = 0xFFFF        # `broker` of an order entry whose messages no replica had at recovery
     ATTACH_PAGE = 4096          # who writes differs from page to page, so that mappings can be limited
 
 cpdef enum BatchFlag:
@@ -38,6 +39,7 @@ cpdef enum ResultStatus:
     RESULT_REFUSED = 4          # beyond the hold window or of a closed session: not in the log
     RESULT_VOID = 5
     RESULT_DAMAGED = 6          # the header contradicts the layout
+    RESULT_UNDURABLE = 7        # an ack only: in the log, and not on every disk, because a replica failed
 
 cpdef enum TopicState:
     TOPIC_FREE = 0
@@ -97,7 +99,8 @@ cdef packed struct ControlLine:             # writer: sequencer
     uint64_t lease_until_ns
     uint64_t scanners
     uint64_t lock_mode
-    uint64_t reserved[3]
+    uint64_t live_brokers                   # one bit a broker, for the choice of replicas; 0: all are taken to live
+    uint64_t reserved[2]
 
 cdef packed struct DirectoryLine:           # writer: admin
     uint64_t topics_version                 # changes whenever a topic appears or goes
@@ -313,7 +316,8 @@ cdef packed struct SegmentLine:             # writer: the broker that owns the s
     uint64_t owner                          # 0 free; else broker + 1 | topic << 16 | generation << 32
     uint64_t opened_ns
     uint64_t used_bytes
-    uint64_t reserved[5]
+    uint64_t end_position                   # of a restored segment: messages below it are those that it holds
+    uint64_t reserved[4]
 
 cdef packed struct DoorbellLine:            # coherent area: a convenience of the simulation, not of the hardware
     uint64_t sequence

@@ -38,8 +38,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from broker.config import ClusterConfig, make_folder
 from broker.doorbell import Doorbell
 from broker.errors import CxlmqError, RegionForeign
@@ -50,6 +48,7 @@ from broker.order_lock import LOCK_MODES
 from broker.pipeline import WAITING, Pipeline
 from broker.records import pack, unpack
 from broker.region import Region, attach_region, create_region
+from broker.replica_files import ReplicaFolder
 from broker.segments import PoolLeader, make_pool
 from broker.stages.ack import AckStage
 from broker.stages.attach import AttachStage
@@ -71,6 +70,7 @@ HEAD = 0
 REGION_WAIT_SECONDS = 20.0
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
+DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
 
@@ -127,8 +127,9 @@ class BrokerNode:
         release = Release(self._door(Role.ROLE_RECLAIM), self.log)
         head_stages = self._head_stages() if self.is_head else []
         directory = Directory(self._door(Role.ROLE_BROKER), self.log, self.order, self.scanners)
-        replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker, self._replica_folder(),
-                                  self._replica_superblock, self.doorbells)
+        self.replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker,
+                                       self._replica_folder(), self.clock, self.doorbells,
+                                       self.config.replica_file_bytes)
         if self.config.thread_plan == "staged":
             # The stages of the broker's own log stay together: what one of them does to a topic the others must not
             # meet half done.
@@ -143,7 +144,7 @@ class BrokerNode:
         pipelines = [self._pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], yield_ns)
                      for i, stages in enumerate(plan)]
         # The disk is slower than any yield is worth.
-        pipelines.append(self._pipeline("replication", [replication], self.replication_bells[self.broker], 0))
+        pipelines.append(self._pipeline("replication", [self.replication], self.replication_bells[self.broker], 0))
         return pipelines
 
     def _pipeline(self, name: str, stages: Iterable[Stage], bell: Doorbell, yield_ns: int) -> Pipeline:
@@ -164,17 +165,11 @@ class BrokerNode:
         return [*self.scanners,
                 Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, self.pool_leader)]
 
-    def _replica_folder(self) -> str:
-        root = Path(self.config.data_directory) if self.config.data_directory else self.config.folder / "replicas"
-        return str(root / f"broker-{self.broker}")
-
-    def _replica_superblock(self, number: int, generation: int) -> tuple[str, bytes]:
-        """File name and first bytes of a topic's replica: everything that recovery needs to know of it."""
-        entry = next(each for each in self.topics.entries() if each.number == number)
-        described = msgspec.json.encode({
-            "format": 1, "run_id": self.region.run_id, "cluster": self.config.name, "broker": self.broker,
-            "broker_count": self.layout.numbers["broker_count"], "topic": msgspec.to_builtins(entry)})
-        return f"{entry.name}-{generation}-{self.region.run_id:016x}.replica", b"CXLMQREP" + described
+    def _replica_folder(self) -> ReplicaFolder:
+        kept = self.config.data_directory
+        root = Path(kept) if kept else self.config.folder / "replicas"
+        return ReplicaFolder(root / f"broker-{self.broker}", self.broker, self.region.run_id, self.config.name,
+                             self.layout.numbers["broker_count"], self.topics.entry_of, catalogue=bool(kept))
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -205,6 +200,10 @@ class BrokerNode:
         self._stop_warming.set()
         for pipeline in self.pipelines:
             pipeline.stop()
+        deadline = time.monotonic() + DRAIN_SECONDS
+        while self.replication.step_once() and time.monotonic() < deadline:
+            pass                            # an orderly end leaves nothing behind that could be on the disk
+        self.replication.close()
         if self._warmer is not None:
             self._warmer.join()
 

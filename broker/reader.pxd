@@ -9,6 +9,7 @@ cpdef enum ReadStatus:
     READ_LOST = -1          # reclaimed before it was read
     READ_CLOSED = -2        # the topic is gone
     READ_DAMAGED = -3
+    READ_GONE = -4          # no replica had these messages at recovery
 
 cdef enum:
     ANY_POSITION = -1

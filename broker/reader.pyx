@@ -3,7 +3,7 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
-from broker.layout cimport TOPIC_ACTIVE, Layout, OrderEntry, make_tag
+from broker.layout cimport LOST_BROKER, TOPIC_ACTIVE, Layout, OrderEntry, make_tag
 from broker.wire cimport BATCH_HEADER_BYTES, MESSAGE_HEADER_BYTES, write_batch_header
 from sim.cxl.memory cimport Memory
 
@@ -12,12 +12,14 @@ cdef enum:
 
 
 class ReadError(Exception):
-    """`status` is a ReadStatus below zero, `index` the order entry, `position` where it was expected."""
+    """`status` is a ReadStatus below zero, `index` the order entry; `first` to `end` are the positions that are gone."""
 
-    def __init__(self, status, index, message):
+    def __init__(self, status, index, message, first=None, end=None):
         super().__init__(message)
         self.status = status
         self.index = index
+        self.first = first
+        self.end = end
 
 
 cdef class OrderReader:
@@ -56,6 +58,8 @@ cdef class OrderReader:
         self.memory.invalidate(at, 64)
         if not self.memory.read_line(at, entry) or entry.commit != make_tag(self.generation, index):
             return READ_LOST if index < self.reclaimed_index() else READ_DAMAGED
+        if entry.broker == LOST_BROKER and entry.payload_bytes == 0 and entry.message_count:
+            return READ_GONE
         if (entry.payload_offset < self.layout.g.segments or entry.payload_bytes > self.layout.g.batch_bytes_max
                 or entry.payload_offset > self.layout.g.region_bytes - entry.payload_bytes
                 or entry.payload_offset % 64 or entry.broker >= self.layout.g.broker_count or entry.message_count == 0
@@ -92,7 +96,7 @@ cdef class OrderReader:
             status = self.peek(middle, &entry)
             if status == READ_LOST:
                 low = max(middle + 1, self.reclaimed_index())       # reclaimed while we looked
-            elif status != READ_OK:
+            elif status != READ_OK and status != READ_GONE:
                 raise self.error(status, middle)
             elif entry.position + entry.message_count <= position:
                 low = middle + 1
@@ -171,10 +175,15 @@ cdef class OrderReader:
 
     def error(self, int status, index=None):
         """The ReadError for a status at our place, or at order entry `index`."""
+        cdef OrderEntry entry
         index = self.index if index is None else index
+        if status == READ_GONE and self.peek(index, &entry) == READ_GONE:
+            gone = entry.position, entry.position + entry.message_count
+            return ReadError(status, index, f"messages {gone[0]} to {gone[1] - 1} were lost: at recovery no replica had "
+                                            f"them; go on at position {gone[1]}", *gone)
         first = self.memory.load(self.layout.topic_reclaim(self.topic) + 8)
         text = {READ_LOST: f"this data was reclaimed; the first position kept is {first}",
-                READ_CLOSED: "the topic was deleted",
+                READ_CLOSED: "the topic was deleted", READ_GONE: "these messages were lost and then reclaimed",
                 READ_DAMAGED: f"order entry {index} of topic {self.topic} is damaged; "
                               "run 'cxlmq region inspect' for what is intact"}[status]
         return ReadError(status, index, text)

@@ -28,6 +28,7 @@ from broker.errors import (
     PoolFull,
     PortTaken,
     PositionLost,
+    RangeLost,
     SessionFenced,
     SessionUnknown,
     StreamTableFull,
@@ -431,6 +432,8 @@ class BrokerServer:
             return UnknownTopic(topic=request.topic)
         if error.status == ReadStatus.READ_LOST:
             return PositionLost(str(error), index=error.index)
+        if error.status == ReadStatus.READ_GONE and error.end is not None:
+            return RangeLost(topic=request.topic, first=error.first, end=error.end)
         return DamagedData(str(error), topic=request.topic, index=error.index)
 
     async def _deliver(self, request: Any, context: Any) -> None:

@@ -1,6 +1,7 @@
 """The topic table: topics are created and deleted by the head, looked up by everyone."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,13 @@ class TopicTable:
             raise UnknownTopic(topic=name)
         return entry
 
+    def entry_of(self, number: int, generation: int) -> TopicEntry:
+        """The active topic with this number. Raises `LookupError` when it is gone."""
+        for entry in self.entries():
+            if (entry.number, entry.generation) == (number, generation):
+                return entry
+        raise LookupError(f"there is no topic {number} of generation {generation}")
+
     def version(self) -> int:
         """Changes whenever a topic appears or goes."""
         directory = self._layout.offset_of("directory")
@@ -78,6 +86,16 @@ class TopicTable:
         reclaim = self._read("TopicReclaimLine", self._layout.offset_of("topic_reclaim", entry.number))
         return {"first_position": reclaim["reclaimed_position"], "end_position": order["committed_position"],
                 "committed_batches": order["committed_index"], "committed_bytes": order["committed_bytes"]}
+
+    def degraded(self, entry: TopicEntry) -> list[str]:
+        """The replicas of a topic whose disk failed, in words: acks of level 2 are refused until they have healed."""
+        brokers = range(self._numbers["broker_count"])
+        place = self._layout.offset_of
+        lines = [(source, replica, self._read("ReplicaLine", place("replica", entry.number, source, replica)))
+                 for source in brokers for replica in brokers if entry.replication_factor > 1]
+        return [f"broker {replica} cannot keep what came by broker {source}: {os.strerror(line['failed'])}; it has "
+                f"everything below position {line['replicated_position']}"
+                for source, replica, line in lines if line["failed"] and line["generation"] == entry.generation]
 
     def _read(self, record: str, offset: int) -> dict[str, int]:
         self._memory.invalidate_range(offset, 64)

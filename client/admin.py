@@ -16,7 +16,8 @@ def _topic_dict(topic: pb.Topic) -> dict[str, Any]:
         "retention_bytes": topic.retention_bytes, "number": topic.number, "generation": topic.generation,
         "first_position": topic.first_position, "end_position": topic.end_position,
         "committed_batches": topic.committed_batches, "committed_bytes": topic.committed_bytes,
-        "created_unix_ns": topic.created_ns, "holder": topic.holder}
+        "created_unix_ns": topic.created_ns, "holder": topic.holder,
+        "degraded": list(topic.degraded)}
 
 
 class AsyncAdmin:

@@ -23,7 +23,7 @@ from libc.string cimport memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED,
+    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE,
     make_tag,
 )
 from broker.wire cimport MESSAGE_HEADER_BYTES, message_check, message_stride
@@ -31,6 +31,7 @@ from client.batch cimport Batch, Delivery
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_wall_ns, cxl_yield
 
+from broker.errors import replica_failed
 from client.batch import Dropped, dropped_delivery
 
 cdef enum:
@@ -530,7 +531,7 @@ cdef class AttachedCore:
         sent.messages = messages
         sent.wall_ns = wall_ns
         if batch is not None and self.level == 0:
-            self.outcomes.append((batch, None, False))      # nobody asked for more than that it is sent
+            self.outcomes.append((batch, None, False, None))    # nobody asked for more than that it is sent
         elif batch is not None:
             batch.sequence = sequence
             Py_INCREF(batch)
@@ -581,7 +582,10 @@ cdef class AttachedCore:
                 if sent.state != SENT_WAITING or sent.channel != c:
                     continue                # it was submitted again elsewhere
                 if status == RESULT_COMMITTED or status == RESULT_DUPLICATE:
-                    self.settle(sent, self.memory.load(at + 8), status == RESULT_DUPLICATE)
+                    self.settle(sent, self.memory.load(at + 8), status == RESULT_DUPLICATE, None)
+                    done += 1
+                elif status == RESULT_UNDURABLE:
+                    self.settle(sent, 0, False, replica_failed(self.memory.load(at + 8)))
                     done += 1
                 elif status == RESULT_FENCED:
                     self.fenced = True
@@ -595,7 +599,7 @@ cdef class AttachedCore:
         self.tell_outcomes()
         return done
 
-    cdef void settle(self, Sent* sent, uint64_t position, bint duplicate):
+    cdef void settle(self, Sent* sent, uint64_t position, bint duplicate, object error):
         cdef Channel* channel = &self.channels[sent.channel]
         cdef Batch batch
         channel.lease_waiting[sent.lease % LEASE_RING] -= 1
@@ -604,7 +608,7 @@ cdef class AttachedCore:
         self.in_flight_bytes -= sent.nbytes
         if sent.expired:
             self.expired -= 1
-        else:
+        elif error is None:
             self.acked += sent.messages
         self.duplicates += duplicate
         sent.state = SENT_FREE
@@ -614,7 +618,7 @@ cdef class AttachedCore:
             batch = <Batch>sent.batch
             sent.batch = NULL
             batch.broker = self.channels[sent.channel].broker
-            self.outcomes.append((batch, None if duplicate else position, duplicate))
+            self.outcomes.append((batch, None if duplicate or error is not None else position, duplicate, error))
             Py_DECREF(batch)
 
     cdef int tell_outcomes(self) except -1:
@@ -625,8 +629,8 @@ cdef class AttachedCore:
         self.telling = threading.get_ident()
         try:
             while self.outcomes:
-                batch, position, duplicate = self.outcomes.popleft()
-                batch.settle(position, self.epoch, batch.broker, duplicate, None)
+                batch, position, duplicate, error = self.outcomes.popleft()
+                batch.settle(position, self.epoch, batch.broker, duplicate, error)
         finally:
             self.telling = 0
         return 0

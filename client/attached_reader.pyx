@@ -91,7 +91,7 @@ cdef class AttachedReader:
             if status != READ_OK:
                 if status == READ_NOTHING or out:
                     break
-                raise self.reader.error(status)
+                raise self.reader.error(status, self.next_index)
             self.memory.invalidate(entry.payload_offset, entry.payload_bytes)
             view = SegmentView.__new__(SegmentView)
             view.index = self.next_index

@@ -5,7 +5,15 @@ import os
 import threading
 import time
 
-from broker.errors import BrokerUnavailable, ClosedError, CxlmqError, PositionLost, UnknownTopic
+from broker.errors import (
+    BrokerUnavailable,
+    ClosedError,
+    CxlmqError,
+    DamagedData,
+    PositionLost,
+    RangeLost,
+    UnknownTopic,
+)
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.region import attach_region
@@ -123,7 +131,9 @@ class AttachedSubscriberEngine:
             return UnknownTopic(topic=self.topic)
         if error.status == ReadStatus.READ_LOST:
             return PositionLost(str(error), position=self.next_position, first_available=-1)
-        return CxlmqError(str(error), topic=self.topic, index=error.index)
+        if error.status == ReadStatus.READ_GONE and error.end is not None:
+            return RangeLost(topic=self.topic, first=error.first, end=error.end)
+        return DamagedData(str(error), topic=self.topic, index=error.index)
 
     async def _again(self) -> None:
         """Our broker is gone or cut us off: go on from the same place through another one."""

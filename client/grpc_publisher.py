@@ -28,6 +28,7 @@ from broker.errors import (
     SessionFenced,
     SessionUnknown,
     UnknownTopic,
+    replica_failed,
 )
 from broker.grpc_options import RECOMMENDED_WINDOW_BYTES
 from broker.layout import ResultStatus
@@ -390,6 +391,9 @@ class PublisherEngine:
                 # A duplicate's ack says how far the log had come, not where its first copy lies.
                 known = None if duplicate or self.ack == 0 else position
                 self._settle(batch, known, None, epoch=response.epoch, duplicate=duplicate)
+            elif status == ResultStatus.RESULT_UNDURABLE:
+                self._leave(sequence)
+                self._settle(batch, None, replica_failed(position))
             elif status == ResultStatus.RESULT_DAMAGED:
                 self._leave(sequence)
                 self._settle(batch, None, CxlmqError("the batch was damaged in memory and not ordered: publish again"))

@@ -19,9 +19,11 @@ from broker.layout import Layout, ResultStatus
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
+from broker.placement import live_brokers, replica_brokers
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.records import pack, unpack
+from broker.replica_files import ReplicaFolder
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
@@ -143,16 +145,20 @@ class ManualBroker:
         is_head = number == 0
         self.directory = Directory(door(number, Role.ROLE_BROKER), self.log, cluster.order if is_head else None,
                                    cluster.scanners if is_head else [])
-        self.replication = Replication(door(number, Role.ROLE_REPLICATION), layout, number,
-                                       str(cluster.folder / f"broker-{number}"), self._superblock) \
-            if cluster.folder else None
+        self.replication = Replication(door(number, Role.ROLE_REPLICATION), layout, number, self._folder(), cluster.clock,
+                                       file_bytes=cluster.replica_file_bytes) if cluster.folder else None
         self.sessions = SessionTable(door(number, Role.ROLE_BROKER), layout, number,
                                      lambda: cluster.bump(number, SESSIONS_WORD))
         self.cursors = CursorTable(door(number, Role.ROLE_DELIVERY), layout, number,
                                    lambda: cluster.bump(number, CURSORS_WORD))
 
-    def _superblock(self, topic: int, generation: int) -> tuple[str, bytes]:
-        return f"{topic}-{generation}.replica", b"CXLMQREP" + pack("TopicName", text=f"topic {topic}")
+    def _folder(self) -> ReplicaFolder:
+        assert self.cluster.folder
+        return ReplicaFolder(self.cluster.folder / f"broker-{self.number}", self.number, 1, "manual", self.cluster.count,
+                             self._entry_of)
+
+    def _entry_of(self, topic: int, generation: int) -> TopicEntry:
+        return self.cluster.table.entry_of(topic, generation)
 
     def stages(self) -> list[Stage]:
         """In the order of the fused thread plan; replication last."""
@@ -165,11 +171,13 @@ class ManualCluster:
     """N brokers, the head among them, over a private region. See the module."""
 
     def __init__(self, brokers: int = 2, scanners: int = 1, lock: str = "atomic", pool: str = "atomic",
-                 folder: Path | None = None, semaphore: str | None = None, mapping: Any = None, **numbers: int) -> None:
+                 folder: Path | None = None, semaphore: str | None = None, mapping: Any = None,
+                 replica_file_bytes: int = 64 * MIB, **numbers: int) -> None:
         self.layout = Layout.compute(broker_count=brokers, pool_strategy=pool, **{**TINY, **numbers})
         self.mapping = private_mapping(self.layout.numbers["region_bytes"]) if mapping is None else mapping
         self.count = brokers
         self.folder = folder
+        self.replica_file_bytes = replica_file_bytes
         self.clock = ManualClock(SECOND)
         self.memory = MappedMemory(self.mapping)
         self.doorbells = [self._bell(b, 0) for b in range(brokers)]
@@ -267,6 +275,11 @@ class ManualCluster:
     def open_cursor(self, topic: TopicEntry, index: int = 0, broker: int = 0, protect: str = "") -> tuple[int, int]:
         """Protect a topic from an order entry on; (cursor, first entry that is kept)."""
         return drive(self.brokers[broker].cursors.open(topic.generation << 16 | topic.number, index, 1, protect))
+
+    def replicas(self, topic: TopicEntry, source: int) -> list[int]:
+        """The brokers that keep a replica of what comes by `source`."""
+        return replica_brokers(topic.number, topic.generation, source, live_brokers(self.memory, self.layout),
+                               self.count, topic.replication_factor)
 
     # ---- publishing and reading -------------------------------------------------------------------------------------
 

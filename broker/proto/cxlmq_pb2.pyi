@@ -16,7 +16,7 @@ class BatchStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REFUSED: _ClassVar[BatchStatus]
     VOID: _ClassVar[BatchStatus]
     DAMAGED: _ClassVar[BatchStatus]
-    BACK_PRESSURE: _ClassVar[BatchStatus]
+    UNDURABLE: _ClassVar[BatchStatus]
 NONE: BatchStatus
 COMMITTED: BatchStatus
 DUPLICATE: BatchStatus
@@ -24,7 +24,7 @@ FENCED: BatchStatus
 REFUSED: BatchStatus
 VOID: BatchStatus
 DAMAGED: BatchStatus
-BACK_PRESSURE: BatchStatus
+UNDURABLE: BatchStatus
 
 class PublishOpen(_message.Message):
     __slots__ = ("topic", "client_id", "session_slot", "session_epoch", "ack")
@@ -161,7 +161,7 @@ class DescribeTopicRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Topic(_message.Message):
-    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes", "number", "generation", "first_position", "end_position", "committed_batches", "committed_bytes", "created_ns", "holder")
+    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes", "number", "generation", "first_position", "end_position", "committed_batches", "committed_bytes", "created_ns", "degraded", "holder")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -174,6 +174,7 @@ class Topic(_message.Message):
     COMMITTED_BATCHES_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_BYTES_FIELD_NUMBER: _ClassVar[int]
     CREATED_NS_FIELD_NUMBER: _ClassVar[int]
+    DEGRADED_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
     name: str
     order: int
@@ -187,8 +188,9 @@ class Topic(_message.Message):
     committed_batches: int
     committed_bytes: int
     created_ns: int
+    degraded: _containers.RepeatedScalarFieldContainer[str]
     holder: str
-    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., holder: _Optional[str] = ...) -> None: ...
+    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., degraded: _Optional[_Iterable[str]] = ..., holder: _Optional[str] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch")

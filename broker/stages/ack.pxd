@@ -57,7 +57,7 @@ cdef class AckStage(Stage):
                              uint64_t replication_factor) noexcept nogil
     cdef void take_results(self, AckStream* stream) noexcept nogil
     cdef void let_go(self, AckStream* stream) noexcept nogil
-    cdef bint is_durable(self, AckStream* stream, uint64_t source, uint64_t end) noexcept nogil
+    cdef bint is_durable(self, AckStream* stream, uint64_t end, uint64_t* failure) noexcept nogil
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil
     cdef bint expect(self, uint64_t number, uint64_t sequence, uint64_t slot, uint64_t messages) noexcept nogil
     cdef uint64_t room(self, uint64_t number) noexcept nogil

@@ -1,7 +1,7 @@
 """Acks: follows the results of each publish stream's batches and says when their level is reached.
 
-Level 1 is reached when the batch lies below the topic's committed frontier; level 2 when every replica's durable
-frontier has passed it as well. A stream's batches are settled in the order in which they came: only the first waiting
+Level 1 is reached when the batch lies below the topic's committed frontier; level 2 when the durable frontier of every
+replica of the topic has passed it as well; where one of them has failed, level 2 is refused. A stream's batches are settled in the order in which they came: only the first waiting
 one is polled, so a step costs one look per stream, not per batch. A result is taken from its slot as soon as it is
 there, whatever the level still waits for: the slot is free for the next batch only then.
 """
@@ -9,13 +9,16 @@ there, whatever the level still waits for: the slot is free for the next batch o
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, make_tag
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
+from broker.placement cimport live_brokers, replicas_of
 from broker.stages.stage cimport Stage
 from broker.wire cimport encode_acks
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_load_relaxed, cxl_store_release
+from sim.cxl.primitives cimport (
+    cxl_count, cxl_count_trailing_zeros, cxl_load_acquire, cxl_load_relaxed, cxl_popcount, cxl_store_release,
+)
 
 cdef enum:
     STEP_ACKS = 64
@@ -145,7 +148,7 @@ cdef class AckStage(Stage):
 
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil:
         """Whether a batch whose result was taken has reached the stream's level; then `ack` says what it is."""
-        cdef uint64_t end, order = self.layout.topic_order(stream.topic), source
+        cdef uint64_t end, order = self.layout.topic_order(stream.topic), failure = 0
         ack.sequence = waiting.sequence
         ack.status = waiting.status
         ack.position = waiting.position
@@ -158,26 +161,39 @@ cdef class AckStage(Stage):
         self.memory.invalidate(order, 64)
         if self.memory.load(order + 8) < end:
             return False
-        if stream.level != 2:
+        if stream.level != 2 or self.is_durable(stream, end, &failure):
             return True
-        if ack.status == RESULT_COMMITTED:
-            return self.is_durable(stream, self.broker, end)
-        # The first copy of a duplicate may have come by any broker: its replicas are those of that one.
-        for source in range(self.layout.g.broker_count):
-            if not self.is_durable(stream, source, end):
-                return False
-        return True
+        if failure:
+            ack.status = RESULT_UNDURABLE
+            ack.position = failure
+        return failure != 0
 
-    cdef bint is_durable(self, AckStream* stream, uint64_t source, uint64_t end) noexcept nogil:
-        """Whether every replica of a broker has on its disk what lies below position `end`."""
-        cdef uint64_t k, at
-        for k in range(1, stream.replication_factor):
-            at = self.layout.replica(stream.topic, source, (source + k) % self.layout.g.broker_count)
-            self.memory.invalidate(at, 64)
-            # The line of an earlier topic of this number says nothing about this one.
-            if self.memory.load(at + 24) != stream.generation or self.memory.load(at + 8) < end:
-                return False
-        return True
+    cdef bint is_durable(self, AckStream* stream, uint64_t end, uint64_t* failure) noexcept nogil:
+        """Whether everything below position `end`, whoever took it in, is on every disk that the topic wants.
+
+        All of it: after a loss of the memory the log then ends behind what was acknowledged, without a hole before.
+        `failure` is set to replica << 32 | errno when that has failed which it would take.
+        """
+        cdef uint64_t count = self.layout.g.broker_count, live = live_brokers(self.memory, self.layout)
+        cdef uint64_t source, chosen, r, at
+        cdef bint durable = True
+        failure[0] = 0
+        for source in range(count):
+            chosen = replicas_of(stream.topic, stream.generation, source, live, count, stream.replication_factor)
+            if cxl_popcount(chosen) < <int64_t>stream.replication_factor - 1:
+                durable = False                 # too few brokers live: wait for the others
+            while chosen:
+                r = cxl_count_trailing_zeros(chosen)
+                chosen &= chosen - 1
+                at = self.layout.replica(stream.topic, source, r)
+                self.memory.invalidate(at, 64)
+                if self.memory.load(at + 24) != stream.generation:
+                    durable = False             # the line of an earlier topic of this number says nothing
+                elif self.memory.load(at + 8) < end:
+                    durable = False
+                    if self.memory.load(at + 32):
+                        failure[0] = r << 32 | self.memory.load(at + 32)
+        return durable
 
     cdef uint64_t room(self, uint64_t number) noexcept nogil:
         """How many more batches the stream may have waiting."""

@@ -14,6 +14,7 @@ from broker.layout cimport (
     CursorLine, HOLDER_CURSOR, HOLDER_NONE, HOLDER_PROTECTED, HOLDER_REPLICA, HOLDER_RETENTION, HOLDER_UNCOMMITTED,
     Layout, OrderEntry, ReclaimAnswerLine, TopicLine, TopicReclaimLine,
 )
+from broker.placement cimport live_brokers, replicas_of
 from broker.segments cimport PoolLeader
 from broker.stages.sequencer cimport OrderState, TopicOrder
 from broker.stages.stage cimport Stage
@@ -88,6 +89,7 @@ cdef class Reclaim(Stage):
         """Read a topic's options when it is new. False while it is being deleted."""
         cdef uint64_t generation = cxl_load_acquire(&self.state.topics[topic].generation)
         cdef TopicLine line
+        cdef TopicReclaimLine reclaimed
         if generation == 0:
             return False
         if self.generations[topic] != generation:
@@ -95,7 +97,9 @@ cdef class Reclaim(Stage):
             self.memory.read_line(self.layout.topic(topic), &line)
             self.retention[topic] = line.retention_bytes
             self.replication[topic] = line.replication_factor
-            self.reclaimed_bytes[topic] = self.reclaimed_position[topic] = 0
+            self.memory.read_line(self.layout.topic_reclaim(topic), &reclaimed)     # of a restored topic not zero
+            self.reclaimed_bytes[topic] = reclaimed.reclaimed_bytes
+            self.reclaimed_position[topic] = reclaimed.reclaimed_position
             self.generations[topic] = generation
         return True
 
@@ -125,7 +129,7 @@ cdef class Reclaim(Stage):
     cdef uint64_t limit(self, uint64_t topic) noexcept nogil:
         """The first order entry that somebody still needs; sets who that is."""
         cdef TopicOrder* order = &self.state.topics[topic]
-        cdef uint64_t lowest = cxl_load_acquire(&order.committed_index), c, b, k, r, at, index, kind
+        cdef uint64_t lowest = cxl_load_acquire(&order.committed_index), c, b, r, at, index, kind, live, chosen
         cdef uint64_t wanted = order.generation << 16 | topic
         cdef CursorLine line
         self.holder = <uint64_t>HOLDER_UNCOMMITTED << 32 | topic
@@ -150,15 +154,20 @@ cdef class Reclaim(Stage):
             if index < lowest:
                 lowest = index
                 self.holder = <uint64_t>(HOLDER_PROTECTED if kind == CURSOR_PROTECTED else HOLDER_CURSOR) << 32 | c
-        for k in range(1, self.replication[topic]):
+        if self.replication[topic] > 1:
+            live = live_brokers(self.memory, self.layout)
             for b in range(self.layout.g.broker_count):
-                r = (b + k) % self.layout.g.broker_count
-                at = self.layout.replica(topic, b, r)
-                self.memory.invalidate(at, 64)
-                index = self.memory.load(at) if self.memory.load(at + 24) == order.generation else 0
-                if index < lowest:
-                    lowest = index
-                    self.holder = <uint64_t>HOLDER_REPLICA << 32 | r
+                chosen = replicas_of(topic, order.generation, b, live, self.layout.g.broker_count,
+                                     self.replication[topic])
+                for r in range(self.layout.g.broker_count):
+                    if not chosen >> r & 1:
+                        continue
+                    at = self.layout.replica(topic, b, r)
+                    self.memory.invalidate(at, 64)
+                    index = self.memory.load(at) if self.memory.load(at + 24) == order.generation else 0
+                    if index < lowest:
+                        lowest = index
+                        self.holder = <uint64_t>HOLDER_REPLICA << 32 | r
         return lowest
 
     cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil:

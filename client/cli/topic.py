@@ -130,6 +130,8 @@ def describe(name: str, target: Target) -> None:
         if key == "created_unix_ns":
             created = datetime.datetime.fromtimestamp(int(value) / 1e9, datetime.UTC)
             key, value = "created", created.isoformat(timespec="milliseconds")  # noqa: PLW2901
+        elif key == "degraded":
+            value = "; ".join(value) if isinstance(value, list) and value else "no"  # noqa: PLW2901
         click.echo(f"{key.replace('_', ' '):<20} {value}")
 
 

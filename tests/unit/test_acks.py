@@ -1,5 +1,6 @@
 """An ack says what it promises: level 1 is ordered in memory, level 2 is on the disk of every replica."""
 
+import errno
 import select
 from pathlib import Path
 
@@ -10,17 +11,26 @@ from broker.stages.receiver import RECEIVED, TOPIC_CLOSED, WINDOW_FULL
 from tests.manual_cluster import Ack, ManualCluster, Session
 
 COMMITTED, DUPLICATE = ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE
+UNDURABLE = ResultStatus.RESULT_UNDURABLE
 
 
 def acked(cluster: ManualCluster, session: Session, broker: int = 0) -> list[int]:
     return [ack.sequence for ack in cluster.take_acks(session, broker)]
 
 
-def replicate_by_hand(cluster: ManualCluster, source: int, replica: int, position: int, **changes: int) -> None:
-    """Write a replica's line, as its broker would."""
+def every_replica(cluster: ManualCluster) -> list[tuple[int, int]]:
+    """(source, replica) of every line that the topic's acks wait for."""
     topic = cluster.table.entries()[0]
-    cluster.poke("ReplicaLine", "replica", topic.number, source, replica, replicated_index=position,
-                 replicated_position=position, **{"generation": topic.generation, **changes})
+    return [(source, replica) for source in range(cluster.count) for replica in cluster.replicas(topic, source)]
+
+
+def replicate_by_hand(cluster: ManualCluster, position: int, lines: list[tuple[int, int]] | None = None,
+                      **changes: int) -> None:
+    """Write replicas' lines, as their brokers would."""
+    topic = cluster.table.entries()[0]
+    for source, replica in every_replica(cluster) if lines is None else lines:
+        cluster.poke("ReplicaLine", "replica", topic.number, source, replica, replicated_index=position,
+                     replicated_position=position, **{"generation": topic.generation, **changes})
 
 
 def test_no_ack_before_the_order_is_committed() -> None:
@@ -59,9 +69,10 @@ def test_level_2_waits_for_each_replica(factor: int) -> None:
     cluster = ManualCluster(brokers=4)
     session = cluster.open_session(cluster.create(ack=2, replication_factor=factor), ack=2)
     cluster.publish_all(session, range(3), broker=1)
-    for k in range(1, factor):
+    assert len(every_replica(cluster)) == 4 * (factor - 1)
+    for line in every_replica(cluster):         # those of other sources, too: below an ack there is no hole
         assert acked(cluster, session, 1) == []
-        replicate_by_hand(cluster, 1, (1 + k) % 4, 3)
+        replicate_by_hand(cluster, 3, [line])
         cluster.settle()
     assert acked(cluster, session, 1) == [0, 1, 2]
 
@@ -72,10 +83,10 @@ def test_level_2_acknowledges_exactly_what_is_durable() -> None:
     for sequence in range(3):
         cluster.publish(session, sequence, [b"m"] * 2)
     cluster.settle()
-    replicate_by_hand(cluster, 0, 1, 3)         # the second batch ends at position 4
+    replicate_by_hand(cluster, 3)         # the second batch ends at position 4
     cluster.settle()
     assert acked(cluster, session) == [0]
-    replicate_by_hand(cluster, 0, 1, 4)
+    replicate_by_hand(cluster, 4)
     cluster.settle()
     assert acked(cluster, session) == [1]
 
@@ -88,7 +99,7 @@ def test_level_1_goes_on_while_level_2_waits_and_keeps_its_result_however_often_
     cluster.publish_all(quick, range(40))
     assert acked(cluster, quick) == list(range(40))
     assert acked(cluster, durable) == []
-    replicate_by_hand(cluster, 0, 1, 1)
+    replicate_by_hand(cluster, 1)
     cluster.settle()
     assert acked(cluster, durable) == [0]
 
@@ -111,37 +122,48 @@ def test_the_line_of_a_deleted_topics_replica_promises_nothing_to_the_next_topic
     first = cluster.create("first", ack=2, replication_factor=2)
     cluster.delete("first")
     session = cluster.open_session(cluster.create("second", ack=2, replication_factor=2), ack=2)
-    replicate_by_hand(cluster, 0, 1, 100, generation=first.generation)      # a late store of the old one
+    replicate_by_hand(cluster, 100, generation=first.generation)      # a late store of the old one
     cluster.publish_all(session, [0])
     assert acked(cluster, session) == []
-    replicate_by_hand(cluster, 0, 1, 1)
+    replicate_by_hand(cluster, 1)
     cluster.settle()
     assert acked(cluster, session) == [0]
 
 
-def test_a_duplicate_at_level_2_waits_for_the_replicas_of_the_broker_that_has_the_first_copy() -> None:
+def test_a_duplicate_at_level_2_waits_for_the_disks_that_its_first_copy_goes_to() -> None:
     cluster = ManualCluster(brokers=4)
     session = cluster.open_session(cluster.create(ack=2, replication_factor=2), ack=2)
     cluster.publish_all(session, [0], broker=0)
     cluster.publish_all(session, [0], broker=2)
-    replicate_by_hand(cluster, 2, 3, 1)         # broker 3 holds nothing of broker 0
+    replicate_by_hand(cluster, 1, [line for line in every_replica(cluster) if line[0] != 0])
     cluster.settle()
     assert acked(cluster, session, 2) == []
-    for source in range(4):
-        replicate_by_hand(cluster, source, (source + 1) % 4, 1)
+    replicate_by_hand(cluster, 1)
     cluster.settle()
     assert [(ack.sequence, ack.status) for ack in cluster.take_acks(session, 2)] == [(0, DUPLICATE)]
 
 
-def test_level_2_never_passes_a_replica_that_failed(tmp_path: Path) -> None:
+def test_level_2_is_refused_where_a_replica_failed_and_the_refusal_names_it(tmp_path: Path) -> None:
     cluster = ManualCluster(brokers=2, folder=tmp_path)
     (tmp_path / "broker-1").write_text("a file where the folder should be")
     session = cluster.open_session(cluster.create(ack=2, replication_factor=2), ack=2)
     cluster.publish_all(session, range(3), broker=0)
-    cluster.publish_all(session, [3], broker=1)
-    assert acked(cluster, session, 0) == [], "the replica of broker 0 is broker 1, whose disk failed"
-    assert acked(cluster, session, 1) == [3]
-    assert cluster.record("ReplicaLine", "replica", 0, 0, 1)["failed"]
+    number = cluster.record("ReplicaLine", "replica", 0, 0, 1)["failed"]
+    assert [(ack.status, ack.position) for ack in cluster.take_acks(session, 0)] == [(UNDURABLE, 1 << 32 | number)] * 3
+    assert number in (errno.EEXIST, errno.ENOTDIR)
+
+
+def test_too_few_live_brokers_promise_nothing_at_level_2() -> None:
+    cluster = ManualCluster(brokers=3)
+    session = cluster.open_session(cluster.create(ack=2, replication_factor=3), ack=2)
+    cluster.publish_all(session, [0])
+    replicate_by_hand(cluster, 1)
+    cluster.poke("ControlLine", "control", live_brokers=0b011)
+    cluster.settle()
+    assert acked(cluster, session) == []
+    cluster.poke("ControlLine", "control", live_brokers=0b111)
+    cluster.settle()
+    assert acked(cluster, session) == [0]
 
 
 def test_batches_of_a_deleted_topic_are_answered_and_none_goes_into_the_next_topic_of_that_number() -> None:

@@ -155,8 +155,9 @@ def test_a_replica_that_is_behind_holds_the_data_and_is_named() -> None:
     assert received < 200
     assert holder(cluster)[0] == HolderKind.HOLDER_REPLICA
     for source in range(3):
-        cluster.poke("ReplicaLine", "replica", 0, source, (source + 1) % 3, replicated_index=received,
-                     replicated_position=received, generation=topic.generation)
+        for replica in cluster.replicas(topic, source):
+            cluster.poke("ReplicaLine", "replica", 0, source, replica, replicated_index=received,
+                         replicated_position=received, generation=topic.generation)
     assert fill(cluster, session, 20, first=received) == 20
 
 

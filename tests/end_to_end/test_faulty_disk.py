@@ -1,0 +1,172 @@
+"""A replica's disk fails under running brokers: level 2 never covers what is not durable, and says which disk it was.
+
+The brokers are real; a preloaded library (faulty_disk.c) lets chosen writes and syncs fail while they run.
+"""
+
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from broker.replica_files import Damage, find_files, read_records
+from client.admin import Admin
+from client.cluster import Cluster
+from client.errors import ReplicaFailed
+from client.publisher import Publisher
+from tests.end_to_end.conftest import small_config, unique
+from tests.end_to_end.library_support import eventually, inspected, numbered, read_topic
+
+SOURCE = Path(__file__).with_name("faulty_disk.c")
+SECONDS = 20.0
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The preloaded library, built here."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("there is no C compiler to build the library that makes disks fail")
+    built = tmp_path_factory.mktemp("faulty") / "faulty_disk.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", built, SOURCE, "-ldl", "-lpthread"], check=True)
+    return built
+
+
+class FaultyCluster:
+    """Four brokers whose disks can be told to fail."""
+
+    def __init__(self, cluster: Cluster, folder: Path, control: Path) -> None:
+        self.cluster, self.folder, self._control = cluster, folder, control
+
+    def fail(self, *rules: str) -> None:
+        """Rules as in faulty_disk.c; none: all disks are well."""
+        writing = self._control.with_suffix(".new")
+        writing.write_text("".join(rule + "\n" for rule in rules))
+        writing.replace(self._control)
+
+    def replica_lines(self, topic: str) -> list[dict[str, int]]:
+        """(source, replica) lines of a topic's replicas."""
+        (found,) = [each for each in inspected(self.cluster.name)["topics"] if each["name"] == topic]
+        return [{"source": place["broker"], **line} for place in found["brokers"] for line in place["replicas"]]
+
+    def payload_bytes(self, topic: str) -> int:
+        return sum(record.fields["payload_bytes"] for file in find_files(self.folder) if file.topic["name"] == topic
+                   for record in read_records(file) if not isinstance(record, Damage))
+
+
+@pytest.fixture(scope="module")
+def faulty(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyCluster]:
+    folder = tmp_path_factory.mktemp("data")
+    control = tmp_path_factory.mktemp("control") / "rules"
+    control.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LD_PRELOAD", str(library))
+        patch.setenv("FAULTY_DISK", str(control))
+        with Cluster(small_config(brokers=4, data_directory=str(folder))) as cluster:
+            patch.undo()
+            yield FaultyCluster(cluster, folder, control)
+
+
+@pytest.fixture
+def topic(faulty: FaultyCluster) -> Iterator[str]:
+    name = unique("topic")
+    with Admin(cluster=faulty.cluster.name) as admin:
+        admin.create_topic(name, ack=2, replication_factor=2)
+        yield name
+        faulty.fail()
+        admin.delete_topic(name)
+
+
+def publisher(faulty: FaultyCluster, topic: str, transport: str = "grpc", ack: int = 2, **options: object) -> Publisher:
+    return Publisher(topic, cluster=faulty.cluster.name, ack=ack, transport=transport, delivery_timeout=SECONDS,
+                     batch_bytes=4096, **options)
+
+
+def is_well(faulty: FaultyCluster, topic: str, end: int) -> Callable[[], bool]:
+    def look() -> bool:
+        lines = faulty.replica_lines(topic)
+        return bool(lines) and all(not line["failed"] and line["replicated_position"] == end for line in lines)
+
+    return look
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+@pytest.mark.parametrize(("rule", "reason"), [
+    ("write enospc -1", "No space left"), ("write eio -1", "Input/output error"), ("write short 1", "No space left"),
+    ("sync eio 1", "Input/output error"), ("sync enospc 1", "No space left"),
+])
+def test_level_2_is_refused_for_what_a_disk_did_not_take_and_level_1_goes_on(
+        faulty: FaultyCluster, topic: str, transport: str, rule: str, reason: str) -> None:
+    before, during, after = (numbered(40, 200, tag) for tag in ("before", "during", "after"))
+    with publisher(faulty, topic, transport) as out:
+        out.publish_many(before)
+        out.flush()
+        broker = faulty.replica_lines(topic)[0]["replica"]
+        faulty.fail(f"{rule} broker-{broker}/{topic}.")
+        deliveries = [out.publish(message) for message in during]
+        outcomes = [delivery.exception() for delivery in deliveries]
+        failed = [error for error in outcomes if isinstance(error, ReplicaFailed)]
+        assert failed, "nothing was refused"
+        assert {(error.replica, error.reason.startswith(reason)) for error in failed} == {(broker, True)}
+        refused = [message for message, error in zip(during, outcomes, strict=True) if error is not None]
+        assert len(refused) == len(failed)
+        # Level 1 is not concerned.
+        with publisher(faulty, topic, transport, ack=1) as other:
+            assert other.publish(b"level 1").result().level == 1
+        # The disk is well again: what it lacks is written anew, into another file, and level 2 goes on.
+        faulty.fail()
+        assert eventually(is_well(faulty, topic, 81))
+        out.publish_many(after).result()
+    assert sorted(read_topic(faulty.cluster.name, topic)) == sorted([*before, *during, b"level 1", *after])
+    on_disk = sorted({record.position for file in find_files(faulty.folder) if file.topic["name"] == topic
+                      for record in read_records(file) if not isinstance(record, Damage) and record.end > record.position})
+    assert on_disk[0] == 0
+
+
+def test_a_sync_that_failed_is_not_believed_when_the_next_one_succeeds(faulty: FaultyCluster, topic: str) -> None:
+    with publisher(faulty, topic) as out:
+        out.publish(b"first").result()
+        faulty.fail(*(f"sync eio 1 broker-{replica}/{topic}." for replica in range(4)))
+        with pytest.raises(ReplicaFailed):
+            for number in range(100):           # until one comes by each broker
+                out.publish(b"%d" % number).result()
+        failed = [each for each in faulty.replica_lines(topic) if each["failed"]]
+        assert failed
+        files = {file.path: file.path.stat().st_size for file in find_files(faulty.folder)
+                 if any((file.source, file.replica) == (each["source"], each["replica"]) for each in failed)
+                 and file.topic["name"] == topic}
+        faulty.fail()
+        assert eventually(lambda: not any(each["failed"] for each in faulty.replica_lines(topic)))
+        out.publish(b"last").result()
+        for each, size in files.items():        # nobody wrote into, or synced, what had failed
+            assert not each.exists() or each.stat().st_size == size
+
+
+def test_a_degraded_topic_says_so(faulty: FaultyCluster, topic: str) -> None:
+    with Admin(cluster=faulty.cluster.name) as admin, publisher(faulty, topic) as out:
+        out.publish(b"first").result()
+        assert admin.describe_topic(topic)["degraded"] == []
+        faulty.fail(f"write enospc -1 {topic}.")
+        deliveries = [out.publish(bytes(4000)) for _ in range(8)]
+        assert all(isinstance(each.exception(), ReplicaFailed) for each in deliveries)
+        (line, *_) = admin.describe_topic(topic)["degraded"]
+        assert "No space left on device" in line
+        faulty.fail()
+        assert eventually(lambda: admin.describe_topic(topic)["degraded"] == [])
+
+
+def test_a_slow_disk_slows_level_2_alone(faulty: FaultyCluster, topic: str) -> None:
+    with publisher(faulty, topic) as durable, publisher(faulty, topic, ack=1) as quick:
+        durable.publish(b"warm").result()
+        quick.publish(b"warm").result()
+        faulty.fail(f"sync delay=3000 -1 {topic}.")
+        begun = time.monotonic()
+        waiting = durable.publish(b"slow")
+        for number in range(20):
+            quick.publish(b"%d" % number).result()
+        level_1 = time.monotonic() - begun
+        assert not waiting.done(), "20 acks of level 1 came, one after the other, while one sync was under way"
+        waiting.result()
+        assert time.monotonic() - begun >= 3.0 > level_1
