@@ -17,9 +17,11 @@ STEP_SECONDS = 0.0005
 
 
 async def _until(answered: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + ANSWER_SECONDS
+    deadline = 0.0
     while not answered():
-        if time.monotonic() > deadline:
+        now = asyncio.get_running_loop().time()
+        deadline = deadline or now + ANSWER_SECONDS
+        if now > deadline:
             raise BrokerUnavailable(f"the head broker did not answer {what} within {ANSWER_SECONDS:.0f} s",
                                     address="head")
         await asyncio.sleep(STEP_SECONDS)
@@ -32,8 +34,10 @@ class SessionTable:
     closed first, so that what it still held gets its results.
     """
 
-    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
+    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None],
+                 now: Callable[[], float] = time.monotonic) -> None:
         self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
+        self._now = now
         share = layout.numbers["sessions_per_broker"]
         self._first, self._count = broker * share, share
         self._lines: dict[int, dict[str, int]] = {}
@@ -49,9 +53,9 @@ class SessionTable:
         old = self._read("SessionLine", self._layout.offset_of("session", slot))
         generation = (old["state"] >> 8) + 1
         line = {"state": generation << 8 | SessionState.SESSION_OPEN, "client_id": client_id, "session_epoch": epoch,
-                "topic": topic, "ack": ack, "opened_ns": time.monotonic_ns()}
+                "topic": topic, "ack": ack, "opened_ns": int(self._now() * 1e9)}
         self._lines[slot] = line
-        self._idle_since[slot] = time.monotonic()
+        self._idle_since[slot] = self._now()
         self._write(slot, line)
         await _until(lambda: self.progress(slot)["state"] >> 8 == generation, "a new session")
         progress = self.progress(slot)
@@ -67,7 +71,7 @@ class SessionTable:
                 return slot
         ended = [slot for slot in self._idle_since if self.progress(slot)["state"] & 0xFF != SessionState.SESSION_OPEN]
         oldest = min(ended or self._idle_since, key=lambda slot: self._idle_since[slot], default=None)
-        if oldest is None or (not ended and time.monotonic() - self._idle_since[oldest] < ANSWER_SECONDS):
+        if oldest is None or (not ended and self._now() - self._idle_since[oldest] < ANSWER_SECONDS):
             raise SessionTableFull(broker=self._broker, session_count=self._count)
         await self.close(oldest)
         return await self._free_slot()
@@ -129,11 +133,11 @@ class SessionTable:
         if not self._streams[slot]:
             del self._streams[slot]
             if slot in self._lines:
-                self._idle_since[slot] = time.monotonic()
+                self._idle_since[slot] = self._now()
 
     async def end_idle(self, seconds: float) -> None:
         """End the sessions that had no stream for so long: their publishers are gone without a word."""
-        now = time.monotonic()
+        now = self._now()
         for slot in [slot for slot, since in self._idle_since.items() if now - since > seconds]:
             if slot in self._idle_since:        # still, after the others were closed
                 await self.close(slot)

@@ -221,12 +221,14 @@ class TopicTable:
 
     async def _every_broker(self, live_brokers: Callable[[], list[int]], number: int, generation: int) -> None:
         """Wait until each live broker's line says that it serves this generation (0: that it has stopped)."""
-        deadline = time.monotonic() + ROUND_SECONDS
+        deadline = 0.0
         while True:
             late = [broker for broker in live_brokers() if self._generation_at(number, broker) != generation]
             if not late:
                 return
-            if time.monotonic() > deadline:
+            now = asyncio.get_running_loop().time()
+            deadline = deadline or now + ROUND_SECONDS
+            if now > deadline:
                 raise BrokerUnavailable(f"broker {late[0]} did not take note of the topic within {ROUND_SECONDS:.0f} s",
                                         address=f"broker {late[0]}")
             await asyncio.sleep(STEP_SECONDS)

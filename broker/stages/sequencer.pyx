@@ -555,10 +555,12 @@ cdef class Scanner(Stage):
             if index != start:
                 cxl_store_release(&order.committed_index, index)
                 line = self.layout.topic_order(topic)
-                self.memory.store(line + 8, order.committed_position)
+                # The position comes last: acks follow it, and what is acknowledged must be below the index that a
+                # recovery finds, also when the power goes between the two.
+                self.memory.store(line, index)
                 self.memory.store(line + 16, self.state.epoch)
                 self.memory.store(line + 24, order.committed_bytes)
-                self.memory.store(line, index)
+                self.memory.store(line + 8, order.committed_position)
                 self.memory.flush(line, 64)
                 self.state.count_activity(self.memory, topic)
             cxl_store_release(&order.advancing, 0)

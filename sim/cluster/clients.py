@@ -1,0 +1,463 @@
+"""Clients of the simulated cluster: publishers with sessions, subscribers that follow the order, and their connections.
+
+A publisher does what the library's does: numbers its batches, resends what was refused or lost by rendezvous hashing,
+opens the next epoch when its session ended, and goes on behind the high-water mark. A connection is first in first out
+each way, as a gRPC stream is; it may be slow, it may break, and then nobody knows what of it arrived.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from broker.errors import CxlmqError, SessionFenced
+from broker.layout import ResultStatus, SessionState
+from broker.proto import cxlmq_pb2 as pb
+from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.stages import receiver as receiving
+from client.connection import BrokerAddress
+from client.transport import rendezvous
+from sim.cluster.history import Operation, Read, Violation
+from sim.cluster.witness import build_payload, payload_sender
+
+if TYPE_CHECKING:
+    from sim.cluster.world import Host, World
+
+RETRY_STEPS = 40                            # after a refusal
+ANSWER_STEPS = 4_000                        # a publisher that hears nothing for so long tries elsewhere
+PUSH_BACK_TRIES = 12                        # a broker tries so often to find room for a batch before it refuses it
+UNKNOWN = (1 << 64) - 1
+SPAN = 200                                  # sequences from the oldest unsettled batch on
+
+
+@dataclass
+class Flight:
+    """A batch on its way."""
+
+    operation: Operation
+    frame: bytes
+    host: int
+    sent: int
+    retry_at: int = -1
+
+
+class Connection:
+    """One publisher's stream to one host, with what is under way on it."""
+
+    def __init__(self, publisher: "Publisher", host: "Host") -> None:
+        self.publisher, self.host, self.world = publisher, host, publisher.world
+        self.epoch, self.slot = publisher.epoch, publisher.slot
+        self.up: deque[tuple[int, bytes, int]] = deque()          # due, frame, sequence
+        self.down: deque[tuple[int, Any]] = deque()               # due, response or error
+        self.stream = -1
+        self.broken = False
+        self.tries = 0
+        self.incarnation = host.incarnation
+        host.connections.append(self)
+
+    def send(self, frame: bytes, sequence: int) -> None:
+        """Put a batch on its way, once or (a copy that the network kept) twice."""
+        for _ in range(2 if self.world.unreliable and self.world.network.random() < 0.02 else 1):
+            due = self.world.step + self.world.delay()
+            self.up.append((max(due, self.up[-1][0] if self.up else 0), frame, sequence))
+
+    def answer(self, response: Any) -> None:
+        due = self.world.step + self.world.delay()
+        self.down.append((max(due, self.down[-1][0] if self.down else 0), response))
+
+    def serve(self) -> None:
+        """The broker's side: take what has arrived, and answer what is settled."""
+        host, acks = self.host, self.host.acks
+        while self.up and self.up[0][0] <= self.world.step and not self.broken:
+            if self.stream < 0 and not self._open():
+                return
+            _, frame, sequence = self.up[0]
+            status = host.receiver.receive(frame, self.stream, self.publisher.topic.number, self.publisher.client,
+                                           self.slot, self.epoch)
+            if status in (receiving.RING_FULL, receiving.POOL_EMPTY, receiving.WINDOW_FULL):
+                self.tries += 1
+                if self.tries < PUSH_BACK_TRIES:
+                    break
+                self.answer(pb.PublishResponse(refusals=[pb.Refusal(batch_sequence=sequence, code="pool-full")]))
+            elif status != receiving.RECEIVED:
+                raise Violation("N", f"host {host.number} refused a sound batch with status {status}")
+            self.tries = 0
+            self.up.popleft()
+        if self.stream >= 0 and acks.has_acks(self.stream):
+            epoch = host.sequencer_epoch()
+            self.answer(pb.PublishResponse.FromString(acks.take_acks(self.stream, epoch)))
+
+    def _open(self) -> bool:
+        """As the broker's server checks a stream's session before it opens the stream."""
+        sessions, publisher = self.host.sessions, self.publisher
+        line, progress = sessions.line(self.slot), sessions.progress(self.slot)
+        if (line["client_id"], line["session_epoch"]) != (publisher.client, self.epoch) or (
+                progress["state"] & 0xFF != SessionState.SESSION_OPEN):
+            self.answer(SessionFenced(reason="it ended", committed=progress["expected"]))
+            self.up.clear()
+            return False
+        self.stream = self.host.acks.open_stream(publisher.topic.number, publisher.topic.generation, publisher.level,
+                                                 publisher.topic.replication_factor)
+        sessions.attach(self.slot)
+        return True
+
+    def cut(self) -> None:
+        """Nothing passes any more, either way; the broker notices as well."""
+        if not self.broken:
+            self.broken = True
+            self.up.clear()
+            self.down.clear()
+            if self.stream >= 0 and self.host.powered and self.host.incarnation == self.incarnation:
+                self.host.acks.close_stream(self.stream)
+                self.host.sessions.detach(self.slot)
+            if self in self.host.connections:
+                self.host.connections.remove(self)
+
+
+class Publisher:
+    """A client that publishes `batches` batches of one to three messages, `window` at a time."""
+
+    def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
+        self.world, self.client, self.topic, self.level = world, client, topic, level
+        self.random = world.scenario.random(f"publisher {client}")
+        self.batches, self.window = batches, window
+        self.epoch = self.slot = 0
+        self.session_host = 0
+        self.next_number = self.next_sequence = self.resume_from = self.submitted = self.turn = 0
+        self.flights: dict[int, Flight] = {}        # by sequence, in order
+        self.pending: deque[Operation] = deque()    # to be sent again under a new session
+        self.connections: dict[int, Connection] = {}
+        self.request: asyncio.Task[Any] | None = None
+        self.request_until = 0
+        self.wanted_epoch = 0
+        self.candidates: deque[int] = deque()
+        self.state = "closed"                       # closed, opening, open, dead, done
+        self.name = f"client {client}"
+
+    # ---- life -------------------------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything that it submitted has its outcome."""
+        return not self.flights and not self.pending
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has nothing left to do."""
+        return self.state == "dead" or (self.settled and (self.submitted >= self.batches or self.world.draining))
+
+    def die(self) -> None:
+        """The process is gone: what was in flight stays unknown."""
+        self.state = "dead"
+        self._drop_connections()
+
+    def _drop_connections(self) -> None:
+        for connection in list(self.connections.values()):
+            connection.cut()
+        self.connections.clear()
+
+    def act(self) -> None:
+        """What the client does when it comes to run."""
+        if self.state in ("dead", "done"):
+            return
+        if self.state == "closed":
+            self._start_opening()
+        elif self.state == "opening":
+            self._go_on_opening()
+        if self.state == "open":
+            self._hear()
+        if self.state == "open":
+            self._resend()
+            self._submit()
+
+    # ---- the session ------------------------------------------------------------------------------------------------
+
+    def _start_opening(self) -> None:
+        self._drop_connections()
+        live = [BrokerAddress(host.number, "") for host in self.world.hosts if host.powered]
+        self.candidates = deque(each.id for each in rendezvous(live, self.client, self.epoch))
+        self.wanted_epoch = max(self.wanted_epoch, self.epoch)
+        self.resume_from = next(iter(self.flights), 0)
+        self.state = "opening"
+        self._ask_next()
+
+    def _ask_next(self) -> None:
+        """Ask the next broker for a session, under an epoch of its own."""
+        if not self.candidates:
+            self.state = "closed"
+            return
+        self.wanted_epoch += 1
+        self.session_host = self.candidates[0]
+        host = self.world.hosts[self.session_host]
+        self.request = host.call(self._opened_at(host, self.wanted_epoch)) if host.powered else None
+        self.request_until = self.world.step + ANSWER_STEPS
+
+    async def _opened_at(self, host: "Host", epoch: int) -> dict[str, Any]:
+        """What the broker's service does for OpenSession."""
+        key = self.topic.generation << 16 | self.topic.number
+        opened: dict[str, Any] = await host.sessions.open(self.client, epoch, key, self.level)
+        high_water: int | None = opened["predecessor_expected"]
+        positions: list[int] = []
+        if self.epoch:
+            if opened["predecessor_epoch"] != self.epoch:
+                high_water = host.sessions.committed(self.client, key, self.epoch)
+            reader = OrderReader(host.delivery_door, host.world.layout, self.topic.number, self.topic.generation)
+            end = self.resume_from + SPAN
+            if high_water is not None and self.topic.order == 5:
+                end = min(end, high_water)
+            found = [reader.find_batch(self.client, self.epoch, sequence)
+                     for sequence in range(self.resume_from, end)]
+            positions = [UNKNOWN if each is None else each[0] for each in found]
+            high_water = self.resume_from if high_water is None else high_water
+        return {**opened, "high_water": high_water, "positions": positions}
+
+    def _go_on_opening(self) -> None:
+        request = self.request
+        if request is not None and request.done():
+            self.request = None
+            error = None if request.cancelled() else request.exception()
+            lost = self.world.unreliable and self.random.random() < 0.05
+            if not request.cancelled() and error is None and not lost:
+                self._opened(request.result())
+                return
+            if isinstance(error, SessionFenced):
+                if self.epoch:
+                    self._taken_over()
+                    return
+                self.wanted_epoch = max(self.wanted_epoch, int(str(error.details.get("newest_epoch", 0))))
+            elif error is not None and not isinstance(error, CxlmqError | TimeoutError):
+                raise error
+            else:
+                self.candidates.popleft()
+            self._ask_next()
+        elif self.world.step > self.request_until or request is None:
+            if request is not None:
+                request.cancel()
+            self.candidates.popleft()
+            self._ask_next()
+
+    def _taken_over(self) -> None:
+        """A later session of this client fenced us: with one process a client, only our own lost attempts can."""
+        self.epoch = 0 if not self.flights else self.epoch
+        self.state = "closed"
+
+    def _opened(self, session: dict[str, Any]) -> None:
+        self.slot = session["slot"]
+        if self.epoch:
+            self._resume(session["high_water"], session["positions"])
+        self.epoch = self.wanted_epoch
+        self.next_sequence = 0
+        self.state = "open"
+        self.world.note(self.name, f"session epoch {self.epoch} opened at host {self.session_host}, slot {self.slot}")
+
+    def _resume(self, high_water: int, positions: list[int]) -> None:
+        """Settle what is in the log; the rest is sent again, renumbered from 0."""
+        self.world.history.marks.append((f"high-water mark of client {self.client} epoch {self.epoch}", high_water))
+        again = []
+        for sequence, flight in self.flights.items():
+            at = sequence - self.resume_from
+            known = positions[at] if 0 <= at < len(positions) else UNKNOWN
+            if sequence < high_water or known != UNKNOWN:
+                # The library learns that it is in the log, and not on which disks.
+                flight.operation.level = min(flight.operation.level, 1)
+                self._settle(flight.operation, None if known == UNKNOWN else known)
+            else:
+                again.append(flight.operation)
+        self.flights.clear()
+        self.pending.extendleft(reversed(again))
+
+    def _reopen(self, why: str) -> None:
+        self.world.note(self.name, f"reopens: {why}")
+        self._drop_connections()
+        self.state = "closed"
+
+    # ---- batches ----------------------------------------------------------------------------------------------------
+
+    def _connection(self, host: int) -> Connection:
+        connection = self.connections.get(host)
+        if connection is None or connection.broken:
+            connection = self.connections[host] = Connection(self, self.world.hosts[host])
+        return connection
+
+    def _send(self, host: int, sequence: int, flight: Flight) -> None:
+        flight.host, flight.sent, flight.retry_at = host, self.world.step, -1
+        self._connection(host).send(flight.frame, sequence)
+
+    def _reachable(self) -> list[int]:
+        return [host.number for host in self.world.hosts if host.powered]
+
+    def _submit(self) -> None:
+        live = self._reachable()
+        for _ in range(4):
+            done = self.submitted >= self.batches or self.world.draining
+            if not live or len(self.flights) >= self.window or (done and not self.pending):
+                return
+            if self.flights and self.next_sequence - next(iter(self.flights)) >= SPAN:
+                return
+            if self.pending:
+                operation = self.pending.popleft()
+            else:
+                operation = Operation(self.client, self.next_number, self.random.randint(1, 3), self.level,
+                                      self.world.step, replicas=self.topic.replication_factor - 1)
+                self.next_number += operation.count
+                self.submitted += 1
+                self.world.history.operations.append(operation)
+            frame = pb.PublishRequest(
+                batch_sequence=self.next_sequence, message_count=operation.count,
+                payload=build_payload(self.client, operation.first, operation.count)).SerializeToString()
+            flight = self.flights[self.next_sequence] = Flight(operation, frame, 0, 0)
+            self.turn += 1
+            self._send(live[self.turn % len(live)], self.next_sequence, flight)
+            self.next_sequence += 1
+
+    def _resend(self) -> None:
+        """Send again what was refused, what was lost with its connection, and what nobody answered."""
+        live = [BrokerAddress(host, "") for host in self._reachable()]
+        for sequence, flight in list(self.flights.items()) if live else ():
+            connection = self.connections.get(flight.host)
+            lost = connection is None or connection.broken or not self.world.hosts[flight.host].powered
+            if not lost and flight.retry_at < 0 and self.world.step - flight.sent > ANSWER_STEPS:
+                self.world.note(self.name, f"hears nothing from host {flight.host}")
+                self._connection(flight.host).cut()
+                lost = True
+            if lost or 0 <= flight.retry_at <= self.world.step:
+                chosen = rendezvous(live, self.client, sequence)
+                others = [each.id for each in chosen if each.id != flight.host] if lost else []
+                self._send((others or [chosen[0].id])[0], sequence, flight)
+
+    def _hear(self) -> None:
+        """Take the answers that have arrived."""
+        for connection in list(self.connections.values()):
+            while connection.down and connection.down[0][0] <= self.world.step and self.state == "open":
+                _, response = connection.down.popleft()
+                if isinstance(response, CxlmqError):
+                    self._reopen("its session had ended")
+                    return
+                self._take(connection, response)
+
+    def _take(self, connection: Connection, response: Any) -> None:
+        if response.epoch:
+            self.world.history.marks.append((f"epoch at client {self.client} by host {connection.host.number}",
+                                             response.epoch))
+        for sequence, position, status in zip(response.batch_sequences, response.positions, response.statuses,
+                                              strict=True):
+            flight = self.flights.get(sequence)
+            if status == ResultStatus.RESULT_FENCED:
+                self._reopen(f"batch {sequence} was fenced")
+                return
+            if flight is None:
+                continue
+            if status in (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE):
+                del self.flights[sequence]
+                self._settle(flight.operation, None if status == ResultStatus.RESULT_DUPLICATE else position)
+            elif status == ResultStatus.RESULT_DAMAGED:
+                raise Violation("I", f"batch {sequence} of client {self.client} was damaged, and no damage was done")
+            else:
+                flight.retry_at = self.world.step + RETRY_STEPS
+        for refusal in response.refusals:
+            flight = self.flights.get(refusal.batch_sequence)
+            if flight is not None:
+                flight.retry_at = self.world.step + 4 * RETRY_STEPS
+                oldest = next(iter(self.flights))
+                if refusal.batch_sequence == oldest and len(self.flights) > 1 and self.topic.order == 5:
+                    self._reopen("there was no room for its oldest batch")
+                    return
+
+    def _settle(self, operation: Operation, position: int | None) -> None:
+        operation.outcome, operation.position, operation.settled = "ok", position, self.world.step
+        self.world.settled(operation)
+
+
+class Subscriber:
+    """Follows one topic from its first entry, at one broker after the other, with a cursor that protects it."""
+
+    def __init__(self, world: "World", number: int, topic: Any) -> None:
+        self.world, self.number, self.topic = world, number, topic
+        self.random = world.scenario.random(f"subscriber {number}")
+        self.name = f"reader {number}"
+        self.reads: list[Read] = world.history.reads.setdefault(self.name, [])
+        self.host: Host | None = None
+        self.incarnation = 0
+        self.reader: OrderReader | None = None
+        self.cursor = -1
+        self.request: asyncio.Task[Any] | None = None
+        self.request_until = 0
+        self.index = 0
+
+    def act(self) -> None:
+        """Find a broker, or read there."""
+        host = self.host
+        if host is not None and (not host.powered or host.incarnation != self.incarnation):
+            self.leave()
+            host = None
+        if host is None:
+            self._choose()
+        elif self.request is not None:
+            self._wait()
+        elif not host.stalled:
+            if self.random.random() < 0.01 and not self.world.draining:
+                self.leave()
+            else:
+                self.read()
+
+    def _choose(self) -> None:
+        live = [host for host in self.world.hosts if host.powered]
+        if not live:
+            return
+        host = self.random.choice(live)
+        key = self.topic.generation << 16 | self.topic.number
+        self.host, self.incarnation = host, host.incarnation
+        self.request = host.call(host.cursors.open(key, self.index, self.number + 1))
+        self.request_until = self.world.step + ANSWER_STEPS
+
+    def _wait(self) -> None:
+        request = self.request
+        assert request is not None and self.host is not None
+        if request.done():
+            self.request = None
+            if request.cancelled() or request.exception() is not None:
+                self.host = None
+                return
+            self.cursor, index = request.result()
+            if index != self.index:         # what lay between was reclaimed while nobody protected it
+                self.reads = self.world.history.reads.setdefault(f"{self.name} from {index}", [])
+                self.index = index
+            self.reader = OrderReader(self.host.delivery_door, self.world.layout, self.topic.number,
+                                      self.topic.generation, index)
+        elif self.world.step > self.request_until:
+            request.cancel()
+            self.request, self.host = None, None
+
+    def leave(self) -> None:
+        """Give up the place at this broker."""
+        host = self.host
+        if self.request is not None:
+            self.request.cancel()
+        elif host is not None and self.reader is not None and host.powered and host.incarnation == self.incarnation:
+            host.cursors.close(self.cursor)
+        self.host = self.reader = self.request = None
+        self.cursor = -1
+
+    def read(self) -> int:
+        """Read what is there, as one frame; how many batches it had."""
+        reader, host = self.reader, self.host
+        assert reader is not None and host is not None
+        try:
+            frame = reader.read_frame(self.random.choice((200, 2000, 20000)))
+        except ReadError as error:
+            # Its cursor protects it, so nothing is lost; a topic that is gone is told as such.
+            self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
+                                              error.status == ReadStatus.READ_CLOSED or not host.powered))
+            self.leave()
+            return 0
+        if not frame or not host.powered:
+            return 0
+        batches = pb.SubscribeResponse.FromString(frame).batches
+        for batch in batches:
+            sender = payload_sender(batch.payload, batch.message_count)
+            self.world.check_read(self, self.index, batch, sender)
+            self.reads.append(Read(self.index, batch.position, batch.message_count, sender))
+            self.index += 1
+        self.world.history.cursors.append((self.name, reader.index, reader.frontiers()["committed_index"]))
+        host.cursors.move(self.cursor, reader.index)
+        return len(batches)

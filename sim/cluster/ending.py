@@ -1,0 +1,136 @@
+"""The end of a run: draining, and what must hold when all is quiet."""
+
+import struct
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from broker.proto import cxlmq_pb2 as pb
+from broker.reader import OrderReader, ReadError
+from broker.records import record_bytes, unpack
+from broker.stages.replication import (
+    REPLICA_RECORD_HEADER_BYTES,
+    REPLICA_RECORD_MAGIC,
+    REPLICA_SUPERBLOCK_BYTES,
+)
+from sim.cluster.history import Read, Violation, check
+from sim.cluster.scenario import LEASE_TICKS
+from sim.cluster.witness import payload_sender
+
+if TYPE_CHECKING:
+    from sim.cluster.world import Host, World
+
+DRAIN_STEPS = 60_000                        # within so many steps after the last fault everything has its answer
+QUIET_STEPS = 2 * LEASE_TICKS            # a session whose publisher died is fenced within that
+
+
+def drain(world: "World") -> None:
+    """Let everything that is under way come to its end."""
+    world.draining = True
+    world.unreliable = False
+    until = world.step + DRAIN_STEPS
+    if not world.hosts[0].powered:
+        world.advance(world.step + QUIET_STEPS)         # nobody orders any more
+        return
+    while world.step < until:
+        world.advance(world.step + 500)
+        if all(publisher.finished for publisher in world.publishers):
+            break
+    world.advance(world.step + QUIET_STEPS)
+    late = [publisher for publisher in world.publishers if not publisher.finished]
+    if late and world.recovers:
+        states = ", ".join(f"client {each.client} ({each.state}: {len(each.flights)} in flight, {len(each.pending)} to "
+                           "send again)" for each in late)
+        world.history.leftovers.append(f"{DRAIN_STEPS} steps after the last fault without an answer: {states}")
+
+
+def judge(world: "World") -> None:
+    """Fill the history in, and run every checker on it. Raises `Violation`."""
+    history, topic = world.history, world.topic
+    if world.witness.check_now():
+        raise Violation(*world.witness.describe())
+    history.log = world.log()
+    live = [host for host in world.hosts if host.powered]
+    if live:
+        for host in live:
+            _read_all(world, host)
+        _check_counts(world)
+    history.reclaimed_index = OrderReader(world.hardware.truth, world.layout, topic.number, topic.generation
+                                          ).frontiers()["reclaimed_index"]
+    if not live:
+        history.final = world_reads(world)
+    history.replicated = replicated(world)
+    check(history)
+
+
+def world_reads(world: "World") -> list[Read]:
+    """What a reader past all caches gets: everything that is kept."""
+    topic = world.topic
+    reader = OrderReader(world.hardware.truth, world.layout, topic.number, topic.generation)
+    reader.move_to(reader.frontiers()["reclaimed_index"])
+    return _frames(world, reader)
+
+
+def _frames(world: "World", reader: OrderReader) -> list[Read]:
+    found = []
+    index = reader.index
+    while frame := reader.read_frame(64 << 10):
+        found += world.reads_of(index, pb.SubscribeResponse.FromString(frame).batches, payload_sender)
+        index = reader.index
+    return found
+
+
+def _read_all(world: "World", host: "Host") -> None:
+    """A last reader at a host: it sees everything that is kept, and the same as all others."""
+    topic, history = world.topic, world.history
+    reader = OrderReader(host.delivery_door, world.layout, topic.number, topic.generation)
+    reader.move_to(reader.frontiers()["reclaimed_index"])
+    try:
+        history.final = _frames(world, reader)
+    except ReadError as error:
+        history.errors.append((f"the last reader at host {host.number}: {error}", False))
+    history.reads[f"the last reader at host {host.number}"] = history.final
+
+
+def _check_counts(world: "World") -> None:
+    """When all is quiet, counters say what is there, and rings are empty."""
+    topic, leftovers = world.topic, world.history.leftovers
+    if not world.recovers:
+        return
+    for host in world.hosts:
+        counts = world.witness.counts(topic.number, host.number)
+        if counts["ordered"] != counts["in_log"]:
+            leftovers.append(f"broker {host.number}: {counts['in_log']} messages in the log, its line says "
+                             f"{counts['ordered']} are ordered")
+        if not host.powered:
+            continue
+        log = host.log.topic_state(topic.number)
+        if log["tail"] != log["head"]:
+            leftovers.append(f"broker {host.number}: slots {log['tail']} to {log['head']} are still in use")
+
+
+def replicated(world: "World") -> dict[tuple[int, int], int]:
+    """How many disks have each message (client, number), by the replica files themselves."""
+    disks: dict[tuple[int, int], set[int]] = defaultdict(set)
+    for host in world.hosts if world.folder is not None else ():
+        for file in sorted((world.folder / f"host-{host.number}").glob("*.replica")):    # type: ignore[operator]
+            for sender in _records(file):
+                disks[sender].add(host.number)
+    return {sender: len(hosts) for sender, hosts in disks.items()}
+
+
+def _records(file: Path) -> list[tuple[int, int]]:
+    """Who sent each whole record of a replica file."""
+    data, at, found = file.read_bytes(), REPLICA_SUPERBLOCK_BYTES, []
+    entry_bytes = record_bytes("OrderEntry")
+    while at + REPLICA_RECORD_HEADER_BYTES <= len(data):
+        entry = unpack("OrderEntry", data[at:at + entry_bytes])
+        magic, _, _, padding = struct.unpack_from("<IIII", data, at + entry_bytes)
+        start = at + REPLICA_RECORD_HEADER_BYTES
+        payload = data[start:start + entry["payload_bytes"]]
+        sender = payload_sender(payload, entry["message_count"])
+        if magic != REPLICA_RECORD_MAGIC or sender is None:
+            break
+        found.append(sender)
+        at = start + entry["payload_bytes"] + padding
+    return found

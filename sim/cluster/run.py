@@ -1,0 +1,74 @@
+"""Running seeds: one here, or a range over several cores."""
+
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from time import perf_counter
+from typing import Any
+
+from sim.cluster.history import Violation
+from sim.cluster.scenario import Scenario, draw
+from sim.cluster.world import World
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a run."""
+
+    seed: int
+    verdict: str                            # ok, violation, error
+    steps: int
+    trace_hash: str
+    batches: int                            # in the log
+    invariant: str = ""
+    text: str = ""
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        """Whether something does not hold."""
+        return self.verdict != "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World]:
+    """Run a scenario; its verdict, and the world as it was at the end (closed)."""
+    begun = perf_counter()
+    world = World(scenario, tracing=tracing)
+    verdict, invariant, text = "ok", "", ""
+    try:
+        world.run()
+    except Violation as violation:
+        verdict, invariant, text = "violation", violation.invariant, violation.text
+    except Exception as error:
+        verdict, invariant = "error", type(error).__name__
+        text = f"{error}\n{traceback.format_exc(limit=-6)}"
+    batches = len(world.witness.log_of(0))
+    result = Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
+                     perf_counter() - begun)
+    world.close()
+    return result, world
+
+
+def run_scenario(scenario: Scenario) -> Verdict:
+    """Run a scenario."""
+    return run_world(scenario)[0]
+
+
+def _run_seed(job: tuple[int, dict[str, Any]]) -> Verdict:
+    seed, options = job
+    return run_scenario(draw(seed, **options))
+
+
+def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]:
+    """Run a range of seeds over several processes; verdicts as they come, in the order of the seeds."""
+    jobs = [(seed, options) for seed in seeds]
+    if processes == 1:
+        yield from map(_run_seed, jobs)
+        return
+    with get_context("fork").Pool(processes) as pool:
+        yield from pool.imap(_run_seed, jobs, chunksize=4)

@@ -1,0 +1,119 @@
+"""What a run is made of: everything that follows from its seed, and the faults that strike it."""
+
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any
+
+FAULT_KINDS = ("crash", "evict", "stall", "torn", "net")
+KIB, MIB = 1 << 10, 1 << 20
+STEPS = 20_000
+LEASE_TICKS = 3_000                         # a session's gap may last so many ticks of the clock
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault of a run: what happens, at which step, to which host or client, and how long."""
+
+    step: int
+    kind: str                               # crash, client, stall, cut
+    where: int
+    argument: int = 0                       # crash: operations until the power goes; stall: steps; cut: the host
+    policy: str = "lost"                    # crash: what becomes of lines that were not fenced
+
+    def __str__(self) -> str:
+        what = {"crash": f"host {self.where} loses power {self.argument} operations later; "
+                         f"unfenced lines: {self.policy}",
+                "client": f"client {self.where} dies",
+                "stall": f"host {self.where} stands still for {self.argument} steps",
+                "cut": f"client {self.where} loses its connection to host {self.argument}"}[self.kind]
+        return f"step {self.step}: {what}"
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run. `draw` makes one from a seed; shrinking makes smaller ones of it."""
+
+    seed: int
+    hosts: int
+    steps: int
+    kinds: frozenset[str]
+    faults: tuple[Fault, ...]
+    profile: str = ""
+    memory: str = "mapped"
+    mutant: str = ""
+    order: int = 5
+    ack: int = 1
+    replication_factor: int = 1
+    publishers: int = 3
+    subscribers: int = 2
+    batches: int = 60                       # of each publisher
+    window: int = 8
+    scanners: int = 1
+    lock: str = "atomic"
+    pool: str = "atomic"
+    ring_slots: int = 16
+    entries: int = 64
+    segment_bytes: int = 4 * KIB
+    region_bytes: int = MIB
+    tick_ns: int = 10_000
+    schedule: int = 0                       # another draw of who steps when, for shrinking
+
+    def region(self) -> dict[str, Any]:
+        """The numbers of the region's layout."""
+        return {"broker_count": self.hosts, "topic_count_max": 2, "ring_slot_count": self.ring_slots,
+                "order_entry_count": self.entries, "session_count_max": 8 * self.hosts,
+                "cursor_count_max": 4 * self.hosts, "attach_slot_count": 0, "segment_bytes": self.segment_bytes,
+                "message_bytes_max": 8 * KIB, "batch_bytes_max": 16 * KIB, "region_bytes": self.region_bytes,
+                "pool_strategy": self.pool}
+
+    def smaller(self, **changes: Any) -> "Scenario":
+        """The same run with something changed."""
+        return replace(self, **changes)
+
+    def random(self, purpose: str) -> Random:
+        """A stream of draws of its own for each purpose, so that one can be cut without moving the others."""
+        return Random(f"{self.seed}:{purpose}")
+
+
+def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = frozenset(FAULT_KINDS),
+         profile: str = "", memory: str = "mapped", mutant: str = "") -> Scenario:
+    """The run that belongs to a seed."""
+    random = Random(f"{seed}:scenario")
+    order = random.choice((5, 5, 5, 2, 1))
+    durable = hosts > 1 and random.random() < 0.25
+    pool = random.choice(("atomic", "partitioned", "leader"))
+    base = Scenario(
+        seed=seed, hosts=hosts, steps=steps, kinds=kinds, faults=(), profile=profile, memory=memory, mutant=mutant,
+        order=order, ack=random.choice((1, 1, 2)) if durable else random.choice((1, 1, 1, 0)),
+        replication_factor=random.choice((2, min(3, hosts))) if durable else 1,
+        publishers=random.randint(1, 4), subscribers=random.randint(1, 3), batches=random.choice((20, 60, 150)),
+        window=random.choice((2, 8, 24)), scanners=random.randint(1, hosts), lock=random.choice(("atomic", "mutex")),
+        pool=pool, ring_slots=random.choice((16, 16, 64)), entries=random.choice((32, 64, 256)),
+        segment_bytes=random.choice((4 * KIB, 16 * KIB)), region_bytes=random.choice((MIB, MIB, 2 * MIB)),
+        tick_ns=random.choice((1_000, 10_000, 30_000)))
+    return base.smaller(faults=draw_faults(base))
+
+
+def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
+    """The faults of a run, by their kinds. They leave the first and the last fifth of it alone."""
+    random, found = scenario.random("faults"), []
+    first, last = scenario.steps // 10, max(scenario.steps * 3 // 5, scenario.steps // 10 + 1)
+
+    def moment() -> int:
+        return random.randrange(first, last)
+
+    policies = ("random", "inversion", "kept", "lost") if "torn" in scenario.kinds else ("kept", "lost")
+    if "crash" in scenario.kinds:
+        for _ in range(random.choice((0, 1, 1, 2))):
+            found.append(Fault(moment(), "crash", random.randrange(scenario.hosts), random.randint(1, 300),
+                               random.choice(policies)))
+        if random.random() < 0.4:
+            found.append(Fault(moment(), "client", random.randrange(scenario.publishers)))
+    if "stall" in scenario.kinds:
+        for _ in range(random.choice((0, 1, 2))):
+            found.append(Fault(moment(), "stall", random.randrange(scenario.hosts), random.randint(100, 3000)))
+    if "net" in scenario.kinds:
+        for _ in range(random.choice((0, 1, 3, 6))):
+            found.append(Fault(moment(), "cut", random.randrange(scenario.publishers),
+                               random.randrange(scenario.hosts)))
+    return tuple(sorted(found, key=lambda fault: (fault.step, fault.kind, fault.where)))

@@ -1,0 +1,394 @@
+"""The world: hosts with the product's own stages over one memory, their clients, one clock, one schedule, one seed.
+
+    clients ══ connections ══ hosts: receiver, delegation, scanners, acks, release, reclaim, replication
+                                │ doors (counted, priced, cut off)
+                              memory ◄── the witness, past all caches
+
+Stages step natively in drawn order; Python runs when a client, an event loop or a fault is due.
+"""
+
+import heapq
+import shutil
+import tempfile
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+from broker.config import TopicConfig
+from broker.doorbell import Doorbell
+from broker.layout import BrokerState, Layout
+from broker.log import BrokerLog
+from broker.notifier import Notifier
+from broker.order_lock import LOCK_MODES
+from broker.records import pack
+from broker.segments import PoolLeader, make_pool
+from broker.sessions import CursorTable, SessionTable
+from broker.stages.ack import AckStage
+from broker.stages.delegation import Delegation
+from broker.stages.directory import Directory
+from broker.stages.receiver import Receiver
+from broker.stages.reclaim import Reclaim
+from broker.stages.release import Release
+from broker.stages.replication import Replication
+from broker.stages.sequencer import OrderState, Scanner
+from broker.stages.stage import Stage
+from broker.stages.watch import Watch
+from broker.topics import TopicEntry, TopicTable
+from sim.cluster.clients import Connection, Publisher, Subscriber
+from sim.cluster.door import HostControl, SimDoor
+from sim.cluster.ending import drain, judge
+from sim.cluster.hardware import HARDWARE
+from sim.cluster.history import Entry, History, Operation, Read, Violation
+from sim.cluster.loop import SimLoop
+from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
+from sim.cluster.schedule import Schedule, Stop
+from sim.cluster.witness import Witness
+from sim.cxl.clock import ManualClock
+from sim.cxl.memory import Memory, Role
+from sim.cxl.region import SHARED_MEMORY_FOLDER
+
+SECOND = 1_000_000_000
+SESSIONS_WORD, CURSORS_WORD, WATCHERS_WORD = 5, 6, 4
+CALL_TICKS = 20_000                         # a call that takes longer has failed
+SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
+TOPIC = "simulated"
+WEIGHTS = (1, 1, 2, 4)
+
+
+class Host:
+    """One host: its power, its event loop, and the stages of its broker."""
+
+    def __init__(self, world: "World", number: int) -> None:
+        self.world, self.number = world, number
+        self.incarnation = 0
+        self.powered = self.stalled = False
+        self.connections: list[Connection] = []
+        self.units: list[int] = []
+
+    def start(self) -> None:
+        """Put the broker together, as `broker.node` does."""
+        world, layout, number = self.world, self.world.layout, self.number
+        self.incarnation += 1
+        self.powered, self.stalled = True, False
+        self.control = HostControl(number, *world.costs)
+        self.loop = SimLoop(world.clock)
+        self.notifier = Notifier()
+        self.bells = [self._bell(host, 0) for host in range(world.scenario.hosts)]
+        disk_bells = [self._bell(host, 1) for host in range(world.scenario.hosts)]
+        receiver_door = self.door(Role.ROLE_RECEIVER)
+        self.delivery_door = self.door(Role.ROLE_DELIVERY)
+        self.memory = self.door(Role.ROLE_BROKER)
+        self.log = BrokerLog(receiver_door, layout, make_pool(receiver_door, layout, number), number)
+        self.acks = AckStage(self.door(Role.ROLE_ACK), self.log, self.notifier)
+        self.receiver = Receiver(receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
+        self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
+        self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD))
+        stages = dict(self._stages(disk_bells))
+        self.units = [world.schedule.add(f"{name}", stage, self.control, world.weights.choice(WEIGHTS))
+                      for name, stage in stages.items()]
+        world.witness.follow(number, self.log)
+        self.memory.write_line_bytes(layout.offset_of("broker", number),
+                                     pack("BrokerLine", state=BrokerState.BROKER_READY))
+        self._flush("broker")
+
+    def _stages(self, disk_bells: list[Doorbell]) -> Iterator[tuple[str, Stage]]:
+        world, is_head = self.world, self.number == 0
+        order: OrderState | None = None
+        scanners: list[Scanner] = []
+        if is_head:
+            order, scanners = self._sequencer(disk_bells)
+            leader = PoolLeader(self.door(Role.ROLE_SEQUENCER), world.layout, self.number) if (
+                world.scenario.pool == "leader") else None
+            self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
+            yield from ((f"scanner {scanner.number}", scanner) for scanner in scanners)
+            yield "reclaim", Reclaim(self.door(Role.ROLE_RECLAIM), order, self.bells, leader)
+        yield "directory", Directory(self.memory, self.log, order, scanners)
+        yield "delegation", Delegation(self.door(Role.ROLE_DELEGATION), self.log, self.bells[0])
+        yield "acks", self.acks
+        yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
+        yield "release", Release(self.door(Role.ROLE_RECLAIM), self.log)
+        if world.folder is not None:
+            self.replication = Replication(self.door(Role.ROLE_REPLICATION), world.layout, self.number,
+                                           str(world.folder / f"host-{self.number}"), self._superblock, self.bells)
+            yield "replication", self.replication
+
+    def _sequencer(self, disk_bells: list[Doorbell]) -> tuple[OrderState, list[Scanner]]:
+        world, scenario = self.world, self.world.scenario
+        order = OrderState(self.door(Role.ROLE_SEQUENCER), world.layout, self.number, LOCK_MODES[scenario.lock],
+                           scenario.scanners)
+        return order, [Scanner(order, self.door(Role.ROLE_SEQUENCER), world.clock, number,
+                               [b for b in range(scenario.hosts) if b % scenario.scanners == number], self.bells,
+                               disk_bells) for number in range(scenario.scanners)]
+
+    def _superblock(self, topic: int, generation: int) -> tuple[str, bytes]:
+        return f"{topic}-{generation}.replica", b"CXLMQREP" + pack("TopicName", text=TOPIC)
+
+    def _bell(self, host: int, which: int) -> Doorbell:
+        return Doorbell(self.door(Role.ROLE_BROKER), self.world.layout.offset_of("doorbell", host, which))
+
+    def door(self, role: int) -> Memory:
+        """This host's door for a role, with the planted bug if there is one."""
+        inner = self.world.hardware.door(self.number, int(role), 0)
+        door = SimDoor(inner, self.control)
+        self.world.plant(door, self.number, int(role))
+        return door
+
+    def _flush(self, place: str) -> None:
+        self.memory.flush_range(self.world.layout.offset_of(place, self.number), 64)
+        self.memory.store_fence()
+
+    def bump(self, word: int) -> None:
+        """Change a version word of this broker's line, as `BrokerNode.bump` does."""
+        at = self.world.layout.offset_of("broker", self.number) + 8 * word
+        self.memory.store_word(at, self.memory.load_word(at) + 1)
+        self._flush("broker")
+
+    def sequencer_epoch(self) -> int:
+        """The epoch that acks are sent under."""
+        at = self.world.layout.offset_of("control")
+        self.memory.invalidate_range(at, 64)
+        return int(self.memory.load_word(at))
+
+    def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a service's coroutine on this host's event loop; a task whose end the caller looks for."""
+        return self.loop.call_here(coroutine, CALL_TICKS * self.world.scenario.tick_ns / 1e9)
+
+    def serve(self) -> None:
+        """One round of the broker's event loop."""
+        if self.stalled or not self.powered:
+            return
+        if self.loop.busy:
+            self.loop.round()
+        for connection in list(self.connections):
+            if self.powered and not self.control.dead:
+                connection.serve()
+
+    def lose_power(self) -> None:
+        """Everything private to the host is gone."""
+        self.powered = False
+        self.world.witness.follow(self.number, None)
+        for connection in list(self.connections):
+            connection.cut()
+        self.loop.end()
+        self.notifier.close()
+
+    def end(self) -> None:
+        """Close what the system gave."""
+        if self.powered:
+            self.loop.end()
+            self.notifier.close()
+        if self.world.folder is not None:
+            self.replication.close()
+
+
+class World:
+    """One run of one scenario. `run` raises `Violation`; `steps` and `trace_hash` say what happened."""
+
+    def __init__(self, scenario: Scenario, plant: Callable[[SimDoor, Layout, int, int], None] | None = None,
+                 costs: tuple[tuple[int, ...], int] | None = None, tracing: bool = False) -> None:
+        self.scenario, self._plant = scenario, plant
+        self.tracing = tracing
+        self.events: list[tuple[int, str, str]] = []        # step, column, text
+        self.layout = Layout.compute(**scenario.region())
+        self.hardware = HARDWARE[scenario.memory](self.layout.numbers["region_bytes"], scenario.hosts,
+                                                  scenario.random("hardware"), "evict" in scenario.kinds)
+        self.costs = costs or ((), 10_000)
+        self.clock = ManualClock(SECOND)
+        self.network = scenario.random("network")
+        self.weights = scenario.random(f"weights {scenario.schedule}")
+        self.turns = scenario.random("turns")
+        self.history = History(order=scenario.order)
+        clients = scenario.publishers + 1
+        self.witness = Witness(self.hardware.truth, self.layout, clients, 3 * scenario.batches + 3)
+        self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
+                                 self.witness, scenario.tick_ns)
+        self.folder = Path(tempfile.mkdtemp(prefix="cxlmq-sim-", dir=SHARED_MEMORY_FOLDER)) if (
+            scenario.replication_factor > 1) else None
+        self.unreliable = "net" in scenario.kinds
+        self.draining = False
+        self._queue: list[tuple[int, int, Callable[[], None]]] = []
+        self._queued = 0
+        self.publishers: list[Publisher] = []
+        self.subscribers: list[Subscriber] = []
+        self.hosts = [Host(self, number) for number in range(scenario.hosts)]
+        for host in self.hosts:
+            host.start()
+        self._allow()
+
+    # ---- for hosts and clients --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Steps of stages so far: the time that events are dated by."""
+        return int(self.schedule.steps)
+
+    def plant(self, door: SimDoor, host: int, role: int) -> None:
+        """Put the planted bug into a door, if there is one and it belongs there."""
+        if self._plant is not None:
+            self._plant(door, self.layout, host, role)
+
+    def note(self, column: str, text: str) -> None:
+        """Something that happened outside of steps: part of the trace and of its hash."""
+        self.schedule.mix(crc32(f"{column}:{text}".encode()))
+        if self.tracing:
+            self.events.append((self.step, column, text))
+
+    def delay(self) -> int:
+        """How many steps a message is under way."""
+        random = self.network.random()
+        return int(5 + random * 60) + (int(random * 1e6) % 1500 if self.unreliable and random < 0.03 else 0)
+
+    def settled(self, operation: Operation) -> None:
+        """An operation was acknowledged: it is in the log, at that place, or will be seen there at once."""
+        self.note(f"client {operation.client}", f"ack of message {operation.first} at {operation.position}")
+        index = self.witness.entry_of(operation.client, operation.first)
+        if operation.level == 0:
+            operation.outcome = "unknown"
+        elif index < 0 and self.witness.check_now(False) == 0 and self.witness.entry_of(
+                operation.client, operation.first) < 0:
+            raise Violation("A1", f"message {operation.first} of client {operation.client} was acknowledged and is "
+                                  "not in the committed order")
+
+    def check_read(self, reader: Subscriber, index: int, batch: Any, sender: tuple[int, int] | None) -> None:
+        """What a reader got is what the log has there."""
+        self.note(reader.name, f"read entry {index}")
+        if self.witness.check_now(False):
+            raise Violation(*self.witness.describe())
+        entry = self.witness.entry(0, index)
+        if sender != (entry["client"], entry["first"]) or (batch.position, batch.message_count) != (
+                entry["position"], entry["count"]):
+            raise Violation("T" if sender else "N",
+                            f"{reader.name} read at order entry {index} position {batch.position} {sender}, the log "
+                            f"has {entry['position']} {(entry['client'], entry['first'])}")
+
+    def at(self, step: int, action: Callable[[], None]) -> None:
+        """Do something when the schedule gets there."""
+        self._queued += 1
+        heapq.heappush(self._queue, (step, self._queued, action))
+
+    def _often(self, actor: Callable[[], None], steps: int) -> None:
+        """Let an actor come to run again and again, at drawn moments."""
+        def act() -> None:
+            actor()
+            self.at(self.step + self.turns.randint(1, steps), act)
+
+        self.at(self.step + self.turns.randint(1, steps), act)
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def _allow(self) -> None:
+        self.schedule.allow([unit for host in self.hosts if host.powered and not host.stalled for unit in host.units])
+
+    def advance(self, until: int) -> None:
+        """Run stages, clients and faults up to a step."""
+        while self.step < until:
+            stop = self.schedule.run(min(until, self._queue[0][0] if self._queue else until))
+            if stop == Stop.STOP_BREACH:
+                raise Violation(*self.witness.describe())
+            self._notice_power()
+            while self._queue and self._queue[0][0] <= self.step:
+                heapq.heappop(self._queue)[2]()
+                self._notice_power()
+
+    def _notice_power(self) -> None:
+        for host in self.hosts:
+            if host.powered and host.control.dead:
+                policy = next((fault.policy for fault in self.scenario.faults
+                               if fault.kind == "crash" and fault.where == host.number), "lost")
+                self.note(f"host {host.number}", f"power lost; unfenced lines: {policy}")
+                self.hardware.crash(host.number, policy)
+                host.lose_power()
+                self._allow()
+                if self.witness.check_now():
+                    raise Violation(*self.witness.describe())
+
+    def strike(self, fault: Fault) -> None:
+        """Let a fault happen."""
+        self.note(f"host {fault.where}" if fault.kind in ("crash", "stall") else f"client {fault.where}", str(fault))
+        if fault.kind == "crash" and self.hosts[fault.where].powered:
+            control = self.hosts[fault.where].control
+            control.crash_at = control.operations + fault.argument
+        elif fault.kind == "stall" and self.hosts[fault.where].powered:
+            self._stall(self.hosts[fault.where], fault.argument)
+        elif fault.kind == "client":
+            self.publishers[fault.where].die()
+        elif fault.kind == "cut":
+            connection = self.publishers[fault.where].connections.pop(fault.argument, None)
+            if connection is not None:
+                connection.cut()
+
+    def _stall(self, host: Host, steps: int) -> None:
+        host.stalled = True
+        self._allow()
+
+        def resume() -> None:
+            if host.powered:
+                host.stalled = False
+                self.note(f"host {host.number}", "goes on")
+                self._allow()
+
+        self.at(self.step + steps, resume)
+
+    def create_topic(self) -> TopicEntry:
+        """Create the topic of the run, and wait until every broker serves it."""
+        scenario, head = self.scenario, self.hosts[0]
+        config, _ = TopicConfig(name=TOPIC, order=scenario.order, ack=max(scenario.ack, 0),
+                                replication_factor=scenario.replication_factor).validate(scenario.hosts)
+        live = [host.number for host in self.hosts]
+        task = head.call(head.topics.create(config, LEASE_TICKS * scenario.tick_ns, lambda: live))
+        for _ in range(400):
+            head.loop.round()
+            if task.done():
+                entry: TopicEntry = task.result()
+                return entry
+            self.advance(self.step + 25)
+        raise Violation("B", "creating a topic did not end")
+
+    def run(self) -> None:
+        """The whole run: traffic, faults, draining, and what must hold at the end. Raises `Violation`."""
+        scenario = self.scenario
+        for host in self.hosts:
+            self._often(host.serve, SERVE_STEPS)
+        self.topic = self.create_topic()
+        self.publishers = [Publisher(self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
+                           for client in range(scenario.publishers)]
+        self.subscribers = [Subscriber(self, number, self.topic) for number in range(scenario.subscribers)]
+        for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
+            self._often(act, CLIENT_STEPS)
+        for fault in scenario.faults:
+            self.at(fault.step, lambda fault=fault: self.strike(fault))     # type: ignore[misc]
+        self.advance(scenario.steps)
+        drain(self)
+        judge(self)
+
+    def log(self) -> list[Entry]:
+        """What the frontier has passed."""
+        return [Entry(each["position"], each["client"], each["first"], each["count"], each["broker"], each["epoch"])
+                for each in self.witness.log_of(self.topic.number)]
+
+    def reads_of(self, index: int, batches: Any, sender: Callable[[bytes, int], tuple[int, int] | None]) -> list[Read]:
+        """A frame's batches, from order entry `index` on."""
+        return [Read(index + i, batch.position, batch.message_count, sender(batch.payload, batch.message_count))
+                for i, batch in enumerate(batches)]
+
+    @property
+    def recovers(self) -> bool:
+        """Whether everything has to come to its end: all hosts are there, or others have taken over."""
+        return all(host.powered for host in self.hosts)
+
+    @property
+    def trace_hash(self) -> int:
+        """The same for the same seed: of every step, every memory operation, every event and the order itself."""
+        value = self.schedule.hash ^ self.witness.hash
+        for host in self.hosts:
+            value = (value * 31 + host.control.hash + host.control.operations) & (1 << 64) - 1
+        return int(value)
+
+    def close(self) -> None:
+        """Give everything back."""
+        for host in self.hosts:
+            host.end()
+        self.hardware.close()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
