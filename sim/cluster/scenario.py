@@ -39,7 +39,7 @@ class Scenario:
     kinds: frozenset[str]
     faults: tuple[Fault, ...]
     profile: str = ""
-    memory: str = "mapped"
+    memory: str = "noncoherent"
     mutant: str = ""
     order: int = 5
     ack: int = 1
@@ -76,7 +76,7 @@ class Scenario:
 
 
 def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = frozenset(FAULT_KINDS),
-         profile: str = "", memory: str = "mapped", mutant: str = "") -> Scenario:
+         profile: str = "", memory: str = "noncoherent", mutant: str = "") -> Scenario:
     """The run that belongs to a seed."""
     random = Random(f"{seed}:scenario")
     order = random.choice((5, 5, 5, 2, 1))

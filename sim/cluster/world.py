@@ -129,7 +129,7 @@ class Host:
 
     def door(self, role: int) -> Memory:
         """This host's door for a role, with the planted bug if there is one."""
-        inner = self.world.hardware.door(self.number, int(role), 0)
+        inner = self.world.hardware.door(self.number, int(role))
         door = SimDoor(inner, self.control)
         self.world.plant(door, self.number, int(role))
         return door
@@ -191,8 +191,8 @@ class World:
         self.tracing = tracing
         self.events: list[tuple[int, str, str]] = []        # step, column, text
         self.layout = Layout.compute(**scenario.region())
-        self.hardware = HARDWARE[scenario.memory](self.layout.numbers["region_bytes"], scenario.hosts,
-                                                  scenario.random("hardware"), "evict" in scenario.kinds)
+        self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts, scenario.random("hardware"),
+                                                  "evict" in scenario.kinds)
         self.costs = costs or ((), 10_000)
         self.clock = ManualClock(SECOND)
         self.network = scenario.random("network")
@@ -389,6 +389,5 @@ class World:
         """Give everything back."""
         for host in self.hosts:
             host.end()
-        self.hardware.close()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
