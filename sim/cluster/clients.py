@@ -350,6 +350,8 @@ class Publisher:
             if status in (ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE):
                 del self.flights[sequence]
                 self._settle(flight.operation, None if status == ResultStatus.RESULT_DUPLICATE else position)
+            elif status == ResultStatus.RESULT_UNDURABLE:
+                raise Violation("A2", f"batch {sequence} of client {self.client}: a replica failed, and no disk did")
             elif status == ResultStatus.RESULT_DAMAGED:
                 raise Violation("I", f"batch {sequence} of client {self.client} was damaged, and no damage was done")
             else:

@@ -39,6 +39,7 @@ cdef class HostControl:
     cdef readonly int host
     cdef public uint64_t operations     # of this host so far
     cdef public uint64_t crash_at       # the operation at which its power goes; 0 never
+    cdef public uint64_t crash_fences   # its power goes before it has done so many more fences; 0 never
     cdef public bint dead               # nothing that it does has an effect any more
     cdef public int64_t cost_ns         # what its operations cost under the profile, since it was taken
     cdef public uint64_t hash           # of its operations, in order

@@ -33,6 +33,11 @@ cdef class HostControl:
         if self.operations == self.crash_at:
             self.dead = True
             return False
+        if self.crash_fences and (operation == OP_FENCE or operation == OP_FULL_FENCE):
+            self.crash_fences -= 1
+            if self.crash_fences == 0:
+                self.dead = True
+                return False
         self.cost_ns += self.cost[operation]
         if operation == OP_COPY_IN or operation == OP_COPY_OUT:
             self.cost_ns += value * 1000 // self.bytes_per_us

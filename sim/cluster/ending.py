@@ -1,18 +1,11 @@
 """The end of a run: draining, and what must hold when all is quiet."""
 
-import struct
 from collections import defaultdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
-from broker.records import record_bytes, unpack
-from broker.stages.replication import (
-    REPLICA_RECORD_HEADER_BYTES,
-    REPLICA_RECORD_MAGIC,
-    REPLICA_SUPERBLOCK_BYTES,
-)
+from broker.replica_files import Damage, find_files, read_records
 from sim.cluster.history import Read, Violation, check
 from sim.cluster.scenario import LEASE_TICKS
 from sim.cluster.witness import payload_sender
@@ -110,27 +103,18 @@ def _check_counts(world: "World") -> None:
 
 
 def replicated(world: "World") -> dict[tuple[int, int], int]:
-    """How many disks have each message (client, number), by the replica files themselves."""
+    """How many disks have each batch (client, number of its first message), by the replica files themselves."""
     disks: dict[tuple[int, int], set[int]] = defaultdict(set)
     for host in world.hosts if world.folder is not None else ():
-        for file in sorted((world.folder / f"host-{host.number}").glob("*.replica")):    # type: ignore[operator]
-            for sender in _records(file):
-                disks[sender].add(host.number)
+        for file in find_files(world.replica_folder(host.number)):
+            data = file.path.read_bytes()
+            for record in read_records(file):
+                if isinstance(record, Damage):
+                    world.history.errors.append((f"{file.path.name}: {record.what}", not host.powered))
+                elif record.fields["message_count"]:
+                    payload = data[record.payload_offset:record.payload_offset + record.fields["payload_bytes"]]
+                    sender = payload_sender(payload, record.fields["message_count"])
+                    if sender is None:
+                        raise Violation("N", f"{file.path.name} holds at position {record.position} what nobody sent")
+                    disks[sender].add(host.number)
     return {sender: len(hosts) for sender, hosts in disks.items()}
-
-
-def _records(file: Path) -> list[tuple[int, int]]:
-    """Who sent each whole record of a replica file."""
-    data, at, found = file.read_bytes(), REPLICA_SUPERBLOCK_BYTES, []
-    entry_bytes = record_bytes("OrderEntry")
-    while at + REPLICA_RECORD_HEADER_BYTES <= len(data):
-        entry = unpack("OrderEntry", data[at:at + entry_bytes])
-        magic, _, _, padding = struct.unpack_from("<IIII", data, at + entry_bytes)
-        start = at + REPLICA_RECORD_HEADER_BYTES
-        payload = data[start:start + entry["payload_bytes"]]
-        sender = payload_sender(payload, entry["message_count"])
-        if magic != REPLICA_RECORD_MAGIC or sender is None:
-            break
-        found.append(sender)
-        at = start + entry["payload_bytes"] + padding
-    return found

@@ -12,7 +12,7 @@ from sim.cxl.region import private_mapping
 
 # What becomes of the lines that a host had not fenced when its power went, in words -> the cache's policy.
 POLICIES = {"lost": "never", "kept": "immediate", "random": "random", "inversion": "inversion"}
-EVICTION_PERIODS = (20, 100, 1000)          # accesses of a host between two spontaneous events, on average
+EVICTION_PERIODS = (0, 20, 100, 1000)        # accesses of a host between two spontaneous events, on average
 COHERENT = ("coherent area", "statistics")  # sections; counters are an instrument and no part of the memory
 
 

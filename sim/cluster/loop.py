@@ -39,11 +39,12 @@ class SimLoop(asyncio.BaseEventLoop):
         """Start a coroutine that fails with TimeoutError after `timeout` simulated seconds."""
         self._open += 1
         task = self.create_task(asyncio.wait_for(coroutine, timeout))
-        task.add_done_callback(self._ended)
+        task.add_done_callback(lambda ended: self._ended(ended, coroutine))
         return task
 
-    def _ended(self, task: "asyncio.Task[Any]") -> None:
+    def _ended(self, task: "asyncio.Task[Any]", coroutine: Coroutine[Any, Any, Any]) -> None:
         self._open -= 1
+        coroutine.close()                   # it was never begun when the task was cancelled at once
         if not task.cancelled():
             task.exception()                # whoever asks looks at it; nobody may be left to ask
 

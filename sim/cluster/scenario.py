@@ -17,11 +17,12 @@ class Fault:
     step: int
     kind: str                               # crash, client, stall, cut
     where: int
-    argument: int = 0                       # crash: operations until the power goes; stall: steps; cut: the host
+    argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host
     policy: str = "lost"                    # crash: what becomes of lines that were not fenced
 
     def __str__(self) -> str:
-        what = {"crash": f"host {self.where} loses power {self.argument} operations later; "
+        what = {"crash": f"host {self.where} loses power {abs(self.argument)} "
+                         f"{'fences' if self.argument < 0 else 'operations'} later; "
                          f"unfenced lines: {self.policy}",
                 "client": f"client {self.where} dies",
                 "stall": f"host {self.where} stands still for {self.argument} steps",
@@ -105,8 +106,9 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
     policies = ("random", "inversion", "kept", "lost") if "torn" in scenario.kinds else ("kept", "lost")
     if "crash" in scenario.kinds:
         for _ in range(random.choice((0, 1, 1, 2))):
-            found.append(Fault(moment(), "crash", random.randrange(scenario.hosts), random.randint(1, 300),
-                               random.choice(policies)))
+            # Half of them before a fence: that is when most is under way.
+            after = random.randint(1, 300) if random.random() < 0.5 else -random.randint(1, 40)
+            found.append(Fault(moment(), "crash", random.randrange(scenario.hosts), after, random.choice(policies)))
         if random.random() < 0.4:
             found.append(Fault(moment(), "client", random.randrange(scenario.publishers)))
     if "stall" in scenario.kinds:

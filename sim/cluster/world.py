@@ -22,6 +22,7 @@ from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.records import pack
+from broker.replica_files import ReplicaFolder
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
@@ -94,13 +95,13 @@ class Host:
 
     def _stages(self, disk_bells: list[Doorbell]) -> Iterator[tuple[str, Stage]]:
         world, is_head = self.world, self.number == 0
+        self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
         order: OrderState | None = None
         scanners: list[Scanner] = []
         if is_head:
             order, scanners = self._sequencer(disk_bells)
             leader = PoolLeader(self.door(Role.ROLE_SEQUENCER), world.layout, self.number) if (
                 world.scenario.pool == "leader") else None
-            self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
             yield from ((f"scanner {scanner.number}", scanner) for scanner in scanners)
             yield "reclaim", Reclaim(self.door(Role.ROLE_RECLAIM), order, self.bells, leader)
         yield "directory", Directory(self.memory, self.log, order, scanners)
@@ -109,8 +110,10 @@ class Host:
         yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
         yield "release", Release(self.door(Role.ROLE_RECLAIM), self.log)
         if world.folder is not None:
-            self.replication = Replication(self.door(Role.ROLE_REPLICATION), world.layout, self.number,
-                                           str(world.folder / f"host-{self.number}"), self._superblock, self.bells)
+            files = ReplicaFolder(world.replica_folder(self.number), self.number, 1, "simulated", world.scenario.hosts,
+                                  self.topics.entry_of)
+            self.replication = Replication(self.door(Role.ROLE_REPLICATION), world.layout, self.number, files,
+                                           world.clock, self.bells)
             yield "replication", self.replication
 
     def _sequencer(self, disk_bells: list[Doorbell]) -> tuple[OrderState, list[Scanner]]:
@@ -120,9 +123,6 @@ class Host:
         return order, [Scanner(order, self.door(Role.ROLE_SEQUENCER), world.clock, number,
                                [b for b in range(scenario.hosts) if b % scenario.scanners == number], self.bells,
                                disk_bells) for number in range(scenario.scanners)]
-
-    def _superblock(self, topic: int, generation: int) -> tuple[str, bytes]:
-        return f"{topic}-{generation}.replica", b"CXLMQREP" + pack("TopicName", text=TOPIC)
 
     def _bell(self, host: int, which: int) -> Doorbell:
         return Doorbell(self.door(Role.ROLE_BROKER), self.world.layout.offset_of("doorbell", host, which))
@@ -308,7 +308,10 @@ class World:
         self.note(f"host {fault.where}" if fault.kind in ("crash", "stall") else f"client {fault.where}", str(fault))
         if fault.kind == "crash" and self.hosts[fault.where].powered:
             control = self.hosts[fault.where].control
-            control.crash_at = control.operations + fault.argument
+            if fault.argument > 0:
+                control.crash_at = control.operations + fault.argument
+            else:
+                control.crash_fences = -fault.argument
         elif fault.kind == "stall" and self.hosts[fault.where].powered:
             self._stall(self.hosts[fault.where], fault.argument)
         elif fault.kind == "client":
@@ -371,6 +374,11 @@ class World:
         """A frame's batches, from order entry `index` on."""
         return [Read(index + i, batch.position, batch.message_count, sender(batch.payload, batch.message_count))
                 for i, batch in enumerate(batches)]
+
+    def replica_folder(self, host: int) -> Path:
+        """Where a host keeps its replica files."""
+        assert self.folder is not None
+        return self.folder / f"host-{host}"
 
     @property
     def recovers(self) -> bool:
