@@ -297,7 +297,7 @@ cdef packed struct AttachClientLine:        # writer: client
     uint64_t using_lease                    # number of the lease that it fills now
     uint64_t retired                        # leases it is done with
     uint64_t wanted_bytes                   # smallest lease that is of use to it
-    uint64_t acknowledged                   # generation of the fence that it has seen: it writes no more
+    uint64_t left                           # 1: it is gone, and writes no more
     uint64_t released_index                 # a subscriber's: order entries below it are no longer viewed
     uint64_t pid
     uint64_t start_time

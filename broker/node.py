@@ -228,10 +228,10 @@ class BrokerNode:
         self.memory.store_fence()
         self.log.note_cpu(time.process_time_ns())
 
-    def dead_clients(self) -> list[tuple[int, int]]:
-        """Slots (number, generation) of attached clients whose process is gone."""
+    def gone_clients(self) -> list[tuple[int, int]]:
+        """Slots (number, generation) of attached clients that left, never came, or whose process is dead."""
         return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
-                if not process_alive(slot["pid"], slot["start_time"], self.host)]
+                if slot["left"] or not process_alive(slot["pid"], slot["start_time"], self.host)]
 
     def bump(self, word: int) -> None:
         """Change a version word of this broker's line and wake the head."""
@@ -279,7 +279,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.start_warming()
         while not stop.is_set():
             node.beat()
-            for slot, generation in node.dead_clients():
+            for slot, generation in node.gone_clients():
                 await server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), node.config.heartbeat_ms / 1000)

@@ -5,6 +5,7 @@ cdef enum:
     # Every field of a batch's request header has a fixed width, so a frame is built in place before its size is known.
     REQUEST_HEADER_BYTES = 29
     BATCH_HEADER_BYTES = 43
+    PUBLISHED_NS_AT = 15            # of the request header
 
 cdef struct RequestFields:
     const uint8_t* payload

@@ -3,8 +3,10 @@
     begin (a channel with room in its lease) ─► pack, around the cache ─► seal: fence, descriptor, ring ─► poll: settle
 
 No system call is made while both sides are awake. What is in flight is kept by sequence in `sent`; its payload stays in
-its lease until it is settled, so that it can be submitted again without a copy of ours. Calls hold the GIL; where the
-GIL is released (large copies, waiting) `busy` keeps other threads out.
+its lease until it is settled, so that it can be submitted again without a copy of ours. When no lease has room for long,
+or the session is being opened anew, messages spill: they are packed in private memory, by the packer and the policies
+that gRPC has, and submitted from there, until none is left. Calls hold the GIL; where the GIL is released (large copies,
+waiting) `busy` keeps other threads out.
 """
 
 import threading
@@ -19,20 +21,19 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SI
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE,
-    make_tag,
+    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE,
+    RESULT_FENCED, RESULT_UNDURABLE, make_tag,
 )
-from broker.wire cimport MESSAGE_HEADER_BYTES, message_check, message_stride
-from client.batch cimport Batch, Delivery
+from broker.wire cimport MESSAGE_HEADER_BYTES, PUBLISHED_NS_AT, REQUEST_HEADER_BYTES, message_check, message_stride
+from client.batch cimport Batch, Delivery, Packer
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_wall_ns, cxl_yield
 
-from broker.errors import replica_failed
-from client.batch import Dropped, dropped_delivery
+from broker.errors import CxlmqError, replica_failed
 
 cdef enum:
     SENT_RING = 1024
@@ -79,14 +80,21 @@ cdef struct Sent:
     uint64_t messages
     uint64_t wall_ns
     int64_t sent_ns
+    double deadline                 # monotonic seconds
     bint expired                    # its delivery time-out is over: told, and not to be published again
     PyObject* batch                 # a reference of ours, NULL when nobody holds a delivery
+
+
+class Spill(Exception):
+    """No lease has room now: the message goes to private memory."""
 
 
 cdef class Loan:
     """A writable view of a segment: fill it, then leave the `with` block; an exception gives it back."""
 
     cdef AttachedCore core
+    cdef uint64_t session           # in which it was lent
+    cdef bint ended
     cdef uint64_t channel
     cdef uint64_t offset
     cdef uint64_t nbytes
@@ -94,6 +102,9 @@ cdef class Loan:
     cdef uint64_t exports
     cdef readonly object delivery
     cdef object view
+
+    def __del__(self):
+        self.core.give_back(self)       # nobody entered it
 
     def __getbuffer__(self, Py_buffer* buffer, int flags):
         PyBuffer_FillInfo(buffer, self, self.data, self.nbytes, 0, flags)
@@ -128,6 +139,12 @@ cdef class AttachedCore:
     cdef readonly Memory memory
     cdef Layout layout
     cdef object engine
+    cdef Packer overflow                # what spills
+    cdef readonly bint spilling         # everything goes there until nothing of it is left
+    cdef uint64_t claims                # threads that wait for `busy` to end: they come first
+    cdef uint64_t session               # counts those that were begun
+    cdef uint64_t open_loans
+    cdef list left                      # slots that we gave up, kept by open loans
     cdef list bells
     cdef Channel* channels
     cdef list old_channels
@@ -138,15 +155,20 @@ cdef class AttachedCore:
     cdef readonly uint64_t in_flight
     cdef readonly uint64_t in_flight_bytes
     cdef uint64_t expired               # of those in flight, the ones that were given up
-    cdef uint64_t window_bytes
+    cdef readonly uint64_t window_bytes
     cdef readonly uint64_t message_bytes_max
     cdef public uint64_t target
+    cdef uint64_t target_min
+    cdef uint64_t target_max
+    cdef uint64_t ring_limit            # descriptors of a channel that may be unanswered
+    cdef double timeout                 # seconds from packing to giving up
     cdef readonly uint64_t messages
     cdef readonly uint64_t nbytes
     cdef readonly uint64_t batches
     cdef readonly uint64_t acked
     cdef readonly uint64_t duplicates
     cdef readonly uint64_t retries
+    cdef readonly uint64_t failed
     cdef uint64_t turn
     cdef readonly bint fenced
     cdef bint shut                      # nothing may be packed any more
@@ -164,6 +186,7 @@ cdef class AttachedCore:
     cdef readonly double opened
     cdef cxl_stream stream
     cdef Batch batch
+    cdef Batch spare                    # for a next one
     cdef object outcomes                # settled batches whose waiters are not told yet
     cdef uint64_t telling               # the thread that tells them, 0 none
     cdef uint8_t* present               # segments whose pages this process has mapped
@@ -177,16 +200,21 @@ cdef class AttachedCore:
         if self.sent == NULL or self.latencies == NULL:
             raise MemoryError
 
-    def __init__(self, engine, Memory memory, Layout layout, uint64_t target, uint64_t window_bytes,
-                 uint64_t message_bytes_max, int level):
+    def __init__(self, engine, Memory memory, Layout layout, Packer overflow, targets, uint64_t window_bytes,
+                 uint64_t ring_limit, int level, double timeout):
         self.engine = engine
+        self.overflow = overflow
+        self.target, self.target_min, self.target_max = targets
+        self.ring_limit = min(ring_limit, ATTACH_RING)
+        self.timeout = timeout
         self.outcomes = deque()
         self.old_channels = []
+        self.left = []
+        self.bells = []
         self.memory = memory
         self.layout = layout
-        self.target = target
         self.window_bytes = window_bytes
-        self.message_bytes_max = message_bytes_max
+        self.message_bytes_max = overflow.message_bytes_max
         self.level = level
         self.present = <uint8_t*>calloc(layout.g.segment_count, 1)
         if self.present == NULL:
@@ -204,25 +232,37 @@ cdef class AttachedCore:
         free(self.latencies)
         free(self.present)
 
-    def use_channels(self, slots) -> None:
-        """Go on with these slots: (slot, generation, broker) each. Nothing may be open or in flight."""
+    def begin_session(self, uint64_t epoch) -> None:
+        """Go on with a new session, without channels as yet. Nothing may be open or in flight."""
         cdef Channel* fresh = <Channel*>calloc(CHANNELS_MAX, sizeof(Channel))
         if fresh == NULL:
             raise MemoryError
         # Another thread may be waiting over the old ones, without the GIL: they go when we go.
         self.old_channels.append(<uint64_t>self.channels)
         self.channels = fresh
-        self.channel_count = len(slots)
+        self.channel_count = 0
         self.bells = []
-        for i, (slot, generation, broker) in enumerate(slots):
-            self.channels[i].slot = slot
-            self.channels[i].generation = generation
-            self.channels[i].broker = broker
-            self.channels[i].alive = True
-            self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
         self.next_sequence = self.oldest = 0
         self.fenced = False
         self.turn = 0
+        self.epoch = epoch
+        self.session += 1
+
+    def add_channel(self, uint64_t slot, uint64_t generation, uint64_t broker) -> None:
+        """A slot at one more broker, or at one that came back."""
+        cdef uint64_t c = self.channel_count
+        cdef Channel* channel
+        if c == CHANNELS_MAX:
+            raise CxlmqError(f"a publisher has at most {CHANNELS_MAX} slots in a session")
+        channel = &self.channels[c]
+        memset(channel, 0, sizeof(Channel))
+        channel.slot = slot
+        channel.generation = generation
+        channel.broker = broker
+        channel.alive = True
+        self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
+        self.channel_count = c + 1
+        self.beat()
 
     # ---- leases and channels ------------------------------------------------------------------------------------------
 
@@ -295,23 +335,22 @@ cdef class AttachedCore:
         for i in range(self.channel_count):
             c = (self.turn + i) % self.channel_count
             channel = &self.channels[c]
-            if (channel.alive and not channel.loaned and channel.submitted - channel.completed < ATTACH_RING
+            if (channel.alive and not channel.loaned and channel.submitted - channel.completed < self.ring_limit
                     and self.has_lease_for(channel, need)):
                 self.turn = (c + 1) % self.channel_count
                 return <int64_t>c
         return -1
 
     cdef int begin(self, uint64_t nbytes) except -1:
-        """Open a batch that has room for a message of `nbytes`; waits by the engine's policy."""
+        """Open a batch that has room for a message of `nbytes`. Raises `Spill` when no lease has any for too long."""
         cdef uint64_t need = (message_stride(nbytes) + 63) & ~<uint64_t>63
-        cdef int64_t c
+        cdef int64_t c = -1
         cdef Channel* channel
-        while self.shut or self.fenced:
-            self.engine.check()             # raises, or waits for the session to be opened anew
         if nbytes > self.message_bytes_max:
             self.engine.too_big(nbytes)
         self.seal()
-        c = self.pick(need)
+        if not (self.shut or self.fenced or self.spilling):
+            c = self.pick(need)
         if c < 0:
             c = self.wait_for_channel(need)
             if self.is_open:
@@ -328,22 +367,29 @@ cdef class AttachedCore:
         return 0
 
     cdef int64_t wait_for_channel(self, uint64_t need) except -1:
-        """Wait until some channel has room: the policy, the session's end and the time-out are the engine's."""
-        cdef int64_t c, until
-        cdef double deadline = 0
+        """Wait a little until some channel has room; then spill."""
+        cdef int64_t c
+        cdef double deadline = 0, now
         while True:
-            self.engine.check()
-            if self.poll() or self.retry_wanted:
-                self.engine.retry()
-            c = self.pick(need)
+            self.engine.raise_if_closed()
+            if self.is_open:
+                return 0
+            if self.fenced or self.spilling:
+                c = -1
+                deadline = 1
+            else:
+                self.poll()
+                c = self.pick(need)
             if c >= 0:
                 return c
+            now = time.monotonic()
             if deadline == 0:
-                deadline = time.monotonic() + self.engine.patience()
-            elif time.monotonic() > deadline:
-                self.engine.no_room()
+                deadline = now + self.engine.patience()
+            if now >= deadline:
+                self.spill()
+                raise Spill
             self.ring_all()
-            self.wait_for_news(YIELD_NS)
+            self.wait_for_news(<int64_t>(min(0.002, deadline - now) * 1e9))
 
     cdef void ring_all(self):
         self.memory.full_fence()
@@ -398,7 +444,18 @@ cdef class AttachedCore:
     # ---- packing --------------------------------------------------------------------------------------------------------
 
     cdef int wait_idle(self) except -1:
-        while self.busy:
+        """Wait until no copy goes on without the GIL; whoever would begin one lets us come first."""
+        self.claims += 1
+        try:
+            while self.busy:
+                time.sleep(0)
+        finally:
+            self.claims -= 1
+        return 0
+
+    cdef int take_turn(self) except -1:
+        """Before packing: neither into somebody's copy nor before somebody who waits."""
+        while self.busy or self.claims:
             time.sleep(0)
         return 0
 
@@ -419,19 +476,32 @@ cdef class AttachedCore:
         self.nbytes += nbytes
         return 0
 
-    cdef Delivery delivery_of_last(self):
+    cdef Delivery new_delivery(self):
+        """For the next message. To be made before it is packed: the collector may run with any new object, Python with
+        the collector, and other threads with Python."""
         cdef Delivery delivery = Delivery.__new__(Delivery)
-        if self.batch is None:
-            self.batch = Batch(self.engine, 0)
-            self.batch.level = self.level
-        delivery.batch = self.batch
-        delivery.index = self.count - 1
+        cdef Batch spare = self.spare
+        if spare is None:
+            spare = Batch(self.engine, 0)
+            spare.level = self.level
+        else:
+            self.spare = None               # ours alone
+        delivery.batch = spare
         return delivery
+
+    cdef void is_of_last(self, Delivery delivery):
+        """Make it the delivery of the message that was just packed."""
+        if self.batch is None:
+            self.batch = delivery.batch
+        else:
+            self.spare = delivery.batch
+            delivery.batch = self.batch
+        delivery.index = self.count - 1
 
     cdef int pack_object(self, object data) except -1:
         cdef Py_buffer view
-        if self.busy:
-            self.wait_idle()
+        if self.busy or self.claims:
+            self.take_turn()
         if PyBytes_CheckExact(data):
             return self.pack(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
@@ -443,41 +513,59 @@ cdef class AttachedCore:
     def append(self, data) -> Delivery:
         """Pack one message: bytes, or anything with the buffer protocol."""
         cdef Delivery delivery
+        if self.spilling:
+            return self.overflow.append(data)
+        delivery = self.new_delivery()
         try:
             self.pack_object(data)
-        except Dropped as dropped:
-            return dropped_delivery(self.engine, dropped.error)
-        delivery = self.delivery_of_last()
+        except Spill:
+            return self.overflow.append(data)
+        self.is_of_last(delivery)
         if self.used + MESSAGE_HEADER_BYTES >= self.capacity:
-            self.seal()
+            self.seal_full()
         return delivery
 
     def append_many(self, messages) -> Delivery:
-        """Pack a sequence of messages; the delivery of the last."""
-        cdef Delivery delivery
-        cdef uint64_t before = self.messages
+        """Pack an iterable of messages; the delivery of the last."""
+        cdef object last = None
+        cdef bint there = False
+        # One behind: the iterable may run Python, and others may then seal the batch that the last message is in.
         for data in messages:
-            self.pack_object(data)
-        if self.messages == before:
+            if there:
+                self.append_one(last)
+            last = data
+            there = True
+        if not there:
             raise ValueError("publish_many needs at least one message")
-        delivery = self.delivery_of_last()
-        if self.used + MESSAGE_HEADER_BYTES >= self.capacity:
-            self.seal()
-        return delivery
+        return self.append(last)
+
+    cdef int append_one(self, object data) except -1:
+        if not self.spilling:
+            try:
+                return self.pack_object(data)
+            except Spill:
+                pass
+        self.overflow.append(data)
+        return 0
 
     def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
         cdef uint64_t i = 0, k, fit, total = rows.shape[0], nbytes = rows.shape[1], stride = message_stride(nbytes)
         cdef const uint8_t* source = &rows[0, 0] if total and nbytes else NULL
         cdef uint32_t check = message_check(<uint32_t>nbytes)
-        cdef Delivery delivery
+        cdef Delivery delivery = self.new_delivery()
         if total == 0:
             raise ValueError("publish_array needs at least one row")
-        if self.busy:
-            self.wait_idle()
         while i < total:
-            while not self.is_open or self.used + stride > self.capacity:
-                self.begin(nbytes)
+            if self.busy or self.claims:
+                self.take_turn()
+            try:
+                if self.spilling:
+                    raise Spill
+                while not self.is_open or self.used + stride > self.capacity:
+                    self.begin(nbytes)
+            except Spill:
+                return self.overflow.append_array(rows[i:])
             fit = min(total - i, (self.capacity - self.used) // stride)
             self.busy = True
             with nogil:
@@ -489,12 +577,18 @@ cdef class AttachedCore:
             self.messages += fit
             self.nbytes += fit * nbytes
             i += fit
-        delivery = self.delivery_of_last()
+        self.is_of_last(delivery)
         if self.used + stride > self.capacity:
-            self.seal()
+            self.seal_full()
         return delivery
 
     # ---- submitting -----------------------------------------------------------------------------------------------------
+
+    cdef int seal_full(self) except -1:
+        """The open batch is full: it goes, and under load the next one may be larger."""
+        if self.in_flight >= self.channel_count:
+            self.target = min(2 * self.target, self.target_max)
+        return self.seal()
 
     cdef int seal(self) except -1:
         """Submit the open batch. Empty ones are simply closed."""
@@ -507,8 +601,21 @@ cdef class AttachedCore:
             return 0
         self.memory.stream_finish(&self.stream)
         self.channels[self.at_channel].lease_used += (self.used + 63) & ~<uint64_t>63
-        self.submit(self.at_channel, self.at_offset, self.used, self.count, self.next_sequence, cxl_wall_ns(), batch)
+        self.submit_new(self.at_channel, self.at_offset, self.used, self.count, cxl_wall_ns(), batch,
+                        self.opened + self.timeout)
+        return 0
+
+    cdef int submit_new(self, uint64_t c, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t wall_ns,
+                        Batch batch, double deadline) except -1:
+        """Submit a batch with the session's next sequence."""
+        self.sent[self.next_sequence % SENT_RING].deadline = deadline
+        self.batches += 1
+        if self.level == 0 and (batch is None or not batch.settled):
+            self.acked += messages          # nobody asked for more than that it is sent
+        self.submit(c, offset, nbytes, messages, self.next_sequence, wall_ns, batch)
         self.next_sequence += 1
+        if self.level == 0:
+            self.tell_outcomes()
         return 0
 
     cdef void submit(self, uint64_t c, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t sequence,
@@ -518,9 +625,6 @@ cdef class AttachedCore:
         cdef Sent* sent = &self.sent[sequence % SENT_RING]
         cdef Descriptor descriptor
         cdef uint64_t at = self.layout.attach_descriptor(channel.slot, channel.submitted)
-        if sent.batch != NULL:
-            Py_DECREF(<object>sent.batch)
-            sent.batch = NULL
         sent.sequence = sequence
         sent.expired = False
         sent.state = SENT_WAITING
@@ -531,7 +635,7 @@ cdef class AttachedCore:
         sent.messages = messages
         sent.wall_ns = wall_ns
         if batch is not None and self.level == 0:
-            self.outcomes.append((batch, None, False, None))    # nobody asked for more than that it is sent
+            self.outcomes.append((batch, None, False, None))
         elif batch is not None:
             batch.sequence = sequence
             Py_INCREF(batch)
@@ -549,7 +653,6 @@ cdef class AttachedCore:
         channel.submitted += 1
         self.in_flight += 1
         self.in_flight_bytes += nbytes
-        self.batches += 1
         sent.sent_ns = cxl_now_ns()
         # The payload first: a broker that sees the descriptor may hand the payload to anyone.
         self.memory.fence()
@@ -557,8 +660,14 @@ cdef class AttachedCore:
         self.memory.flush(at, 64)
         self.memory.full_fence()
         (<Doorbell>self.bells[c]).ring_fenced()
-        if self.level == 0:
-            self.tell_outcomes()
+
+    cdef uint64_t copy_to(self, uint64_t c, const void* payload, uint64_t nbytes) noexcept:
+        """Copy a packed payload into a channel's lease, which has room; where it lies."""
+        cdef Channel* channel = &self.channels[c]
+        cdef uint64_t to = channel.lease_offset + channel.lease_used
+        self.memory.copy_in(to, payload, nbytes)
+        channel.lease_used += (nbytes + 63) & ~<uint64_t>63
+        return to
 
     # ---- settling -------------------------------------------------------------------------------------------------------
 
@@ -589,6 +698,10 @@ cdef class AttachedCore:
                     done += 1
                 elif status == RESULT_FENCED:
                     self.fenced = True
+                elif status == RESULT_DAMAGED:
+                    # Its sequence will never come: the session has to end.
+                    self.give_up(sent, CxlmqError("the batch was damaged in memory and not ordered: publish again"))
+                    self.fenced = True
                 else:
                     sent.state = SENT_RETRY
                     self.retry_wanted = True
@@ -608,7 +721,9 @@ cdef class AttachedCore:
         self.in_flight_bytes -= sent.nbytes
         if sent.expired:
             self.expired -= 1
-        elif error is None:
+        elif error is not None:
+            self.failed += sent.messages
+        elif self.level != 0:
             self.acked += sent.messages
         self.duplicates += duplicate
         sent.state = SENT_FREE
@@ -642,21 +757,44 @@ cdef class AttachedCore:
     # ---- for the engine ---------------------------------------------------------------------------------------------------
 
     def flush_open(self) -> None:
-        """Submit what is packed so far."""
+        """Submit what is packed so far. When that is little, the next batch need not be as large."""
         if self.busy:
             self.wait_idle()
+        if self.is_open and self.count and self.used < self.target // 2:
+            self.target = max(self.target // 2, self.target_min)
         self.seal()
 
-    def shut_down(self, error) -> None:
-        """Pack nothing more: our leases are about to end. What is packed and not submitted fails with `error`."""
-        cdef Batch batch = self.batch
+    def shut_down(self, error) -> int:
+        """Pack nothing more: our leases are about to end. What is packed or in flight fails with `error`; messages."""
+        cdef uint64_t sequence, failed = 0
+        cdef Batch batch
         if self.busy:
             self.wait_idle()
+        batch = self.batch
         self.shut = True
-        if self.is_open and batch is not None:
-            batch.settle(None, None, None, False, error)
+        if self.is_open:
+            failed += self.count
+            if batch is not None:
+                batch.settle(None, None, None, False, error)
         self.is_open = False
         self.batch = None
+        for sequence in range(self.oldest, self.next_sequence):
+            failed += self.give_up(&self.sent[sequence % SENT_RING], error)
+        return failed
+
+    cdef uint64_t give_up(self, Sent* sent, object error):
+        """Tell `error` to whoever waits for a batch in flight; how many messages that are."""
+        cdef Batch batch
+        if sent.state == SENT_FREE or sent.expired:
+            return 0
+        sent.expired = True
+        self.expired += 1
+        if sent.batch != NULL:
+            batch = <Batch>sent.batch
+            sent.batch = NULL
+            batch.settle(None, None, None, False, error)
+            Py_DECREF(batch)
+        return sent.messages if self.level != 0 else 0
 
     def is_current(self, batch) -> bool:
         """Whether this batch is still being packed."""
@@ -680,7 +818,29 @@ cdef class AttachedCore:
             at = self.layout.attach_client(self.channels[c].slot)
             self.memory.store(at, cxl_now_ns())
             self.memory.flush(at, 64)
-        self.memory.fence()
+        # Before we read whether a slot is open: a broker gives back what nobody was ever heard of.
+        self.memory.full_fence()
+
+    def leave(self, slots) -> bool:
+        """Say of (slot, broker) pairs that we write there no more; False while an open loan still may."""
+        cdef uint64_t at
+        if self.open_loans:
+            self.left += slots
+            return False
+        for slot, broker in slots:
+            at = self.layout.attach_client(slot)
+            self.memory.store(at + 32, 1)
+            self.memory.flush(at, 64)
+            self.memory.full_fence()
+            Doorbell(self.memory, self.layout.doorbell(broker, 0)).ring_now()
+        return True
+
+    cdef int loan_ends(self) except -1:
+        self.open_loans -= 1
+        if self.open_loans == 0 and self.left:
+            left, self.left = self.left, []
+            self.leave(left)
+        return 0
 
     def drop_channel(self, uint64_t broker) -> None:
         """A broker died: its unsettled batches are to go elsewhere."""
@@ -690,6 +850,8 @@ cdef class AttachedCore:
             if self.channels[c].broker != broker or not self.channels[c].alive:
                 continue
             self.channels[c].alive = False
+            if self.busy:
+                self.wait_idle()
             if self.is_open and self.at_channel == c:
                 self.seal()
             for sequence in range(self.oldest, self.next_sequence):
@@ -702,103 +864,129 @@ cdef class AttachedCore:
         """Brokers whose channel is in use."""
         return [self.channels[c].broker for c in range(self.channel_count) if self.channels[c].alive]
 
-    def resubmit(self) -> int:
-        """Submit again what was refused or lost, with the sequence it has; how many batches."""
-        cdef uint64_t sequence, done = 0
-        cdef Sent* sent
-        if self.busy or self.is_open and self.count:
-            return 0                        # the lease of the open batch must not be shared
-        self.is_open = False
-        self.retry_wanted = False
-        for sequence in range(self.oldest, self.next_sequence):
-            sent = &self.sent[sequence % SENT_RING]
-            if sent.state == SENT_RETRY:
-                if not self.submit_copy(sent.offset, sent.nbytes, sent.messages, sequence, sent.wall_ns,
-                                        <object>sent.batch if sent.batch != NULL else None, sent):
-                    self.retry_wanted = True
-                    break
-                done += 1
-        self.retries += done
-        return done
+    def lacks_leases(self) -> bool:
+        """Whether no live broker gives us room."""
+        cdef uint64_t c
+        for c in range(self.channel_count):
+            if self.channels[c].alive and (self.channels[c].has_lease or self.channels[c].granted > self.channels[c].using):
+                return False
+        return True
 
-    cdef bint submit_copy(self, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t sequence,
-                          uint64_t wall_ns, object batch, Sent* sent) except -1:
-        """Copy a payload from where it lies into a lease of ours, and submit it."""
-        cdef uint64_t need = (nbytes + 63) & ~<uint64_t>63, i, c, to
+    def submit_batch(self, Batch batch) -> bool:
+        """Submit a private batch; False when there is no room for it now."""
+        cdef int64_t c
+        cdef uint64_t wall_ns
+        if self.busy:
+            self.wait_idle()
+        self.seal()                         # its lease must not be shared
+        if self.fenced or self.shut:
+            return False
+        c = self.pick((batch.used + 63) & ~<uint64_t>63)
+        if c < 0:
+            return False
+        memcpy(&wall_ns, batch.data - REQUEST_HEADER_BYTES + PUBLISHED_NS_AT, 8)
+        self.submit_new(c, self.copy_to(c, batch.data, batch.used), batch.used, batch.count, wall_ns, batch,
+                        batch.deadline)
+        batch.release()
+        return True
+
+    cdef void spill(self):
+        """Everything goes to private memory from now on."""
+        if not self.spilling:
+            self.spilling = True
+            self.overflow.target = self.target
+
+    def end_spilling(self) -> None:
+        """Nothing is left in private memory: messages go straight into leases again."""
+        if self.spilling and not self.fenced and not self.shut:
+            self.spilling = False
+            self.target = min(self.overflow.target, self.target_max)
+
+    def lost(self) -> list[int]:
+        """Sequences that were refused, or went to a broker that died."""
+        cdef uint64_t sequence
+        cdef list found = [sequence for sequence in range(self.oldest, self.next_sequence)
+                           if self.sent[sequence % SENT_RING].state == SENT_RETRY]
+        self.retry_wanted = bool(found)
+        return found
+
+    def resubmit(self, uint64_t sequence, uint64_t broker) -> bool:
+        """Submit a lost batch at this broker, with the sequence it has; False when there is no room."""
+        cdef Sent* sent = &self.sent[sequence % SENT_RING]
+        cdef uint64_t c, to
         cdef Channel* channel
-        for i in range(self.channel_count):
-            c = (self.turn + i) % self.channel_count
+        cdef PyObject* batch
+        if self.busy:
+            self.wait_idle()
+        self.seal()                         # its lease must not be shared
+        if sent.state != SENT_RETRY or self.fenced:
+            return True
+        for c in range(self.channel_count):
             channel = &self.channels[c]
-            if not channel.alive or channel.loaned or channel.submitted - channel.completed >= ATTACH_RING:
+            if (channel.broker != broker or not channel.alive or channel.loaned
+                    or channel.submitted - channel.completed >= ATTACH_RING
+                    or not self.has_lease_for(channel, (sent.nbytes + 63) & ~<uint64_t>63)):
                 continue
-            if not self.has_lease_for(channel, need):
-                continue
-            to = channel.lease_offset + channel.lease_used
-            self.memory.copy_in(to, self.memory.payload(offset, nbytes), nbytes)
-            channel.lease_used += need
-            if sent != NULL and sent.state != SENT_FREE:
-                self.channels[sent.channel].lease_waiting[sent.lease % LEASE_RING] -= 1
-                self.in_flight -= 1
-                self.in_flight_bytes -= sent.nbytes
-            self.turn = (c + 1) % self.channel_count
-            self.submit(c, to, nbytes, messages, sequence, wall_ns, batch)
+            to = self.copy_to(c, self.memory.payload(sent.offset, sent.nbytes), sent.nbytes)
+            self.channels[sent.channel].lease_waiting[sent.lease % LEASE_RING] -= 1
+            self.in_flight -= 1
+            self.in_flight_bytes -= sent.nbytes
+            self.expired -= sent.expired
+            expired, batch, sent.batch = sent.expired, sent.batch, NULL
+            self.submit(c, to, sent.nbytes, sent.messages, sequence, sent.wall_ns, None)
+            sent.batch, sent.expired = batch, expired
+            self.expired += expired
+            self.retries += 1
             return True
         return False
 
     def take_unsettled(self) -> list:
-        """Everything in flight, oldest first, for a new session: (sequence, offset, bytes, messages, wall_ns, batch)."""
+        """Everything in flight, oldest first, for a new session: (sequence, private batch) each."""
         cdef uint64_t sequence
         cdef Sent* sent
+        cdef Batch batch
         cdef list out = []
+        if self.busy:
+            self.wait_idle()
         self.seal()
+        self.poll()
         for sequence in range(self.oldest, self.next_sequence):
             sent = &self.sent[sequence % SENT_RING]
-            if sent.state != SENT_FREE:
-                batch = <object>sent.batch if sent.batch != NULL else None
-                if not sent.expired:
-                    out.append((sequence, sent.offset, sent.nbytes, sent.messages, sent.wall_ns, batch))
+            if sent.state != SENT_FREE and not sent.expired:
                 if sent.batch != NULL:
-                    Py_DECREF(<object>sent.batch)
+                    batch = <Batch>sent.batch
+                    Py_DECREF(batch)
                     sent.batch = NULL
-                sent.state = SENT_FREE
+                else:
+                    batch = Batch(self.engine, 0)
+                    if self.level == 0:
+                        batch.settle(None, 0, None, False, None)
+                batch.adopt(self.memory.payload(sent.offset, sent.nbytes), sent.nbytes, sent.messages, sent.wall_ns)
+                batch.level = self.level
+                batch.deadline = sent.deadline
+                out.append((sequence, batch))
+            sent.state = SENT_FREE
         self.oldest = self.next_sequence
         self.in_flight = self.in_flight_bytes = self.expired = 0
         return out
 
-    def republish(self, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t wall_ns, batch) -> bool:
-        """Submit an earlier session's batch with this session's next sequence; False when there is no room now."""
-        if not self.submit_copy(offset, nbytes, messages, self.next_sequence, wall_ns, batch, NULL):
-            return False
-        self.next_sequence += 1
-        return True
-
-    def expire(self, int64_t before_ns, error) -> int:
-        """Tell `error` to whoever waits for batches submitted before a time; how many messages that are."""
+    def expire(self, double now, error) -> int:
+        """Tell `error` to whoever waits for batches whose time is over; how many batches that are."""
         cdef uint64_t sequence, messages = 0
+        cdef int batches = 0
         cdef Sent* sent
         for sequence in range(self.oldest, self.next_sequence):
             sent = &self.sent[sequence % SENT_RING]
-            if sent.state == SENT_FREE or sent.expired or sent.sent_ns >= before_ns:
-                continue
-            sent.expired = True
-            self.expired += 1
-            messages += sent.messages
-            if sent.batch != NULL:
-                batch = <Batch>sent.batch
-                sent.batch = NULL
-                batch.settle(None, None, None, False, error)
-                Py_DECREF(batch)
-        return messages
+            if sent.state != SENT_FREE and not sent.expired and sent.deadline <= now:
+                messages += self.give_up(sent, error)
+                batches += 1
+        self.failed += messages
+        return batches
 
     @property
     def undecided(self) -> int:
         """Batches that somebody may still wait for."""
         return self.in_flight - self.expired
-
-    def oldest_sent_ns(self) -> int:
-        """When the oldest unsettled batch was submitted, monotonic; 0 when none is."""
-        cdef Sent* sent = &self.sent[self.oldest % SENT_RING]
-        return sent.sent_ns if self.oldest < self.next_sequence and sent.state != SENT_FREE else 0
 
     def take_latencies(self):
         """Submit-to-settled times in ns since the last call, at most the last 65,536."""
@@ -814,35 +1002,56 @@ cdef class AttachedCore:
     def loan(self, uint64_t nbytes) -> Loan:
         """A writable view of `nbytes` of a segment, published as one message when its block ends."""
         cdef Loan loan
-        cdef Channel* channel
-        if self.busy:
-            self.wait_idle()
-        self.seal()
-        while not self.is_open or self.count or self.capacity < message_stride(nbytes):
-            self.begin(nbytes)
+        cdef double deadline = time.monotonic() + self.timeout
+        while True:
+            if self.busy or self.claims:
+                self.take_turn()
+            self.seal()
+            try:
+                while not self.is_open or self.count or self.capacity < message_stride(nbytes):
+                    self.begin(nbytes)
+                break
+            except Spill:
+                if self.engine.is_on_loop() or time.monotonic() >= deadline:
+                    raise self.engine.no_room() from None
+                time.sleep(0.001)
         self.is_open = False
         loan = Loan.__new__(Loan)
         loan.core = self
+        loan.session = self.session
         loan.channel = self.at_channel
         loan.offset = self.at_offset
         loan.nbytes = nbytes
         loan.data = self.memory.payload_writable(self.at_offset + MESSAGE_HEADER_BYTES, nbytes)
-        channel = &self.channels[loan.channel]
-        channel.loaned = True
+        self.channels[loan.channel].loaned = True
+        self.open_loans += 1
         return loan
 
     cpdef give_back(self, Loan loan):
         """The loan is not published: its bytes are free for the next batch."""
-        self.channels[loan.channel].loaned = False
+        if loan.ended:
+            return
+        loan.ended = True
+        if loan.session == self.session:
+            self.channels[loan.channel].loaned = False
+        self.loan_ends()
 
     cpdef object commit_loan(self, Loan loan):
         """Publish the loan's message."""
-        cdef Channel* channel = &self.channels[loan.channel]
         cdef uint64_t used = message_stride(loan.nbytes)
         cdef uint32_t header[2]
-        cdef uint64_t zero = 0
-        cdef Batch batch = Batch(self.engine, 0)
+        cdef Batch batch
         cdef Delivery delivery
+        if self.busy or self.claims:
+            self.take_turn()
+        if self.shut or self.fenced or loan.session != self.session or not self.channels[loan.channel].alive:
+            # Its lease is not ours any more: the message goes the other way, before everything that comes later.
+            self.spill()
+            try:
+                return self.overflow.append(<uint8_t[:loan.nbytes]>loan.data if loan.nbytes else b"")
+            finally:
+                self.give_back(loan)
+        batch = Batch(self.engine, 0)
         header[0] = <uint32_t>loan.nbytes
         header[1] = message_check(<uint32_t>loan.nbytes)
         batch.level = self.level
@@ -851,12 +1060,11 @@ cdef class AttachedCore:
             memset(loan.data + loan.nbytes, 0, used - MESSAGE_HEADER_BYTES - loan.nbytes)
         # Written through the cache by the user: flushed here, fenced by submit.
         self.memory.flush(loan.offset, used)
-        channel.loaned = False
-        channel.lease_used += (used + 63) & ~<uint64_t>63
-        self.submit(loan.channel, loan.offset, used, 1, self.next_sequence, cxl_wall_ns(), batch)
-        self.next_sequence += 1
+        self.give_back(loan)
+        self.channels[loan.channel].lease_used += (used + 63) & ~<uint64_t>63
         self.messages += 1
         self.nbytes += loan.nbytes
+        self.submit_new(loan.channel, loan.offset, used, 1, cxl_wall_ns(), batch, time.monotonic() + self.timeout)
         delivery = Delivery.__new__(Delivery)
         delivery.batch = batch
         delivery.index = 0

@@ -4,9 +4,9 @@ A view keeps its order entry, and with it its segment, from being reclaimed unti
 we publish is the first entry that some view still needs.
 """
 
+cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 from broker.layout cimport ATTACH_OPEN, Layout, OrderEntry
 from broker.reader cimport OrderReader, READ_NOTHING, READ_OK
@@ -16,10 +16,10 @@ from sim.cxl.primitives cimport cxl_now_ns, cxl_yield
 
 cdef enum:
     LIVE_RING = 32768               # order entries that may be viewed at once: as many as an index can have
+    YIELD_NS = 2000000
 
-YIELD_NS = 2_000_000
 
-
+@cython.no_gc_clear                     # released by way of `reader`, whatever the collector took first
 cdef class SegmentView:
     """A batch's payload in its segment, read-only. Released when nobody holds it any more."""
 
@@ -36,6 +36,7 @@ cdef class SegmentView:
             self.reader.release_index(self.index)
 
 
+@cython.no_gc_clear                     # a view that goes later still publishes through `own`
 cdef class AttachedReader:
     """Reads one topic through a read-only mapping. `own` maps this client's slot pages, the only ones it may write.
 
@@ -119,7 +120,7 @@ cdef class AttachedReader:
 
     def wait(self, double seconds) -> bool:
         """Wait for the next entry: yield for a while, then sleep on our doorbell. False when there is none yet."""
-        cdef int64_t start = cxl_now_ns(), limit = <int64_t>(seconds * 1e9), window = min(limit, 2000000)
+        cdef int64_t start = cxl_now_ns(), limit = <int64_t>(seconds * 1e9), window = min(limit, YIELD_NS)
         cdef OrderEntry entry
         cdef uint64_t bell = self.own_offset + 64
         cdef uint32_t seen

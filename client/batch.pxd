@@ -23,8 +23,26 @@ cdef class Batch:
 
     cdef bint append(self, const void* source, uint64_t nbytes) noexcept nogil
     cdef bint fits(self, uint64_t nbytes) noexcept
+    cdef int adopt(self, const void* payload, uint64_t nbytes, uint64_t count, uint64_t wall_ns) except -1
     cdef int _cut(self, Py_ssize_t size) except -1
 
 cdef class Delivery:
     cdef readonly Batch batch
     cdef readonly uint64_t index
+
+cdef class Packer:
+    cdef readonly Batch batch
+    cdef object publisher
+    cdef object full                    # called when the current batch has to go
+    cdef readonly uint64_t message_bytes_max
+    cdef public uint64_t target         # payload bytes of a batch
+    cdef readonly uint64_t messages
+    cdef readonly uint64_t nbytes
+    cdef bint busy                      # a large copy goes on without the GIL: the batch must stay as it is
+
+    cdef int _wait_idle(self) except -1
+    cdef bint _append(self, const void* source, uint64_t nbytes) noexcept
+    cdef int _make_room(self, uint64_t nbytes) except -1
+    cdef Delivery _pack(self, const void* source, uint64_t nbytes)
+    cdef Delivery _packed(self, Delivery delivery, uint64_t nbytes)
+    cdef Delivery _pack_object(self, data)

@@ -83,6 +83,16 @@ cdef class Batch:
         Py_XDECREF(raw)
         return 0
 
+    cdef int adopt(self, const void* payload, uint64_t nbytes, uint64_t count, uint64_t wall_ns) except -1:
+        """Take a packed payload that lies elsewhere as this batch's own."""
+        self.frame = PyBytes_FromStringAndSize(NULL, REQUEST_HEADER_BYTES + nbytes)
+        self.data = <uint8_t*>PyBytes_AS_STRING(self.frame) + REQUEST_HEADER_BYTES
+        self.capacity = self.used = nbytes
+        self.count = count
+        memcpy(self.data, payload, nbytes)
+        write_request_header(self.data - REQUEST_HEADER_BYTES, 0, count, wall_ns, nbytes)
+        return 0
+
     def stamp(self, uint64_t sequence) -> None:
         """Give the batch its sequence: once for a session; every retransmission keeps it."""
         assert self.data != NULL, "a released batch is sent no more"
@@ -210,15 +220,6 @@ cdef class Packer:
     Calls hold the GIL, so one packer may be used by several threads. `seal` is called with each full batch.
     """
 
-    cdef readonly Batch batch
-    cdef object publisher
-    cdef object full                    # called when the current batch has to go
-    cdef readonly uint64_t message_bytes_max
-    cdef public uint64_t target         # payload bytes of a batch
-    cdef readonly uint64_t messages
-    cdef readonly uint64_t nbytes
-    cdef bint busy                      # a large copy goes on without the GIL: the batch must stay as it is
-
     def __init__(self, publisher, full, uint64_t target, uint64_t message_bytes_max):
         self.publisher = publisher
         self.full = full
@@ -271,17 +272,18 @@ cdef class Packer:
         """Pack one message where the current batch has no room for it, or is not known to take its size."""
         if nbytes > self.message_bytes_max:
             self.publisher.too_big(nbytes)
+        # Made before the message is packed: the collector may run with any new object, and others with the collector.
+        cdef Delivery delivery = Delivery.__new__(Delivery)
         try:
             self._wait_idle()
             while self.batch is None or not self._append(source, nbytes):
                 self._make_room(nbytes)
         except Dropped as dropped:
             return dropped_delivery(self.publisher, dropped.error)
-        return self._packed(nbytes)
+        return self._packed(delivery, nbytes)
 
-    cdef Delivery _packed(self, uint64_t nbytes):
+    cdef Delivery _packed(self, Delivery delivery, uint64_t nbytes):
         # Nothing ran since the message was packed: it is the last of the current batch.
-        cdef Delivery delivery = Delivery.__new__(Delivery)
         delivery.batch = self.batch
         delivery.index = self.batch.count - 1
         self.messages += 1
@@ -317,7 +319,7 @@ cdef class Packer:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
         cdef uint64_t i = 0, count = rows.shape[0], nbytes = rows.shape[1], fit, k
         cdef const uint8_t* source = &rows[0, 0] if count and nbytes else NULL
-        cdef Delivery delivery = None
+        cdef Delivery delivery = None, last
         cdef Batch batch
         if count == 0:
             raise ValueError("publish_array needs at least one row")
@@ -325,12 +327,13 @@ cdef class Packer:
             # One row by the way that makes room and asks the policy; then as many as fit, without asking.
             delivery = self._pack(source + i * nbytes, nbytes)
             i += 1
-            if self.batch is None or delivery.batch is not self.batch:
+            last = Delivery.__new__(Delivery)
+            batch = self.batch
+            if batch is None or delivery.batch is not batch or self.busy:
                 continue
-            fit = min(count - i, (self.batch.capacity - self.batch.used) // message_stride(nbytes))
+            fit = min(count - i, (batch.capacity - batch.used) // message_stride(nbytes))
             if fit == 0:
                 continue
-            batch = self.batch
             self.busy = True
             with nogil:
                 for k in range(fit):
@@ -339,7 +342,7 @@ cdef class Packer:
             i += fit
             self.messages += fit - 1
             self.nbytes += (fit - 1) * nbytes
-            delivery = self._packed(nbytes)
+            delivery = self._packed(last, nbytes)
         return delivery
 
 

@@ -1,7 +1,6 @@
 """Publishers, sync and async: one face over two engines, gRPC and attached."""
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -11,17 +10,15 @@ from typing import Any
 from broker.config import check_topic_name
 from broker.errors import (
     BufferFull,
-    ClosedError,
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
 )
 from client.attached import Loan
 from client.attached_publisher import AttachedEngine
-from client.batch import Delivery, Packer
+from client.batch import Delivery
+from client.engine import FLUSH_GRACE_SECONDS, Engine
 from client.grpc_publisher import PublisherEngine
-
-_log = logging.getLogger("cxlmq")
 
 POLICIES = ("block", "error", "drop_oldest", "drop_newest")
 TRANSPORTS = ("auto", "grpc", "attached")
@@ -75,10 +72,7 @@ class _PublisherBase:
         _check_options(when_full, transport, options)
         options |= {"cluster": cluster, "bootstrap": bootstrap, "when_full": when_full, "on_delivery": on_delivery,
                     "on_event": on_event}
-        engine: type[PublisherEngine] | type[AttachedEngine] = PublisherEngine
-        if transport == "attached":
-            engine = AttachedEngine
-        self._engine = engine(topic, **options)
+        self._engine: Engine = (AttachedEngine if transport == "attached" else PublisherEngine)(topic, **options)
         self._engine.connection.secured(security)
         self._on_delivery = on_delivery
 
@@ -86,13 +80,6 @@ class _PublisherBase:
     def transport(self) -> str:
         """How batches travel: "attached" or "grpc"."""
         return "attached" if isinstance(self._engine, AttachedEngine) else "grpc"
-
-    @property
-    def _packer(self) -> Packer:
-        packer = self._engine.packer
-        if packer is None:
-            raise ClosedError("the publisher is not open: use it in a `with` block", what="the publisher")
-        return packer
 
     @property
     def client_id(self) -> int:
@@ -109,11 +96,7 @@ class _PublisherBase:
 
         Further batches, bytes, duplicates, retries, reopened, batch_bytes_target, buffered_bytes.
         """
-        engine = self._engine
-        packer = engine.packer
-        return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
-                "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": engine.buffered,
-                **engine.counts, **engine.final}
+        return self._engine.statistics()
 
     def take_latencies(self) -> Any:
         """Send-to-ack times of the batches settled since the last call: numpy int64, ns."""
@@ -145,21 +128,21 @@ class Publisher(_PublisherBase):
             raise
         if self._on_delivery is None:
             # The native method itself: this wrapper would cost as much as packing a small message.
-            self.__dict__["publish"] = self._packer.append
+            self.__dict__["publish"] = self._engine.front.append
         return self
 
     def publish(self, data: Any) -> Delivery:
         """Publish one message (bytes, or anything with the buffer protocol). Does not wait for its ack."""
-        delivery = self._packer.append(data)
+        delivery = self._engine.front.append(data)
         return delivery if self._on_delivery is None else self._noted(delivery)
 
     def publish_many(self, messages: Iterable[Any]) -> Delivery:
         """Publish messages; the delivery of the last."""
-        return self._noted(self._packer.append_many(messages))
+        return self._noted(self._engine.front.append_many(messages))
 
     def publish_array(self, rows: Any) -> Delivery:
         """Publish a 2-D uint8 array, one row a message; the delivery of the last."""
-        return self._noted(self._packer.append_array(rows))
+        return self._noted(self._engine.front.append_array(rows))
 
     def loan(self, nbytes: int) -> "Loan":
         """A writable view of `nbytes` of a segment itself (attached transport only): `with publisher.loan(n) as view:`
@@ -212,14 +195,14 @@ class AsyncPublisher(_PublisherBase):
     async def publish(self, data: Any) -> Delivery:
         """Publish one message; waits for room in the buffer, not for the ack. `await` the delivery for its receipt."""
         await self._room(memoryview(data).nbytes)
-        return self._noted(self._packer.append(data))
+        return self._noted(self._engine.front.append(data))
 
     async def publish_many(self, messages: Iterable[Any]) -> Delivery:
         """Publish messages, as room comes; the delivery of the last."""
         delivery: Delivery | None = None
         for data in messages:
             await self._room(memoryview(data).nbytes)
-            delivery = self._packer.append(data)
+            delivery = self._engine.front.append(data)
         if delivery is None:
             raise ValueError("publish_many needs at least one message")
         return self._noted(delivery)
@@ -231,10 +214,10 @@ class AsyncPublisher(_PublisherBase):
         rows = numpy.ascontiguousarray(rows, numpy.uint8)
         if rows.ndim != 2 or not len(rows):
             raise ValueError("publish_array needs a 2-D array with at least one row")
-        count = max(1, self._packer.target // (rows.shape[1] + FRAMING_BYTES_MAX))
+        count = max(1, self._engine.front.target // (rows.shape[1] + FRAMING_BYTES_MAX))
         for first in range(0, len(rows), count):
             await self._room(rows[first:first + count].nbytes)
-            delivery = self._packer.append_array(rows[first:first + count])
+            delivery = self._engine.front.append_array(rows[first:first + count])
         return self._noted(delivery)
 
     async def _room(self, nbytes: int) -> None:
@@ -244,18 +227,19 @@ class AsyncPublisher(_PublisherBase):
             return
         deadline = time.monotonic() + engine.delivery_timeout
         while engine.buffered and not engine.closed and engine.buffered + 2 * max(
-                self._packer.target, nbytes + FRAMING_BYTES_MAX) > engine.buffer_bytes:
+                self._engine.front.target, nbytes + FRAMING_BYTES_MAX) > engine.buffer_bytes:
             if time.monotonic() > deadline:
                 raise BufferFull(buffer_bytes=engine.buffer_bytes)
             await asyncio.sleep(0.001)
 
     async def flush(self, timeout: float | None = None) -> None:
         """Wait until everything published so far is settled."""
-        batches = self._engine.outstanding()
-        deadline = time.monotonic() + (self._engine.delivery_timeout + 5.0 if timeout is None else timeout)
-        while not all(batch.settled for batch in batches):
+        done = self._engine.flushed()
+        limit = self._engine.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
+        deadline = time.monotonic() + limit
+        while not done():
             if time.monotonic() > deadline:
-                raise DeliveryTimeout(timeout_seconds=timeout)
+                raise DeliveryTimeout(timeout_seconds=limit)
             await asyncio.sleep(0.001)
 
     async def close(self) -> None:

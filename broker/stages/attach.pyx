@@ -246,8 +246,12 @@ cdef class AttachStage(Stage):
         if heartbeat != slot.heartbeat:
             slot.heartbeat = heartbeat
             slot.heard_at = now
-        elif slot.state == ATTACH_OPEN and not slot.subscriber and now - slot.heard_at > self.lease_ns:
-            self.fence_slot(i)
+        elif slot.state == ATTACH_OPEN and now - slot.heard_at > self.lease_ns and (heartbeat == 0 or not slot.subscriber):
+            if slot.subscriber:
+                slot.state = ATTACH_FENCED      # nobody came; a reader that came may stop for as long as it lives
+                self.write_line(i)
+            else:
+                self.fence_slot(i)
             return 1
         if slot.state == ATTACH_OPEN and self.log.topics[slot.topic].generation != slot.topic_generation:
             slot.state = ATTACH_FENCED          # the topic is being deleted; the leases end when the client says so
@@ -364,14 +368,19 @@ cdef class AttachStage(Stage):
         return slot.generation == generation and cxl_load_acquire(&slot.state) != ATTACH_FREE
 
     def open_slots(self) -> list[dict]:
-        """Slots in use: number, generation, pid, start_time, state, leases held."""
+        """Slots in use: number, generation, pid, start_time, whether its client is gone, state, leases held."""
         cdef uint64_t i, at
         out = []
         for i in range(self.limit):
             if cxl_load_acquire(&self.slots[i].state) == ATTACH_FREE:
                 continue
             at = self.layout.attach_client(self.first + i)
+            self.memory.invalidate(at, 64)
+            # Fenced first, then still without a beat: its client never got our answer, and will see the fence if it does.
+            unheard = self.slots[i].state == ATTACH_FENCED and self.memory.load(at) == 0
             out.append({"number": self.first + i, "generation": self.slots[i].generation,
                         "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
-                        "state": self.slots[i].state, "subscriber": bool(self.slots[i].subscriber), "leases": self.slots[i].granted - self.slots[i].retired})
+                        "left": unheard or self.memory.load(at + 32) != 0,
+                        "state": self.slots[i].state, "subscriber": bool(self.slots[i].subscriber),
+                        "leases": self.slots[i].granted - self.slots[i].retired})
         return out

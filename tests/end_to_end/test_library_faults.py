@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -30,6 +31,12 @@ from tests.end_to_end.library_support import (
 TIMEOUT = 2.0
 
 
+@pytest.fixture(params=["grpc", "attached"])
+def transport(request: pytest.FixtureRequest) -> str:
+    """How the publishers' batches travel: what is promised does not depend on it."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Cluster]:
     """Two brokers, which tests stop and continue."""
@@ -38,11 +45,18 @@ def pair() -> Iterator[Cluster]:
         assert settles_to_nothing(running.name), "a session whose publisher could not close it ends by itself"
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether every thread of a process is stopped."""
+    return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in Path(f"/proc/{pid}/task").glob("*/stat"))
+
+
 @contextmanager
 def stopped(cluster: Cluster, *brokers: int) -> Iterator[None]:
     """Brokers that do nothing for a while."""
     for broker in brokers or list(cluster.processes):
         cluster.kill(broker, signal.SIGSTOP)
+    pids = [pid for broker, pid in cluster.processes.items() if not brokers or broker in brokers]
+    assert eventually(lambda: all(map(is_stopped, pids))), "an attached batch is faster than the signal"
     try:
         yield
     finally:
@@ -69,9 +83,9 @@ def outcome(delivery: Delivery) -> type[BaseException] | None:
 # ---- brokers that are stopped ----------------------------------------------------------------------------------------
 
 
-def test_every_delivery_settles_when_nobody_answers(pair: Cluster) -> None:
+def test_every_delivery_settles_when_nobody_answers(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic:
-        publisher = Publisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT, batch_bytes=1000)
+        publisher = Publisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT, batch_bytes=1000, transport=transport)
         with publisher:
             acked = publisher.publish(b"before").result()
             with stopped(pair):
@@ -91,18 +105,19 @@ def test_every_delivery_settles_when_nobody_answers(pair: Cluster) -> None:
         assert len(found) == len(set(found))
 
 
-def test_a_bootstrap_that_does_not_answer_delays_no_timeout(pair: Cluster) -> None:
+def test_a_bootstrap_that_does_not_answer_delays_no_timeout(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic, \
-            Publisher(topic, bootstrap=pair.addresses[1].tcp, delivery_timeout=TIMEOUT) as publisher:
+            Publisher(topic, bootstrap=pair.addresses[1].tcp, delivery_timeout=TIMEOUT,
+                      transport=transport) as publisher:
         with stopped(pair):
             started = time.monotonic()
             assert {outcome(publisher.publish(message)) for message in numbered(3)} == {DeliveryTimeout}
             assert time.monotonic() - started < 3 * (TIMEOUT + 3)
 
 
-def test_an_async_delivery_settles_when_nobody_answers(pair: Cluster) -> None:
+def test_an_async_delivery_settles_when_nobody_answers(pair: Cluster, transport: str) -> None:
     async def run(topic: str) -> None:
-        async with AsyncPublisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT) as publisher:
+        async with AsyncPublisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT, transport=transport) as publisher:
             with stopped(pair):
                 delivery = await publisher.publish(b"m")
                 with pytest.raises(DeliveryTimeout):
@@ -115,8 +130,8 @@ def test_an_async_delivery_settles_when_nobody_answers(pair: Cluster) -> None:
         asyncio.run(run(topic))
 
 
-def test_flush_says_when_its_own_time_is_over(pair: Cluster) -> None:
-    with topic_of(pair) as topic, Publisher(topic, cluster=pair.name) as publisher:
+def test_flush_says_when_its_own_time_is_over(pair: Cluster, transport: str) -> None:
+    with topic_of(pair) as topic, Publisher(topic, cluster=pair.name, transport=transport) as publisher:
         with stopped(pair):
             delivery = publisher.publish(b"m")
             with pytest.raises(DeliveryTimeout):
@@ -135,8 +150,9 @@ def fill(publisher: Publisher, count: int = 300) -> list[Delivery]:
     return [publisher.publish(message) for message in numbered(count, 1000)]
 
 
-def test_policy_error_refuses_what_has_no_room(pair: Cluster) -> None:
-    with topic_of(pair) as topic, Publisher(topic, cluster=pair.name, when_full="error", **FULL) as publisher:
+def test_policy_error_refuses_what_has_no_room(pair: Cluster, transport: str) -> None:
+    with topic_of(pair) as topic, Publisher(topic, cluster=pair.name, when_full="error", transport=transport,
+                                            **FULL) as publisher:
         taken: list[Delivery] = []
         with stopped(pair):
             with pytest.raises(BufferFull):
@@ -150,11 +166,11 @@ def test_policy_error_refuses_what_has_no_room(pair: Cluster) -> None:
         assert publisher.statistics()["messages"] == len(taken) + 1
 
 
-def test_policy_drop_newest_keeps_the_first_and_counts(pair: Cluster) -> None:
+def test_policy_drop_newest_keeps_the_first_and_counts(pair: Cluster, transport: str) -> None:
     dropped: list[Delivery] = []
     with topic_of(pair) as topic:
         with Publisher(topic, cluster=pair.name, when_full="drop_newest", on_delivery=dropped.append,
-                       **FULL) as publisher:
+                       **FULL, transport=transport) as publisher:
             with stopped(pair):
                 deliveries = fill(publisher)
                 assert [each.done() for each in deliveries] == sorted(each.done() for each in deliveries)
@@ -165,9 +181,10 @@ def test_policy_drop_newest_keeps_the_first_and_counts(pair: Cluster) -> None:
         assert read_topic(pair.name, topic) == numbered(300, 1000)[:300 - lost]
 
 
-def test_policy_drop_oldest_keeps_the_last_and_counts(pair: Cluster) -> None:
+def test_policy_drop_oldest_keeps_the_last_and_counts(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic:
-        with Publisher(topic, cluster=pair.name, when_full="drop_oldest", in_flight=2, **FULL) as publisher:
+        with Publisher(topic, cluster=pair.name, when_full="drop_oldest", in_flight=2, transport=transport,
+                       **FULL) as publisher:
             with stopped(pair):
                 deliveries = fill(publisher)
             publisher.flush()
@@ -181,9 +198,9 @@ def test_policy_drop_oldest_keeps_the_last_and_counts(pair: Cluster) -> None:
         assert read_topic(pair.name, topic) == kept
 
 
-def test_policy_block_waits_and_then_raises(pair: Cluster) -> None:
+def test_policy_block_waits_and_then_raises(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic, \
-            Publisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT, **FULL) as publisher:
+            Publisher(topic, cluster=pair.name, delivery_timeout=TIMEOUT, **FULL, transport=transport) as publisher:
         waited = threading.Event()
         deliveries: list[Delivery] = []
 
@@ -201,10 +218,10 @@ def test_policy_block_waits_and_then_raises(pair: Cluster) -> None:
         assert {outcome(each) for each in deliveries} == {None}
 
 
-def test_closing_wakes_a_blocked_publisher(pair: Cluster) -> None:
+def test_closing_wakes_a_blocked_publisher(pair: Cluster, transport: str) -> None:
     raised: list[type[BaseException]] = []
     with topic_of(pair) as topic:
-        publisher = Publisher(topic, cluster=pair.name, **FULL).open()
+        publisher = Publisher(topic, cluster=pair.name, **FULL, transport=transport).open()
 
         def publish() -> None:
             try:
@@ -228,9 +245,10 @@ def _raised() -> tuple[BaseException, None]:
     return ZeroDivisionError(), None
 
 
-def test_batches_grow_under_load_and_stay_within_their_bounds(pair: Cluster) -> None:
+def test_batches_grow_under_load_and_stay_within_their_bounds(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic, \
-            Publisher(topic, cluster=pair.name, batch_bytes_min=4096, batch_bytes_max=65536) as publisher:
+            Publisher(topic, cluster=pair.name, batch_bytes_min=4096, batch_bytes_max=65536,
+                      transport=transport) as publisher:
         assert publisher.statistics()["batch_bytes_target"] == 4096
         with stopped(pair):
             for message in numbered(3000, 1000):
@@ -252,10 +270,10 @@ def test_batches_grow_under_load_and_stay_within_their_bounds(pair: Cluster) -> 
         assert 60_000 < max(sizes) <= 65536
 
 
-def test_a_publisher_opens_beside_a_stopped_broker_and_admin_calls_go_elsewhere(pair: Cluster) -> None:
+def test_a_publisher_opens_beside_a_stopped_broker_and_admin_calls_go_elsewhere(pair: Cluster, transport: str) -> None:
     with topic_of(pair) as topic:
-        with stopped(pair, 1), Publisher(topic, cluster=pair.name, delivery_timeout=30) as publisher, \
-                Admin(cluster=pair.name) as admin:
+        with stopped(pair, 1), Admin(cluster=pair.name) as admin, \
+                Publisher(topic, cluster=pair.name, delivery_timeout=30, transport=transport) as publisher:
             assert admin.describe_topic(topic)["name"] == topic
             deliveries = [publisher.publish(message) for message in numbered(10)]
             pair.kill(1, signal.SIGCONT)
@@ -266,11 +284,11 @@ def test_a_publisher_opens_beside_a_stopped_broker_and_admin_calls_go_elsewhere(
 
 
 @pytest.mark.parametrize("batch_bytes", [16 << 10, 1 << 20])
-def test_three_times_the_region_for_a_reader_that_follows(batch_bytes: int) -> None:
+def test_three_times_the_region_for_a_reader_that_follows(batch_bytes: int, transport: str) -> None:
     count, nbytes = 48 * 1024 // 16, 16 << 10
     with Cluster(small_config(brokers=4, region_bytes="16MiB")) as cluster, topic_of(cluster) as topic:
         with Subscriber(topic, cluster=cluster.name) as subscriber, \
-                Publisher(topic, cluster=cluster.name, batch_bytes=batch_bytes) as publisher:
+                Publisher(topic, cluster=cluster.name, batch_bytes=batch_bytes, transport=transport) as publisher:
             thread = threading.Thread(target=publisher.publish_many, args=(numbered(count, nbytes),))
             thread.start()
             for number in range(count):
@@ -288,12 +306,12 @@ def numbered_one(number: int, nbytes: int) -> bytes:
     return f"m-{number:08d}-".encode().ljust(nbytes, b".")
 
 
-def test_a_reader_that_stands_still_is_named_and_then_all_resolves() -> None:
+def test_a_reader_that_stands_still_is_named_and_then_all_resolves(transport: str) -> None:
     nbytes = 32 << 10
     with Cluster(small_config(brokers=2, region_bytes="16MiB")) as cluster, topic_of(cluster) as topic:
         with Subscriber(topic, cluster=cluster.name, buffer_bytes=1) as reader, \
                 Publisher(topic, cluster=cluster.name, delivery_timeout=5, batch_bytes=64 << 10,
-                          buffer_bytes=4 << 20) as publisher:
+                          buffer_bytes=4 << 20, transport=transport) as publisher:
             publisher.publish(b"first").result()
             assert read(reader, 1) == [b"first"]
             deliveries: list[Delivery] = []
@@ -333,11 +351,11 @@ def test_a_reader_that_stands_still_is_named_and_then_all_resolves() -> None:
         assert segments_owned(cluster.name) > 0
 
 
-def test_a_topic_that_keeps_everything_says_that_it_is_full() -> None:
+def test_a_topic_that_keeps_everything_says_that_it_is_full(transport: str) -> None:
     with Cluster(small_config(brokers=2, region_bytes="16MiB")) as cluster:
         with topic_of(cluster, retention_bytes=-1) as topic:
             with Publisher(topic, cluster=cluster.name, delivery_timeout=3, batch_bytes=64 << 10,
-                           buffer_bytes=1 << 20) as publisher:
+                           buffer_bytes=1 << 20, transport=transport) as publisher:
                 deliveries = []
                 while not any(each.done() and each.exception() is not None for each in deliveries):
                     deliveries.append(publisher.publish(bytes(60_000)))
@@ -348,15 +366,15 @@ def test_a_topic_that_keeps_everything_says_that_it_is_full() -> None:
             error = next(each.exception() for each in deliveries if outcome(each) is PoolFull)
             assert "never drops" in str(error.details["holder"])
             assert len(read_topic(cluster.name, topic)) >= kept
-        with topic_of(cluster) as topic, Publisher(topic, cluster=cluster.name) as publisher:
+        with topic_of(cluster) as topic, Publisher(topic, cluster=cluster.name, transport=transport) as publisher:
             assert publisher.publish(bytes(60_000)).result().position == 0
 
 
-def test_a_small_region_takes_batches_as_large_as_it_allows() -> None:
+def test_a_small_region_takes_batches_as_large_as_it_allows(transport: str) -> None:
     with Cluster(small_config(brokers=4, region_bytes="16MiB")) as cluster, topic_of(cluster) as topic:
         with Admin(cluster=cluster.name) as admin:
             largest = admin.describe_cluster()["message_bytes_max"]
-        with Publisher(topic, cluster=cluster.name, delivery_timeout=20) as publisher:
+        with Publisher(topic, cluster=cluster.name, delivery_timeout=20, transport=transport) as publisher:
             deliveries = [publisher.publish(bytes(largest)) for _ in range(40)]
             assert {outcome(each) for each in deliveries} == {None}
 
@@ -366,12 +384,13 @@ def test_a_small_region_takes_batches_as_large_as_it_allows() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "graceful stop"])
 @pytest.mark.parametrize("ack", [0, 1])
-def test_a_broker_lost_in_mid_stream_loses_and_doubles_nothing(number: signal.Signals, ack: int) -> None:
+def test_a_broker_lost_in_mid_stream_loses_and_doubles_nothing(number: signal.Signals, ack: int,
+                                                               transport: str) -> None:
     messages = numbered(30_000)
     with Cluster(small_config(brokers=4)) as cluster, Admin(cluster=cluster.name) as admin:
         admin.create_topic("t")
         readers = [Subscriber("t", cluster=cluster.name, broker=broker).open() for broker in (0, 2, 3)]
-        with Publisher("t", cluster=cluster.name, batch_bytes=500, ack=ack) as publisher:
+        with Publisher("t", cluster=cluster.name, batch_bytes=500, ack=ack, transport=transport) as publisher:
             deliveries = [publisher.publish(message) for message in messages[:10_000]]
             deliveries[5_000].result()
             cluster.kill(2, number)
@@ -398,13 +417,13 @@ def settles_to_nothing_at_living(cluster: Cluster) -> bool:
     return eventually(nothing)
 
 
-def test_a_stopped_broker_that_goes_on_again_breaks_nothing() -> None:
+def test_a_stopped_broker_that_goes_on_again_breaks_nothing(transport: str) -> None:
     messages = numbered(20_000)
     with Cluster(small_config(brokers=4)) as cluster, Admin(cluster=cluster.name) as admin:
         admin.create_topic("t")
         with Subscriber("t", cluster=cluster.name, broker=1) as there, \
                 Subscriber("t", cluster=cluster.name, broker=3) as elsewhere, \
-                Publisher("t", cluster=cluster.name, batch_bytes=500) as publisher:
+                Publisher("t", cluster=cluster.name, batch_bytes=500, transport=transport) as publisher:
             deliveries = [publisher.publish(message) for message in messages[:10_000]]
             with stopped(cluster, 1):
                 deliveries += [publisher.publish(message) for message in messages[10_000:]]
@@ -414,10 +433,10 @@ def test_a_stopped_broker_that_goes_on_again_breaks_nothing() -> None:
             assert read(elsewhere, 20_000) == messages
 
 
-def test_publishers_go_on_when_one_of_them_dies_in_mid_batch() -> None:
+def test_publishers_go_on_when_one_of_them_dies_in_mid_batch(transport: str) -> None:
     # A publisher that dies leaves a gap in its session at worst: the others' batches do not wait for it.
     program = ("import sys; from client import Publisher\n"
-               "with Publisher('t', cluster=sys.argv[1], batch_bytes=2000) as p:\n"
+               "with Publisher('t', cluster=sys.argv[1], batch_bytes=2000, transport=sys.argv[2]) as p:\n"
                "    print('ready', flush=True)\n"
                "    while True: p.publish(b'dying' * 20)\n")
     import subprocess
@@ -425,10 +444,10 @@ def test_publishers_go_on_when_one_of_them_dies_in_mid_batch() -> None:
 
     with Cluster(small_config(brokers=2)) as cluster, Admin(cluster=cluster.name) as admin:
         admin.create_topic("t")
-        dying = subprocess.Popen([sys.executable, "-c", program, cluster.name], stdout=subprocess.PIPE)
+        dying = subprocess.Popen([sys.executable, "-c", program, cluster.name, transport], stdout=subprocess.PIPE)
         assert dying.stdout
         assert dying.stdout.readline() == b"ready\n"
-        with Publisher("t", cluster=cluster.name) as publisher:
+        with Publisher("t", cluster=cluster.name, transport=transport) as publisher:
             assert publisher.publish(b"with it").result().position is not None
             dying.kill()
             dying.communicate()

@@ -189,7 +189,7 @@ def test_block_waits_until_there_is_room() -> None:
 
 
 def test_block_gives_up_after_the_delivery_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("client.grpc_publisher.BLOCK_GRACE_SECONDS", 0.0)
+    monkeypatch.setattr("client.engine.BLOCK_GRACE_SECONDS", 0.0)
     engine = Engine(when_full="block", delivery_timeout=0.05)
     engine.publish(10)
     with pytest.raises(BufferFull):

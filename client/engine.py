@@ -1,0 +1,562 @@
+"""What publishers over every transport share: the buffer and its policies, time-outs, sessions that are opened anew.
+
+A batch that waits for room lies in private memory (`pending`); how batches in flight travel is the derived engine's:
+
+    publish ─► Packer ─► pending ─► [ stamped with the session's sequence, on its way, acked ] ─► deliveries
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from abc import ABC, abstractmethod
+from array import array
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from broker.config import TopicConfig
+from broker.errors import (
+    BufferFull,
+    ClosedError,
+    ConfigError,
+    CxlmqError,
+    DeliveryTimeout,
+    MessageTooBig,
+    SessionFenced,
+    UnknownTopic,
+)
+from broker.proto import cxlmq_pb2 as pb
+from client.batch import Batch, Delivery, Dropped, Packer
+from client.connection import BrokerAddress, ClientLoop, Connection
+from client.session import open_session
+
+_log = logging.getLogger("cxlmq")
+
+RECONNECT_SECONDS = 0.5
+CLOSE_SESSION_SECONDS = 2.0
+BLOCK_GRACE_SECONDS = 1.0
+FLUSH_GRACE_SECONDS = 5.0
+UNKNOWN_POSITION = (1 << 64) - 1
+
+
+class Engine(ABC):
+    """A publisher's state. Its coroutines and callbacks run on the client loop; the rest may be called anywhere.
+
+    Invariant: a batch is in exactly one of: a packer, `pending` (no sequence yet), in flight (by sequence), settled.
+    """
+
+    def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int,
+                 batch_bytes: int | None, batch_bytes_min: int, batch_bytes_max: int, linger_ms: float,
+                 in_flight: int, buffer_bytes: int, when_full: str, delivery_timeout: float,
+                 on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,
+                 compression: str | None) -> None:
+        self.topic = topic
+        self.client_loop = ClientLoop.get()
+        self.loop = self.client_loop.loop
+        self.connection = Connection(cluster, bootstrap)
+        self.ack = ack
+        self.client_id = client_id
+        self.fixed_batch = batch_bytes is not None
+        self.batch_bytes = (batch_bytes or batch_bytes_min, batch_bytes_min, batch_bytes_max)
+        self.linger = linger_ms / 1000
+        self.in_flight = in_flight
+        self.buffer_bytes = buffer_bytes
+        self.when_full = when_full
+        self.delivery_timeout = delivery_timeout
+        self.on_delivery = on_delivery
+        self.on_event = on_event
+        self.compression = compression
+        self.session = pb.Session()
+        self.session_target = ""
+        self.session_open = False
+        self.epoch = 0
+        self.pending: deque[Batch] = deque()
+        self.unsettled: dict[int, Batch] = {}       # what is in private memory, by number of sealing
+        self.sealed = itertools.count()
+        self.held = 0                               # bytes of `unsettled`
+        self.account = threading.Lock()
+        self.packer: Packer | None = None
+        self.changed = threading.Condition()
+        self.waiters = 0
+        self.pump_scheduled = False
+        self.linger_armed = False
+        self.reopening = False
+        self.closed = False
+        self.failure: CxlmqError | None = None
+        self.ticker: asyncio.Task[None] | None = None
+        self.reconnecting: asyncio.Task[None] | None = None
+        self.next_reconnect = 0.0
+        self.known_brokers = 0
+        self.latencies = array("q")
+        self.counts = dict.fromkeys(
+            ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
+
+    # ---- how batches travel: for the derived engine -----------------------------------------------------------------
+
+    @abstractmethod
+    def _opened(self) -> None:
+        """The session is open, its limits are known."""
+
+    @abstractmethod
+    async def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
+        """Find a way to those brokers to which there is none."""
+
+    @abstractmethod
+    async def _disconnect(self) -> None:
+        """End all ways, after what is under way was finished."""
+
+    @abstractmethod
+    def _abandon(self) -> None:
+        """The session has ended: let go of its ways without waiting."""
+
+    @abstractmethod
+    def _connected(self) -> int:
+        """To how many live brokers there is a way."""
+
+    @abstractmethod
+    def _pump(self) -> None:
+        """Stamp pending batches and send them, as far as there is room. On the loop."""
+
+    @abstractmethod
+    def _resend_due(self) -> None:
+        """Send again what was refused or lost."""
+
+    @abstractmethod
+    def _expire_in_flight(self, now: float) -> bool:
+        """Settle what nobody answered in time; whether there was any."""
+
+    @abstractmethod
+    def _oldest(self) -> int:
+        """Every lower sequence is settled."""
+
+    @abstractmethod
+    def _take_in_flight(self) -> list[tuple[int, Batch]]:
+        """The session has ended: what was in flight, by sequence, as private batches. A new session counts from 0."""
+
+    @abstractmethod
+    def _is_saturated(self) -> bool:
+        """Whether a batch that is sent now would have to wait anyhow."""
+
+    @abstractmethod
+    def _why_not_sent(self) -> CxlmqError:
+        """What stops all batches now, or else that no broker took this one. Either way it is not in the log."""
+
+    def _is_loaded(self) -> bool:
+        """Whether so much is under way that larger batches pay."""
+        return len(self.unsettled) >= self._connected()
+
+    # ---- opening ----------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Find the brokers, open the session and a way to every broker."""
+        brokers = await self.connection.brokers()
+        topic = await self.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=self.topic), pb.Topic)
+        if self.ack is None:
+            self.ack = topic.ack
+        TopicConfig(name=topic.name, order=topic.order, ack=self.ack,
+                    replication_factor=topic.replication_factor).validate(max(2, topic.replication_factor))
+        await self._open_session(brokers, resume_from=0)
+        limit = min(self.batch_bytes[2], self.session.batch_bytes_max)
+        if self.fixed_batch and self.batch_bytes[0] > self.session.batch_bytes_max:
+            raise ConfigError(setting="batch_bytes", value=self.batch_bytes[0],
+                              allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
+        self.batch_bytes = (min(self.batch_bytes[0], self.session.batch_bytes_max),
+                            min(self.batch_bytes[1], limit), limit)
+        self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
+        self.known_brokers = len(brokers)
+        self._opened()
+        await self._connect(brokers)
+        self.ticker = self.loop.create_task(self._tick())
+
+    async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
+        """Open the session's next epoch. Raises `SessionFenced` when a later publisher of this client id took over."""
+        assert self.ack is not None
+        self.session, self.session_target = await open_session(
+            self.connection, brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
+        self.epoch = self.session.session_epoch
+        self.session_open = True
+
+    # ---- from the packer (any thread) -------------------------------------------------------------------------------
+
+    @property
+    def front(self) -> Packer:
+        """What takes messages: `append`, `append_many`, `append_array`, `target`. Raises `ClosedError`."""
+        if self.packer is None:
+            raise ClosedError("the publisher is not open: use it in a `with` block", what="the publisher")
+        return self.packer
+
+    @property
+    def buffered(self) -> int:
+        """Bytes that are not settled."""
+        return self.held
+
+    def statistics(self) -> dict[str, int]:
+        """Counts so far."""
+        packer = self.packer
+        return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
+                "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": self.buffered, **self.counts}
+
+    def take_latencies(self) -> "array[int]":
+        """Send-to-ack times since the last call, ns."""
+        taken, self.latencies = self.latencies, array("q")
+        return taken
+
+    def too_big(self, nbytes: int) -> None:
+        """Refuse a message before anything is packed."""
+        raise MessageTooBig(message_bytes=nbytes, message_bytes_max=self.session.message_bytes_max)
+
+    def make_room(self, nbytes: int) -> None:
+        """Account for a new batch of up to `nbytes`; the policy decides when there is no room."""
+        self.raise_if_closed()
+        if self.buffered and self.buffered + nbytes > self.buffer_bytes:
+            self._when_full(nbytes)
+            self.raise_if_closed()
+        if not self.linger_armed:
+            self.linger_armed = True
+            self.loop.call_soon_threadsafe(self._arm_linger)
+
+    def raise_if_closed(self) -> None:
+        """Raise what ended the publisher."""
+        if self.closed:
+            raise self.failure or ClosedError(what="the publisher")
+
+    def _when_full(self, nbytes: int) -> None:
+        def room() -> bool:
+            return self.closed or not self.buffered or self.buffered + nbytes <= self.buffer_bytes
+
+        error = BufferFull(buffer_bytes=self.buffer_bytes)
+        if self.when_full == "error":
+            raise error
+        if self.when_full == "drop_oldest":
+            while not room() and self._drop_oldest():
+                pass
+            if room():
+                return
+        if self.when_full in ("drop_oldest", "drop_newest"):
+            with self.account:
+                self.counts["dropped_newest"] += 1
+            raise Dropped(BufferFull("dropped: the buffer was full", buffer_bytes=self.buffer_bytes))
+        if self.is_on_loop():
+            raise error                     # waiting here would stop what makes room
+        with self._waiting():
+            if not self.changed.wait_for(room, self.delivery_timeout + BLOCK_GRACE_SECONDS):
+                raise error
+
+    def _drop_oldest(self) -> bool:
+        """Drop the oldest batch that is not on its way yet; False when there is none."""
+        try:
+            oldest = self.pending.popleft()
+        except IndexError:
+            return False                    # the loop was faster
+        self._settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
+                                              buffer_bytes=self.buffer_bytes), outcome="dropped_oldest")
+        self._notify()
+        return True
+
+    def send_full(self) -> None:
+        """The packer's batch is full: it goes, and under load the next one may be larger."""
+        assert self.packer is not None
+        batch = self.packer.take()
+        if batch is None:
+            return
+        if not self.fixed_batch and self._is_loaded():
+            self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
+        self._seal(batch)
+
+    def _seal(self, batch: Batch) -> None:
+        assert self.ack is not None
+        batch.seal(time.time_ns())
+        batch.level = self.ack
+        batch.deadline = batch.opened + self.delivery_timeout
+        with self.account:
+            self.counts["batches"] += 1
+        self._keep(batch)
+        self.pending.append(batch)
+        if self.closed:
+            self._give_up()                 # it was closed meanwhile
+        self._schedule_pump()
+
+    def _keep(self, batch: Batch) -> None:
+        """Note a batch that lies in private memory."""
+        batch.number = next(self.sealed)
+        with self.account:
+            self.held += batch.nbytes
+            self.unsettled[batch.number] = batch
+
+    def _schedule_pump(self) -> None:
+        if not self.pump_scheduled:
+            self.pump_scheduled = True
+            self.loop.call_soon_threadsafe(self._pump)
+
+    def urge(self, batch: Batch) -> None:
+        """Somebody waits for this batch: do not linger."""
+        if self.packer is not None and self.packer.batch is batch:
+            self.seal_current()
+
+    def seal_current(self) -> None:
+        """Send what is packed so far. When that is little, the next batch need not be as large."""
+        taken = self.packer.take() if self.packer is not None else None
+        if taken is None or self.packer is None:
+            return
+        if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
+            self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
+        self._seal(taken)
+
+    # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
+
+    def is_on_loop(self) -> bool:
+        """Whether the caller is the library's own thread, in a callback: it must not wait."""
+        return threading.current_thread() is self.client_loop.thread
+
+    def _waiting(self) -> "_Waiter":
+        if self.is_on_loop():
+            raise RuntimeError("a delivery callback cannot wait for other deliveries: it runs where they are settled")
+        return _Waiter(self)
+
+    def wait_for_batch(self, batch: Batch, timeout: float | None) -> None:
+        """Wait until a batch is settled. Raises TimeoutError."""
+        self.urge(batch)
+        limit = self.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
+        if not self._wait(lambda: batch.settled, limit):
+            raise TimeoutError(f"the outcome is not known after {limit} s")
+
+    def _wait(self, done: Callable[[], bool], limit: float) -> bool:
+        with self._waiting():
+            return self.changed.wait_for(done, limit)
+
+    def flushed(self) -> Callable[[], bool]:
+        """Send what is packed; what it returns says whether everything published until now is settled."""
+        self.seal_current()
+        with self.account:
+            batches = list(self.unsettled.values())
+        return lambda: all(batch.settled for batch in batches)
+
+    def flush(self, timeout: float | None) -> None:
+        """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
+        limit = self.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
+        if not self._wait(self.flushed(), limit):
+            raise DeliveryTimeout(timeout_seconds=limit)
+
+    # ---- on the loop ------------------------------------------------------------------------------------------------
+
+    def _arm_linger(self) -> None:
+        self.loop.call_later(self.linger, self._linger)
+
+    def _linger(self) -> None:
+        """Send a batch that lingered long enough; come again while there is one."""
+        assert self.packer is not None
+        batch = self.packer.batch
+        if batch is None or batch.count == 0 or self.closed:
+            self.linger_armed = False
+            batch = self.packer.batch       # one may have begun just now
+            if batch is not None and batch.count and not self.linger_armed and not self.closed:
+                self.linger_armed = True
+                self._arm_linger()
+            return
+        age = time.monotonic() - batch.opened
+        # While the pipe is full, lingering costs nothing and fills batches.
+        if age >= self.linger and not self._is_saturated():
+            self.seal_current()
+            age = 0.0
+        self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
+
+    @abstractmethod
+    def _pause(self) -> float:
+        """Seconds until the next tick."""
+
+    async def _tick(self) -> None:
+        while not self.closed:
+            await asyncio.sleep(self._pause())
+            self._step()
+
+    def _step(self) -> None:
+        """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
+        self._expire()
+        self._resend_due()
+        now = time.monotonic()
+        if now >= self.next_reconnect and not self.reopening and self._lacks_brokers() and (
+                self.reconnecting is None or self.reconnecting.done()):
+            self.next_reconnect = now + RECONNECT_SECONDS
+            self.reconnecting = self.loop.create_task(self._reconnect())
+        if self.pending:
+            self._pump()
+
+    def _lacks_brokers(self) -> bool:
+        return self._connected() < max(1, self.known_brokers)
+
+    async def _reconnect(self) -> None:
+        try:
+            brokers = await self.connection.brokers()
+        except CxlmqError:
+            return
+        if self.closed or self.reopening:
+            return
+        self.known_brokers = len(brokers)
+        with contextlib.suppress(CxlmqError):       # come again
+            await self._connect(brokers)
+
+    def _expire(self) -> None:
+        """Settle what nobody took or answered in time."""
+        now = time.monotonic()
+        expired = False
+        while (batch := self._overdue(now)) is not None:
+            self._settle(batch, None, self._why_not_sent())
+            expired = True
+        if self._expire_in_flight(now):
+            # A sequence that was given up may never arrive: the session has to end, or everything behind it would
+            # wait for ever.
+            self._start_reopening(SessionFenced(reason="a batch was given up", committed=self._oldest()))
+            expired = True
+        if expired:
+            self._notify()
+
+    def _overdue(self, now: float) -> Batch | None:
+        """Take the oldest batch that is not sent, when its time is over."""
+        try:
+            return self.pending.popleft() if self.pending[0].deadline <= now else None
+        except IndexError:
+            return None
+
+    def _settle(self, batch: Batch, position: int | None, error: CxlmqError | None, *, epoch: int = 0,
+                duplicate: bool = False, outcome: str = "") -> None:
+        """Let go of a batch; tell who published it, unless that was told when it was sent (level 0)."""
+        batch.release()
+        with self.account:
+            if self.unsettled.pop(batch.number, None) is None:
+                return                      # another thread gave it up
+            self.held -= batch.nbytes
+            self.counts["duplicates"] += duplicate
+            if not batch.settled:
+                self.counts[outcome or ("acked" if error is None else "failed")] += batch.count
+        batch.settle(position, epoch, batch.broker, duplicate, error)
+
+    def settled_at_send(self, batch: Batch) -> None:
+        """Level 0: whoever published it is told now. The batch is kept until a broker has it: none is lost because
+        a broker had no room, and none is sent faster than brokers take them."""
+        if not batch.settled:
+            with self.account:
+                self.counts["acked"] += batch.count
+            batch.settle(None, 0, batch.broker, False, None)
+            self._notify()
+
+    def _notify(self) -> None:
+        if self.waiters:
+            with self.changed:
+                self.changed.notify_all()
+
+    # ---- a session that ended ---------------------------------------------------------------------------------------
+
+    def _start_reopening(self, reason: CxlmqError) -> None:
+        if not self.reopening and not self.closed:
+            self.reopening = True
+            self.loop.create_task(self._reopen(reason))
+
+    async def _reopen(self, reason: CxlmqError) -> None:
+        """Open the next epoch, settle what is in the log, and send the rest again, renumbered from 0."""
+        self._abandon()
+        resume_from = self._oldest()
+        while not self.closed:
+            try:
+                brokers = await self.connection.brokers()
+                await self._open_session(brokers, resume_from)
+                break
+            except (UnknownTopic, SessionFenced) as error:
+                self._fail_everything(error)
+                return
+            except CxlmqError:
+                await asyncio.sleep(RECONNECT_SECONDS / 5)
+                self._expire()
+        if self.closed:
+            return
+        self.known_brokers = len(brokers)
+        self.counts["reopened"] += 1
+        self._resume(resume_from)
+        self.reopening = False
+        with contextlib.suppress(CxlmqError):       # `_reconnect` comes again
+            await self._connect(brokers)
+        self._pump()
+        self._notify()
+        self._tell(reason)
+
+    def _resume(self, resume_from: int) -> None:
+        """Settle what the ended session has in the log; the rest goes before everything that waits."""
+        high_water, positions = self.session.high_water, list(self.session.positions)
+        left = []
+        for sequence, batch in self._take_in_flight():
+            at = sequence - resume_from
+            position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
+            if sequence < high_water or position != UNKNOWN_POSITION:
+                self._settle(batch, None if position == UNKNOWN_POSITION else position, None, duplicate=True)
+            else:
+                left.append(batch)
+        self.pending.extendleft(reversed(left))
+
+    def _fail_everything(self, error: CxlmqError) -> None:
+        """Nothing more can be published: everything settles with this error, and so does what comes later."""
+        self.failure = error
+        self.closed = True
+        self._give_up()
+        self._tell(error)
+
+    def _tell(self, event: CxlmqError) -> None:
+        if self.on_event is not None:
+            try:
+                self.on_event(event)
+            except Exception:
+                _log.exception("the callback for events failed")
+
+    def _give_up(self) -> None:
+        """Settle what a closed publisher still has. Any thread."""
+        error = self.failure or ClosedError(what="the publisher")
+        current = self.packer.take() if self.packer is not None else None
+        if current is not None:
+            current.settle(None, None, None, False, error)
+            current.release()
+            with self.account:
+                self.counts["failed"] += current.count
+        self.pending.clear()
+        with self.account:
+            left = list(self.unsettled.values())
+        for batch in left:
+            self._settle(batch, None, error)
+        self._notify()
+
+    # ---- closing ----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """End all ways and the session. What is not settled is given up."""
+        self.closed = True
+        for task in (self.ticker, self.reconnecting):
+            if task is not None:
+                task.cancel()
+        await self._disconnect()
+        await self._close_session()
+        self._give_up()
+        await self.connection.close()
+
+    async def _close_session(self) -> None:
+        if not self.session_open:
+            return
+        self.session_open = False
+        request = pb.CloseSessionRequest(client_id=self.client_id, session_slot=self.session.session_slot,
+                                         session_epoch=self.session.session_epoch)
+        with contextlib.suppress(CxlmqError):       # a session without streams ends by itself
+            await self.connection.unary(self.session_target, "Admin/CloseSession", request, pb.CloseSessionResponse,
+                                        timeout=CLOSE_SESSION_SECONDS)
+
+
+class _Waiter:
+    """Holds the engine's condition and counts itself, so that the loop notifies only when somebody waits."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __enter__(self) -> None:
+        self._engine.changed.acquire()
+        self._engine.waiters += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.waiters -= 1
+        self._engine.changed.release()
