@@ -2,6 +2,8 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from sim.cluster.witness cimport Witness
+from sim.cxl.cachelines cimport Host
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_stream
 
@@ -45,6 +47,10 @@ cdef class HostControl:
     cdef public uint64_t hash           # of its operations, in order
     cdef uint64_t cost[11]
     cdef uint64_t bytes_per_us
+    cdef Witness witness
+    cdef uint64_t random
+    cdef uint64_t probe_period          # every so many fences on average, what is pending gets there in any order
+    cdef readonly uint64_t probes
 
     cdef bint tap(self, int operation, uint64_t offset, uint64_t value) noexcept nogil
 
@@ -58,4 +64,8 @@ cdef class SimDoor(Memory):
     cdef uint64_t matches               # how often the mutated operation came
     cdef bint fence_due                 # the next fence is the one to leave out
 
+    cdef Host* cache
+    cdef int agent
+
+    cdef void probe(self) noexcept nogil
     cdef int mutate(self, int operation, uint64_t offset) noexcept nogil

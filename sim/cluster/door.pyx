@@ -3,11 +3,17 @@
 - the host's power went at an earlier operation: then stores, flushes and fences have no effect any more, and the step
   that was under way runs to its end without doing anything;
 - a planted bug says that this operation is left out or goes astray (`plant`).
+
+Before some fences it lets a part of what was flushed get to memory, in any order, and has the witness look: as if the
+power had gone just then.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from sim.cluster.witness cimport Witness
+from sim.cxl.cachelines cimport CXL_EXTENT, PendingList, cxl_random, settle
 from sim.cxl.memory cimport Memory
+from sim.cxl.noncoherent cimport NonCoherentMemory
 from sim.cxl.primitives cimport cxl_stream
 
 cdef uint64_t MIX = 0x9E3779B97F4A7C15ULL
@@ -16,11 +22,16 @@ cdef uint64_t MIX = 0x9E3779B97F4A7C15ULL
 cdef class HostControl:
     """One host's power switch, operation counter and meter of simulated time.
 
-    `costs` gives ns by operation (`Operation`), `bytes_per_us` the rate of bulk copies.
+    `costs` gives ns by operation (`Operation`), `bytes_per_us` the rate of bulk copies. Before one fence in
+    `probe_period` (0: none) memory is looked at as if the power had gone just then.
     """
 
-    def __init__(self, int host, costs=(), uint64_t bytes_per_us=10_000):
+    def __init__(self, int host, costs=(), uint64_t bytes_per_us=10_000, Witness witness=None, uint64_t seed=0,
+                 uint64_t probe_period=0):
         self.host = host
+        self.witness = witness
+        self.random = seed
+        self.probe_period = probe_period if witness is not None else 0
         self.bytes_per_us = max(bytes_per_us, <uint64_t>1)
         for number, nanoseconds in enumerate(costs):
             self.cost[number] = nanoseconds
@@ -58,6 +69,9 @@ cdef class SimDoor(Memory):
         self.writable = inner.writable
         self.owner = inner.owner
         self.statistics = inner.statistics
+        if isinstance(inner, NonCoherentMemory):
+            self.cache = (<NonCoherentMemory>inner).h
+            self.agent = (<NonCoherentMemory>inner).agent
 
     def plant(self, int mutation, int operation, target, int64_t distance=64) -> None:
         """From now on `operation` is mutated where it meets `target`: (start, end, stride, first, last)."""
@@ -104,8 +118,12 @@ cdef class SimDoor(Memory):
         return self.inner.load(offset)
 
     cdef void store(self, uint64_t offset, uint64_t value) noexcept nogil:
-        if self.control.tap(OP_STORE, offset, value) and self.mutate(OP_STORE, offset) != MUTATE_DROP:
-            self.inner.store(offset, value)
+        cdef int what
+        if not self.control.tap(OP_STORE, offset, value):
+            return
+        what = self.mutate(OP_STORE, offset)
+        if what != MUTATE_DROP:
+            self.inner.store(offset + (self.distance if what == MUTATE_MOVE else 0), value)
 
     cdef bint read_line(self, uint64_t offset, void* line) noexcept nogil:
         self.control.tap(OP_READ_LINE, offset, 0)
@@ -136,8 +154,12 @@ cdef class SimDoor(Memory):
         return True                         # a host without power waits for nobody
 
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil:
-        if self.control.tap(OP_COPY_IN, offset, count) and self.mutate(OP_COPY_IN, offset) != MUTATE_DROP:
-            self.inner.copy_in(offset, source, count)
+        cdef int what
+        if not self.control.tap(OP_COPY_IN, offset, count):
+            return
+        what = self.mutate(OP_COPY_IN, offset)
+        if what != MUTATE_DROP:
+            self.inner.copy_in(offset + (self.distance if what == MUTATE_MOVE else 0), source, count)
 
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil:
         self.inner.stream_start(stream, offset)
@@ -180,13 +202,34 @@ cdef class SimDoor(Memory):
             count = min(count, 64)
         self.inner.invalidate(offset, count)
 
+    cdef void probe(self) noexcept nogil:
+        """What is flushed and not fenced may get there at any time, in any order: let it, and look."""
+        cdef PendingList* pending
+        cdef uint64_t i = 0
+        if self.cache == NULL or not self.control.probe_period or cxl_random(
+                &self.control.random) % self.control.probe_period:
+            return
+        pending = &self.cache.pending[self.agent]
+        while i < pending.count:
+            if pending.entries[i] & CXL_EXTENT:
+                i += 1
+            elif cxl_random(&self.control.random) & 1:
+                settle(self.cache, pending.entries[i])
+            i += 1
+        self.control.probes += 1
+        self.control.witness.check()
+
     cdef void fence(self) noexcept nogil:
-        if self.control.tap(OP_FENCE, 0, 0) and self.mutate(OP_FENCE, 0) != MUTATE_DROP:
-            self.inner.fence()
+        if self.control.tap(OP_FENCE, 0, 0):
+            self.probe()
+            if self.mutate(OP_FENCE, 0) != MUTATE_DROP:
+                self.inner.fence()
 
     cdef void full_fence(self) noexcept nogil:
-        if self.control.tap(OP_FULL_FENCE, 0, 0) and self.mutate(OP_FULL_FENCE, 0) != MUTATE_DROP:
-            self.inner.full_fence()
+        if self.control.tap(OP_FULL_FENCE, 0, 0):
+            self.probe()
+            if self.mutate(OP_FULL_FENCE, 0) != MUTATE_DROP:
+                self.inner.full_fence()
 
     cdef const uint8_t* payload(self, uint64_t offset, uint64_t count) noexcept nogil:
         return self.inner.payload(offset, count)

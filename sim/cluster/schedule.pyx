@@ -101,6 +101,8 @@ cdef class Schedule:
                 self.idle += 1
             if (<HostControl>unit.control).dead:
                 return STOP_POWER
+            if self.witness.breach:
+                return STOP_BREACH              # seen in the middle of the step
             if work or self.steps % CHECK_IDLE == 0:
                 if self.witness.check():
                     return STOP_BREACH

@@ -312,7 +312,7 @@ cdef class Witness:
             log = &(<BrokerLog>self.log_pointers[b]).topics[topic]
             if log.generation != self.topics[topic].generation:
                 continue
-            if delegated > log.delegated or log.delegated > log.head:
+            if delegated > log.head or log.delegated > log.head:
                 return self.fail(BREACH_BOUNDS, 2, topic, b, delegated, log.head)
             if log.tail > log.delegated:
                 return self.fail(BREACH_BOUNDS, 3, topic, b, log.tail, log.delegated)

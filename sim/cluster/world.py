@@ -55,6 +55,7 @@ CALL_TICKS = 20_000                         # a call that takes longer has faile
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
 TOPIC = "simulated"
 WEIGHTS = (1, 1, 2, 4)
+PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
 
 
 class Host:
@@ -72,7 +73,8 @@ class Host:
         world, layout, number = self.world, self.world.layout, self.number
         self.incarnation += 1
         self.powered, self.stalled = True, False
-        self.control = HostControl(number, *world.costs)
+        self.control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62),
+                                   PROBE_PERIOD if "evict" in world.scenario.kinds else 0)
         self.loop = SimLoop(world.clock)
         self.notifier = Notifier()
         self.bells = [self._bell(host, 0) for host in range(world.scenario.hosts)]
