@@ -10,8 +10,9 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.layout cimport (
-    BatchHeader, BrokerCounters, Layout, SegmentLine, TopicLine, make_tag,
+    BatchHeader, BrokerCounters, Layout, OffsetBrokerLine, SegmentLine, TopicLine, make_tag,
 )
+from broker.planted cimport PLANT_RING_OVERRUN, planted
 from broker.segments cimport SegmentPool
 from sim.cxl.memory cimport LINE_BYTES, Memory
 from sim.cxl.primitives cimport (
@@ -76,6 +77,7 @@ cdef class BrokerLog:
         """Begin the log of a topic that became active. Its lines were wiped by whoever created it."""
         cdef TopicLog* log = &self.topics[topic]
         cdef TopicLine line
+        cdef OffsetBrokerLine offset
         cdef uint64_t at = self.layout.offset_broker(topic, self.broker)
         if log.slots == NULL:
             log.slots = <Slot*>calloc(self.layout.g.ring_slot_count, sizeof(Slot))
@@ -89,8 +91,11 @@ cdef class BrokerLog:
         log.order = line.order
         log.replication_factor = line.replication_factor
         log.message_bytes_max = line.message_bytes_max
-        self.memory.store(at + 40, self.layout.ring(topic, self.broker, 0))
-        self.memory.store(at + 48, generation)
+        # The whole line: our cache may still have it with the frontiers of an earlier topic.
+        memset(&offset, 0, sizeof(offset))
+        offset.headers_start = self.layout.ring(topic, self.broker, 0)
+        offset.generation = generation
+        self.memory.write_line(at, &offset)
         self.memory.flush(at, 64)
         self.memory.fence()
         log.opened = generation
@@ -241,7 +246,8 @@ cdef class BrokerLog:
         self.lock()
         if log.generation == 0:
             status = RESERVE_TOPIC_CLOSED
-        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count:
+        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count + (
+                4 if planted(PLANT_RING_OVERRUN) else 0):
             cxl_count(&self.counters.ring_full, 1)
             status = RESERVE_RING_FULL
         else:
@@ -282,7 +288,8 @@ cdef class BrokerLog:
         self.lock()
         if log.generation == 0:
             status = RESERVE_TOPIC_CLOSED
-        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count:
+        elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count + (
+                4 if planted(PLANT_RING_OVERRUN) else 0):
             cxl_count(&self.counters.ring_full, 1)
             status = RESERVE_RING_FULL
         elif log.cursor + need > log.end and not self.extend(topic, need):

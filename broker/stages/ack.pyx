@@ -13,6 +13,7 @@ from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FE
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
 from broker.placement cimport live_brokers, replicas_of
+from broker.planted cimport PLANT_ACK_EARLY, PLANT_LEVEL_IGNORED, planted
 from broker.stages.stage cimport Stage
 from broker.wire cimport encode_acks
 from sim.cxl.memory cimport Memory
@@ -159,9 +160,9 @@ cdef class AckStage(Stage):
             return True
         end = ack.position + (waiting.messages if ack.status == RESULT_COMMITTED else 0)
         self.memory.invalidate(order, 64)
-        if self.memory.load(order + 8) < end:
+        if self.memory.load(order + 8) < end and not planted(PLANT_ACK_EARLY):
             return False
-        if stream.level != 2 or self.is_durable(stream, end, &failure):
+        if stream.level != 2 or planted(PLANT_LEVEL_IGNORED) or self.is_durable(stream, end, &failure):
             return True
         if failure:
             ack.status = RESULT_UNDURABLE

@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free
 from broker.doorbell cimport Doorbell
 from broker.layout cimport BatchHeader, Layout, make_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, TopicLog, dirty_add, dirty_take
+from broker.planted cimport PLANT_TAIL_UNFLUSHED, planted
 from broker.stages.stage cimport Stage
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count, cxl_count_trailing_zeros, cxl_load_acquire
@@ -79,7 +80,7 @@ cdef class Delegation(Stage):
                 self.publish(topic, first, slot)
                 first = slot
                 group_bytes = 0
-        if slot > first:
+        if slot > first and not planted(PLANT_TAIL_UNFLUSHED):
             self.publish(topic, first, slot)
         if done == STEP_BATCHES:
             dirty_add(&self.log.to_delegate, topic)

@@ -15,6 +15,7 @@ from broker.layout cimport (
     Layout, OrderEntry, ReclaimAnswerLine, TopicLine, TopicReclaimLine,
 )
 from broker.placement cimport live_brokers, replicas_of
+from broker.planted cimport PLANT_READER_IGNORED, PLANT_REPLICA_IGNORED, planted
 from broker.segments cimport PoolLeader
 from broker.stages.sequencer cimport OrderState, TopicOrder
 from broker.stages.stage cimport Stage
@@ -144,7 +145,7 @@ cdef class Reclaim(Stage):
                 continue
             self.memory.read_line(at, &line)
             kind = line.state & 0xFF
-            if kind == CURSOR_FREE or line.topic != wanted:
+            if kind == CURSOR_FREE or line.topic != wanted or planted(PLANT_READER_IGNORED):
                 continue
             index = line.index
             if kind == CURSOR_WANTED:
@@ -154,7 +155,7 @@ cdef class Reclaim(Stage):
             if index < lowest:
                 lowest = index
                 self.holder = <uint64_t>(HOLDER_PROTECTED if kind == CURSOR_PROTECTED else HOLDER_CURSOR) << 32 | c
-        if self.replication[topic] > 1:
+        if self.replication[topic] > 1 and not planted(PLANT_REPLICA_IGNORED):
             live = live_brokers(self.memory, self.layout)
             for b in range(self.layout.g.broker_count):
                 chosen = replicas_of(topic, order.generation, b, live, self.layout.g.broker_count,

@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint64_t
 
 from broker.layout cimport Layout, RESULT_COMMITTED, make_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
+from broker.planted cimport PLANT_HELD_FREED, PLANT_RESULT_NOT_AWAITED, PLANT_SEGMENT_EARLY, planted
 from broker.stages.stage cimport Stage
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_acquire, cxl_load_relaxed, cxl_store_release
@@ -56,10 +57,12 @@ cdef class Release(Stage):
             at = self.layout.result(topic, self.broker, tail)
             self.memory.invalidate(at, 16)
             state = self.memory.load(at)
-            if state & ~STATUS_MASK != make_tag(log.opened, tail):
+            if state & ~STATUS_MASK != make_tag(log.opened, tail) and not (
+                    planted(PLANT_HELD_FREED)
+                    and tail < self.memory.load(self.layout.offset_sequencer(topic, self.broker))):
                 break
             slot = &log.slots[tail & (self.layout.g.ring_slot_count - 1)]
-            if cxl_load_acquire(&slot.awaited):
+            if cxl_load_acquire(&slot.awaited) and not planted(PLANT_RESULT_NOT_AWAITED):
                 break                           # the next batch in this slot would overwrite its result
             if state >> 40 & 0xFF == RESULT_COMMITTED:
                 end = self.memory.load(at + 8) + slot.messages
@@ -71,7 +74,11 @@ cdef class Release(Stage):
             dirty_add(&self.log.to_release, topic)
         end = tail - log.tail
         if end:
-            self.memory.store(self.layout.offset_broker(topic, self.broker) + 56, tail)
+            at = self.layout.offset_broker(topic, self.broker)
+            self.memory.store(at + 56, tail)
+            # The head judges by it which rings are full, and a ring that is full moves nothing else of this line.
+            self.memory.flush(at, 64)
+            self.memory.fence()
             cxl_store_release(&log.tail, tail)
         return <int64_t>end
 
@@ -101,6 +108,8 @@ cdef class Release(Stage):
                 number = word * 64 + cxl_count_trailing_zeros(bits)
                 bits &= bits - 1
                 segment = &self.log.segments[number]
+                if planted(PLANT_SEGMENT_EARLY):
+                    reclaimed = segment.end_position
                 if segment.leased or segment.end_position > reclaimed or filling_from <= number < filling_to:
                     continue
                 if segment.used_to > log.tail:

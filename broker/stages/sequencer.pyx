@@ -17,6 +17,10 @@ from broker.layout cimport (
     SequencerCounters, SessionLine, SessionProgressLine, TopicLine, make_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
+from broker.planted cimport (
+    PLANT_DONE_BEFORE_FENCE, PLANT_DUPLICATE_TWICE, PLANT_GAP_SKIPPED, PLANT_INDEX_OVERRUN, PLANT_ORDERED_OVERWRITTEN,
+    PLANT_SKIPPED_NUMBERED, PLANT_VOID_BLOCKS, planted,
+)
 from broker.stages.stage cimport Stage
 from broker.wire cimport MESSAGE_HEADER_BYTES
 from sim.cxl.clock cimport Clock
@@ -132,7 +136,7 @@ cdef class OrderState:
         # Each scanner may be between this check and its fetch-add: leave a place for every one of them.
         cdef uint64_t low = cxl_load_relaxed(&order.assigned) >> POSITION_BITS
         cdef uint64_t used = <uint16_t>(low - <uint16_t>cxl_load_acquire(&order.reclaimed_index))
-        return used + self.scanners < self.layout.g.order_entry_count
+        return used + self.scanners < self.layout.g.order_entry_count or planted(PLANT_INDEX_OVERRUN)
 
     def session_state(self, uint64_t number) -> dict:
         """A session as the sequencer sees it, for tests."""
@@ -313,6 +317,8 @@ cdef class Scanner(Stage):
         cdef Session* session
         cdef bint done
         if header.flags & BATCH_VOID:
+            if planted(PLANT_VOID_BLOCKS):
+                return False
             self.state.add(&self.state.counters.voids, 1)
             if header.flags & BATCH_FENCE and header.session_slot < self.layout.g.session_count_max:
                 session = &self.state.sessions[header.session_slot]
@@ -344,7 +350,9 @@ cdef class Scanner(Stage):
             self.state.add(&self.state.counters.refused, 1)
             self.answer(topic, broker, slot, RESULT_FENCED, 0)
             return True
-        if sequence < session.expected:
+        if sequence < session.expected and not planted(PLANT_DUPLICATE_TWICE):
+            if planted(PLANT_SKIPPED_NUMBERED):
+                cxl_fetch_add(&order.assigned, (<uint64_t>1 << POSITION_BITS) + header.message_count)
             self.state.add(&self.state.counters.duplicates, 1)
             self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
             return True
@@ -365,7 +373,7 @@ cdef class Scanner(Stage):
             else:
                 self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
             return True
-        if order.order == 5 and sequence > session.expected:
+        if order.order == 5 and sequence > session.expected and not planted(PLANT_GAP_SKIPPED):
             held.sequence_and_one = sequence + 1
             held.broker = broker
             held.slot = slot
@@ -453,6 +461,8 @@ cdef class Scanner(Stage):
         session.messages += header.message_count
         session.position = entry.position + header.message_count
         ordered = &self.state.ordered[topic * self.layout.g.broker_count + broker]
+        if planted(PLANT_ORDERED_OVERWRITTEN):
+            ordered.messages = 0
         self.state.add(&ordered.messages, header.message_count)
         self.state.add(&ordered.nbytes, header.payload_bytes)
         ordered.address = header.payload_offset
@@ -515,7 +525,8 @@ cdef class Scanner(Stage):
         if self.result_line:
             self.memory.flush(self.result_line, 64)
             self.result_line = 0
-        self.memory.fence()
+        if not planted(PLANT_DONE_BEFORE_FENCE):
+            self.memory.fence()
         # Entries and results are in memory: now, and not before, the frontier may pass them.
         for i in range(self.fresh_count):
             order = &self.state.topics[self.fresh[i].topic]

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import CxlmqError, SessionFenced
+from broker.errors import CxlmqError, SessionFenced, UnknownTopic
 from broker.layout import ResultStatus, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
@@ -67,13 +67,15 @@ class Connection:
 
     def serve(self) -> None:
         """The broker's side: take what has arrived, and answer what is settled."""
-        host, acks = self.host, self.host.acks
+        host, acks, publisher = self.host, self.host.acks, self.publisher
         while self.up and self.up[0][0] <= self.world.step and not self.broken:
             if self.stream < 0 and not self._open():
                 return
             _, frame, sequence = self.up[0]
-            status = host.receiver.receive(frame, self.stream, self.publisher.topic.number, self.publisher.client,
-                                           self.slot, self.epoch)
+            if self.world.unreliable and self.world.network.random() < 0.01:
+                host.receiver.abandon(publisher.topic.number)       # a handler that failed after it had reserved
+            status = host.receiver.receive(frame, self.stream, publisher.topic.number, publisher.client, self.slot,
+                                           self.epoch)
             if status in (receiving.RING_FULL, receiving.POOL_EMPTY, receiving.WINDOW_FULL):
                 self.tries += 1
                 if self.tries < PUSH_BACK_TRIES:
@@ -421,6 +423,7 @@ class Subscriber:
                 self.host = None
                 return
             self.cursor, index = request.result()
+            self._look_up()
             if index != self.index:         # what lay between was reclaimed while nobody protected it
                 self.reads = self.world.history.reads.setdefault(f"{self.name} from {index}", [])
                 self.index = index
@@ -429,6 +432,17 @@ class Subscriber:
         elif self.world.step > self.request_until:
             request.cancel()
             self.request, self.host = None, None
+
+    def _look_up(self) -> None:
+        """A topic that exists can be opened by its name at any broker."""
+        assert self.host is not None
+        try:
+            found = self.host.topics.find(self.topic.name)
+        except UnknownTopic:
+            raise Violation("T", f"host {self.host.number} does not know the topic {self.topic.name!r}") from None
+        if found.generation != self.topic.generation and self.host.powered:
+            raise Violation("T", f"host {self.host.number} knows generation {found.generation} of the topic, it is "
+                                 f"{self.topic.generation}")
 
     def leave(self) -> None:
         """Give up the place at this broker."""

@@ -13,6 +13,8 @@ from sim.cxl.region import private_mapping
 # What becomes of the lines that a host had not fenced when its power went, in words -> the cache's policy.
 POLICIES = {"lost": "never", "kept": "immediate", "random": "random", "inversion": "inversion"}
 EVICTION_PERIODS = (0, 20, 100, 1000)        # accesses of a host between two spontaneous events, on average
+# What a new region does not wipe: it is wiped later, or never read before it is written.
+FOUND_AS_IT_WAS = ("batch-header rings", "results", "order indexes", "segments")
 COHERENT = ("coherent area", "statistics")  # sections; counters are an instrument and no part of the memory
 
 
@@ -57,7 +59,10 @@ class NonCoherentHardware(MappedHardware):
         self._random = random
         self.device = Device(self.mapping, coherent=[(at, count) for name, at, count in layout.sections
                                                      if name in COHERENT])
-        self.device.fill_garbage(random.getrandbits(62), layout.numbers["segments"])
+        for name, at, count in layout.sections:
+            if name in FOUND_AS_IT_WAS:
+                self.device.fill_garbage(random.getrandbits(62), at,
+                                         count or layout.numbers["region_bytes"] - at)
         period = random.choice(EVICTION_PERIODS) if evict else 0
         self.caches = [HostCache(self.device, f"host {host}", random.getrandbits(62), period) for host in range(hosts)]
 

@@ -57,6 +57,7 @@ class Scenario:
     segment_bytes: int = 4 * KIB
     region_bytes: int = MIB
     tick_ns: int = 10_000
+    earlier_life: bool = False              # the topic's place had another topic before
     schedule: int = 0                       # another draw of who steps when, for shrinking
 
     def region(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
         window=random.choice((2, 8, 24)), scanners=random.randint(1, hosts), lock=random.choice(("atomic", "mutex")),
         pool=pool, ring_slots=random.choice((16, 16, 64)), entries=random.choice((32, 64, 256)),
         segment_bytes=random.choice((4 * KIB, 16 * KIB)), region_bytes=random.choice((MIB, MIB, 2 * MIB)),
-        tick_ns=random.choice((1_000, 10_000, 30_000)))
+        tick_ns=random.choice((1_000, 10_000, 30_000)), earlier_life=random.random() < 0.3)
     return base.smaller(faults=draw_faults(base))
 
 

@@ -17,6 +17,7 @@ cpdef enum Breach:
     BREACH_CHANGED = 9              # A1: a committed batch is not what it was
     BREACH_CURSOR = 10              # C: a cursor went back or passed the tail
     BREACH_RING = 11                # B: a ring holds more than it has slots
+    BREACH_HEADER_MISSING = 12      # T: the delegated frontier covers a header that is not in memory
 
 cdef struct Seen:
     # One committed order entry, as it was when the frontier passed it.
@@ -67,6 +68,7 @@ cdef class Witness:
     cdef int check_topic(self, uint64_t topic) noexcept nogil
     cdef int check_entry(self, uint64_t topic, uint64_t index) noexcept nogil
     cdef int check_brokers(self, uint64_t topic) noexcept nogil
+    cdef int check_headers(self, uint64_t topic, uint64_t broker, uint64_t delegated) noexcept nogil
     cdef int check_tables(self) noexcept nogil
     cdef int recheck(self) noexcept nogil
     cdef int fail(self, int breach, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) noexcept nogil

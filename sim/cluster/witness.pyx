@@ -30,7 +30,7 @@ _FRONTIERS = ("committed", "reclaimed", "delegated", "scanned", "expected")
 _INVARIANTS = {
     BREACH_ENTRY_MISSING: "T", BREACH_POSITION: "T", BREACH_PAYLOAD: "N", BREACH_TWICE: "U", BREACH_GAP: "P",
     BREACH_BACK: "M", BREACH_BOUNDS: "order of frontiers", BREACH_EPOCH: "Z", BREACH_CHANGED: "A1",
-    BREACH_CURSOR: "C", BREACH_RING: "B",
+    BREACH_CURSOR: "C", BREACH_RING: "B", BREACH_HEADER_MISSING: "T",
 }
 
 
@@ -301,6 +301,8 @@ cdef class Witness:
             line = self.layout.offset_broker(topic, b)
             delegated = self.truth.load(line)
             scanned = self.truth.load(self.layout.offset_sequencer(topic, b))
+            if delegated > self.delegated[topic * brokers + b] and self.check_headers(topic, b, delegated):
+                return self.breach
             if self.grows(&self.delegated[topic * brokers + b], delegated, BACK_DELEGATED, topic, b):
                 return self.breach
             if self.grows(&self.scanned[topic * brokers + b], scanned, BACK_SCANNED, topic, b):
@@ -318,6 +320,18 @@ cdef class Witness:
                 return self.fail(BREACH_BOUNDS, 3, topic, b, log.tail, log.delegated)
             if log.head - log.tail > self.layout.g.ring_slot_count:
                 return self.fail(BREACH_RING, topic, b, log.tail, log.head, 0)
+        return BREACH_NONE
+
+    cdef int check_headers(self, uint64_t topic, uint64_t broker, uint64_t delegated) noexcept nogil:
+        """The batch headers that a delegated frontier has just passed are in memory."""
+        cdef uint64_t slot = self.delegated[topic * self.layout.g.broker_count + broker], found
+        if delegated - slot > self.layout.g.ring_slot_count:
+            return self.fail(BREACH_RING, topic, broker, slot, delegated, 0)
+        while slot < delegated:
+            found = self.truth.load(self.layout.ring(topic, broker, slot))
+            if found != make_tag(self.topics[topic].generation, slot):
+                return self.fail(BREACH_HEADER_MISSING, topic, broker, slot, found, delegated)
+            slot += 1
         return BREACH_NONE
 
     cdef int check_tables(self) noexcept nogil:
@@ -400,6 +414,8 @@ cdef class Witness:
             BREACH_CHANGED: f"topic {a}: order entry {b} (client {c}, message {d}, by broker {e}) or its payload "
                             "changed after it was committed",
             BREACH_CURSOR: f"cursor {a} of topic {b} is at {c}, " + (f"and was at {d}" if e else f"behind the tail {d}"),
+            BREACH_HEADER_MISSING: f"topic {a}: broker {b} delegated up to slot {e}, and the header of slot {c} is not in "
+                                   f"memory (its commit word is {d:#x})",
             BREACH_RING: f"topic {a}: broker {b} has slots {c} to {d} in use, more than its ring has",
         }[self.breach]
         return _INVARIANTS[self.breach], text

@@ -52,8 +52,10 @@ from sim.cxl.region import SHARED_MEMORY_FOLDER
 SECOND = 1_000_000_000
 SESSIONS_WORD, CURSORS_WORD, WATCHERS_WORD = 5, 6, 4
 CALL_TICKS = 20_000                         # a call that takes longer has failed
+EARLIER_BATCHES, EARLIER_TRIES = 10, 400
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
-TOPIC = "simulated"
+# A name of two lines, so that one line of it alone is of no use.
+TOPIC = "simulated-" + "-".join(f"{number:03}" for number in range(20))
 WEIGHTS = (1, 1, 2, 4)
 PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
 
@@ -201,8 +203,8 @@ class World:
         self.weights = scenario.random(f"weights {scenario.schedule}")
         self.turns = scenario.random("turns")
         self.history = History(order=scenario.order)
-        clients = scenario.publishers + 1
-        self.witness = Witness(self.hardware.truth, self.layout, clients, 3 * scenario.batches + 3)
+        numbers = 3 * max(scenario.batches, EARLIER_BATCHES) + 3
+        self.witness = Witness(self.hardware.truth, self.layout, scenario.publishers + 1, numbers)
         self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
                                  self.witness, scenario.tick_ns)
         self.folder = Path(tempfile.mkdtemp(prefix="cxlmq-sim-", dir=SHARED_MEMORY_FOLDER)) if (
@@ -335,35 +337,57 @@ class World:
 
         self.at(self.step + steps, resume)
 
-    def create_topic(self) -> TopicEntry:
-        """Create the topic of the run, and wait until every broker serves it."""
-        scenario, head = self.scenario, self.hosts[0]
-        config, _ = TopicConfig(name=TOPIC, order=scenario.order, ack=max(scenario.ack, 0),
-                                replication_factor=scenario.replication_factor).validate(scenario.hosts)
-        live = [host.number for host in self.hosts]
-        task = head.call(head.topics.create(config, LEASE_TICKS * scenario.tick_ns, lambda: live))
+    def finish_at_head(self, what: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a call of the head's service to its end."""
+        head = self.hosts[0]
+        task = head.call(coroutine)
         for _ in range(400):
             head.loop.round()
             if task.done():
-                entry: TopicEntry = task.result()
-                return entry
+                return task.result()
             self.advance(self.step + 25)
-        raise Violation("B", "creating a topic did not end")
+        raise Violation("B", f"{what} did not end")
+
+    def create_topic(self, name: str) -> TopicEntry:
+        """Create a topic, and wait until every broker serves it."""
+        scenario, head = self.scenario, self.hosts[0]
+        config, _ = TopicConfig(name=name, order=scenario.order, ack=max(scenario.ack, 0),
+                                replication_factor=scenario.replication_factor).validate(scenario.hosts)
+        live = [host.number for host in self.hosts]
+        entry: TopicEntry = self.finish_at_head("creating a topic", head.topics.create(
+            config, LEASE_TICKS * scenario.tick_ns, lambda: live))
+        return entry
+
+    def live_before(self) -> None:
+        """Another topic has the place first: some traffic, and it is deleted."""
+        topic, live = self.create_topic("earlier"), [host.number for host in self.hosts]
+        client = Publisher(self, self.scenario.publishers, topic, EARLIER_BATCHES, 4, 1)
+        for _ in range(EARLIER_TRIES):
+            client.act()
+            self.advance(self.step + 50)
+            if client.finished:
+                break
+        client.die()
+        self.advance(self.step + 200)
+        self.history.operations.clear()
+        self.finish_at_head("deleting a topic", self.hosts[0].topics.delete("earlier", lambda: live))
 
     def run(self) -> None:
         """The whole run: traffic, faults, draining, and what must hold at the end. Raises `Violation`."""
         scenario = self.scenario
         for host in self.hosts:
             self._often(host.serve, SERVE_STEPS)
-        self.topic = self.create_topic()
+        if scenario.earlier_life:
+            self.live_before()
+        self.topic = self.create_topic(TOPIC)
         self.publishers = [Publisher(self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
                            for client in range(scenario.publishers)]
         self.subscribers = [Subscriber(self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
             self._often(act, CLIENT_STEPS)
         for fault in scenario.faults:
-            self.at(fault.step, lambda fault=fault: self.strike(fault))     # type: ignore[misc]
-        self.advance(scenario.steps)
+            self.at(self.step + fault.step, lambda fault=fault: self.strike(fault))     # type: ignore[misc]
+        self.advance(self.step + scenario.steps)
         drain(self)
         judge(self)
 

@@ -153,8 +153,19 @@ def test_scanned_beyond_delegated(world: World) -> None:
 
 
 def test_delegated_beyond_what_was_published(world: World) -> None:
-    change(world, world.layout.offset_of("offset_broker", 0, 2), 1000)
+    layout, truth = world.layout, world.hardware.truth
+    frontier = layout.offset_of("offset_broker", 0, 2)
+    slot = truth.load_word(frontier)
+    truth.store_word(layout.offset_of("ring", 0, 2, slot % layout.numbers["ring_slot_count"]),
+                     world.topic.generation << 48 | slot + 1)
+    change(world, frontier)
     assert see(world) == Breach.BREACH_BOUNDS
+
+
+@pytest.mark.parametrize(("by", "breach"), [(1, Breach.BREACH_HEADER_MISSING), (1000, Breach.BREACH_RING)])
+def test_a_delegated_frontier_over_headers_that_are_not_there(world: World, by: int, breach: Breach) -> None:
+    change(world, world.layout.offset_of("offset_broker", 0, 2), by)
+    assert see(world) == breach
 
 
 def test_a_high_water_mark_that_goes_back(world: World) -> None:
