@@ -12,6 +12,7 @@ LAYOUT_MAGIC = 0x514D4C5843  # "CXLMQ"
 LAYOUT_VERSION = 1
 POOL_STRATEGIES = ("atomic", "partitioned", "leader")
 SEGMENT_ALIGNMENT = 2 << 20
+LOST_BROKER_NUMBER = LOST_BROKER
 
 
 class LayoutError(ValueError):

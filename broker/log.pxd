@@ -90,6 +90,7 @@ cdef class BrokerLog:
     cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil
     cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil
     cdef void press(self, uint64_t nbytes) noexcept nogil
+    cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef int open_topic(self, uint64_t topic, uint64_t generation) except -1
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil

@@ -98,9 +98,24 @@ cdef class BrokerLog:
         self.memory.write_line(at, &offset)
         self.memory.flush(at, 64)
         self.memory.fence()
+        self.adopt_segments(topic, generation)
         log.opened = generation
         cxl_store_release(&log.generation, generation)
         return 0
+
+    cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil:
+        """Segments of a restored topic are ours when the segment table says so."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t segment, owner = (self.broker + 1) | topic << 16 | generation << 32
+        cdef SegmentLine line
+        for segment in range(self.layout.g.segment_count):
+            if self.memory.load(self.layout.segment_line(segment)) != owner:
+                continue
+            self.memory.read_line(self.layout.segment_line(segment), &line)
+            memset(&self.segments[segment], 0, sizeof(OpenSegment))
+            self.segments[segment].end_position = line.end_position
+            log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
+            log.segment_count += 1
 
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil:
         """Take no more batches; True once none is being filled, which is then told to the head."""

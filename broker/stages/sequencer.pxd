@@ -77,6 +77,7 @@ cdef class OrderState:
     cdef uint64_t activity_claimed
     cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
 
+    cdef void load_sessions(self)
     cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil

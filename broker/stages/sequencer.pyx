@@ -73,6 +73,30 @@ cdef class OrderState:
         memory.store(layout.g.control, epoch)
         memory.flush(layout.g.control, 64)
         memory.fence()
+        self.load_sessions()
+
+    cdef void load_sessions(self):
+        """Know the sessions that were restored; a new region has none."""
+        cdef uint64_t number
+        cdef SessionLine line
+        cdef SessionProgressLine progress
+        cdef Session* session
+        for number in range(self.session_count):
+            self.memory.read_line(self.layout.session_progress(number), &progress)
+            if progress.state == 0:
+                continue
+            self.memory.read_line(self.layout.session(number), &line)
+            session = &self.sessions[number]
+            session.held = <Held*>calloc(WINDOW, sizeof(Held))
+            if session.held == NULL:
+                raise MemoryError
+            session.client_id = line.client_id
+            session.epoch = line.session_epoch
+            session.topic = line.topic
+            session.expected = progress.expected
+            session.messages = progress.committed_messages
+            session.position = progress.committed_position
+            session.state = progress.state
 
     def __dealloc__(self):
         cdef uint64_t i
@@ -102,9 +126,13 @@ cdef class OrderState:
         order.lease_ns = line.lease_ns
         order.replicated = line.replication_factor > 1
         self.replicated_topics += order.replicated
-        order.assigned = 0
-        order.committed_index = order.committed_position = order.committed_bytes = 0
-        order.reclaimed_index = order.advancing = order.stalled = 0
+        # A restored topic goes on where its lines say; those of a new one are zero.
+        order.committed_index = self.memory.load(self.layout.topic_order(topic))
+        order.committed_position = self.memory.load(self.layout.topic_order(topic) + 8)
+        order.committed_bytes = self.memory.load(self.layout.topic_order(topic) + 24)
+        order.assigned = order.committed_index << POSITION_BITS | order.committed_position
+        order.reclaimed_index = self.memory.load(self.layout.topic_reclaim(topic))
+        order.advancing = order.stalled = 0
         memset(&self.ordered[topic * self.layout.g.broker_count], 0, self.layout.g.broker_count * sizeof(Ordered))
         self.topics_open += 1
         cxl_store_release(&order.generation, generation)
