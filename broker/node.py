@@ -68,6 +68,7 @@ from sim.cxl.region import host_identity, process_alive, process_start_time
 
 HEAD = 0
 REGION_WAIT_SECONDS = 20.0
+RECOVERY_SECONDS = 600.0            # for reading all replicas; a region comes when that is done
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
 DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
@@ -311,13 +312,29 @@ def _check_place(region: Region, broker: int) -> None:
                             "start the whole cluster anew", region=region.name, reason="broker ran")
 
 
-def run_broker(config: ClusterConfig, broker: int) -> None:
-    """Run one broker until SIGTERM or SIGINT. Raises `CxlmqError` when it cannot start."""
+RECOVERY_FILE = "recovery.json"          # in the cluster's folder: what was recovered, and what was not
+
+
+def _recover(config: ClusterConfig, region: Region) -> None:
+    """Fill the new region from the replicas in the data directory, before anybody else attaches to it."""
+    from broker.recovery import make_plan
+    from broker.restore import restore
+
+    assert config.data_directory
+    report = restore(region, make_plan(Path(config.data_directory)), int(config.session_lease_seconds * 1e9))
+    (config.folder / RECOVERY_FILE).write_text(json.dumps(report))
+
+
+def run_broker(config: ClusterConfig, broker: int, recover: bool = False) -> None:
+    """Run one broker until SIGTERM or SIGINT. Raises `CxlmqError` when it cannot start.
+
+    With `recover` the head fills the region from the replicas in the data directory first.
+    """
     make_folder(config)
     if broker == HEAD:
-        region = create_region(config)
+        region = create_region(config, prepare=lambda created: _recover(config, created) if recover else None)
     else:
-        region = attach_region(config.name, timeout_seconds=REGION_WAIT_SECONDS,
+        region = attach_region(config.name, timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS,
                                folder_root=Path(config.runtime_directory))
         _check_place(region, broker)
     try:
@@ -350,10 +367,11 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
     parser.add_argument("--id", type=int, required=True, help="number of this broker, 0 is the head")
     parser.add_argument("--parent", type=int, help="process that this broker ends with")
+    parser.add_argument("--recover", action="store_true", help="rebuild from the replicas in data_directory")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
     try:
-        run_broker(ClusterConfig.from_json(read()), options.id)
+        run_broker(ClusterConfig.from_json(read()), options.id, options.recover)
     except CxlmqError as error:
         _report(error, options.json_errors)
         return 2

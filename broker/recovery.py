@@ -2,13 +2,13 @@
 
     files ──► records by topic and position ──► holes, sessions ──► RecoveryPlan ──► broker/restore.py ──► region
 
-Level 2 was acknowledged only when everything below was on the disks, so it ends where the log has its first hole, and
-records say how far it had come (`durable_position`). A hole below that is damage: what follows is kept. Above it is a tail
-that no disk had yet: there, what comes behind a lost batch of its own session is given up too, because its publisher
-was never told of it, sends it again, and must find neither a gap nor a duplicate.
+Level 2 was acknowledged only when everything below was on the disks, so it ends where the log has its first hole;
+records say how far it had come (`durable_position`). A hole below that is damage: what follows is kept. Above is a tail
+that no disk had yet: there, what comes behind a lost batch of its own session is given up too. Its publisher was never
+told of it, sends it again, and must find neither a gap nor a duplicate.
 
-Runs of a cluster over the same folder follow one another: DIR/recoveries/<number>.json says up to which position of each topic
-earlier files count. Recovery changes nothing else in the folder, so it can be killed and run again.
+Runs of a cluster over the same folder follow one another: DIR/recoveries/<number>.json says up to which position of
+each topic earlier files count. Recovery changes nothing else there, so it can be killed and run again.
 """
 
 import contextlib
@@ -150,11 +150,13 @@ def read_manifests(folder: Path) -> list[Manifest]:
         try:
             values = json.loads(path.read_text())
             found.append(Manifest(
-                int(path.stem), int(values["run_id"]), {key: int(each["end"]) for key, each in values["topics"].items()},
+                int(path.stem), int(values["run_id"]),
+                {key: int(each["end"]) for key, each in values["topics"].items()},
                 {key: [(int(a), int(b)) for a, b in each["lost"]] for key, each in values["topics"].items()}))
         except (ValueError, KeyError, TypeError) as error:
-            raise RecoveryError(folder=folder, reason=f"{path} is damaged ({error}): restore it from a copy of the folder; "
-                                                      "without it nobody knows which batches count") from error
+            raise RecoveryError(folder=folder, reason=(
+                f"{path} is damaged ({error}): restore it from a copy; without it nobody knows which batches "
+                "count")) from error
     return found
 
 
@@ -164,7 +166,8 @@ def write_manifest(folder: Path, run_id: int, topics: Iterable[RecoveredTopic]) 
     target.mkdir(mode=0o700, exist_ok=True)
     number = max((each.number for each in read_manifests(folder)), default=0) + 1
     text = json.dumps({"run_id": run_id, "topics": {
-        topic.identity: {"end": topic.end_position, "lost": [[each.first, each.end] for each in topic.lost if each.reason != "no room"]}
+        topic.identity: {"end": topic.end_position, "lost": [[each.first, each.end] for each in topic.lost
+                                                             if each.reason != "no room"]}
         for topic in topics}}, indent=1)
     path = target / f"{number:06d}.json"
     with open(path.with_suffix(".writing"), "w") as file:
@@ -188,14 +191,16 @@ class Runs:
         self._manifests = manifests
         self._began_by = {each.run_id: number for number, each in enumerate(manifests)}
 
-    def window(self, identity: str, run_id: int) -> tuple[int, int | None]:
-        """The positions of a topic for which a run's files count: from, up to (None: no end)."""
+    def end(self, identity: str, run_id: int) -> int | None:
+        """The position of a topic up to which a run's files count; None: there is no end.
+
+        What a run has below the place where it began is a copy of what it was recovered from.
+        """
         own = self._began_by.get(run_id)
-        low = 0 if own is None else self._manifests[own].ends.get(identity, 0)
         for later in self._manifests[0 if own is None else own + 1:]:
             if identity in later.ends:
-                return low, later.ends[identity]
-        return low, None
+                return later.ends[identity]
+        return None
 
     def lost(self, identity: str) -> list[tuple[int, int]]:
         """What earlier recoveries have given up: it does not come back."""
@@ -279,12 +284,12 @@ def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs
     topic, reading = RecoveredTopic(options), _Reading()
     given_up = runs.lost(topic.identity)
     for file in sorted(files, key=lambda each: each.created_ns):
-        low, high = runs.window(topic.identity, file.run_id)
+        end = runs.end(topic.identity, file.run_id)
         for each in read_records(file):
             if isinstance(each, Damage):
                 damage.append(_damaged(file, each))
-            elif high is None or each.position < high:
-                _take(reading, file, each, low, given_up, damage)
+            elif end is None or each.position < end:
+                _take(reading, file, each, given_up, damage)
     for position, batch in reading.batches.items():
         batch.copies = len(reading.holders[position])
     topic.durable_position = reading.durable
@@ -293,15 +298,14 @@ def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs
     return topic
 
 
-def _take(reading: _Reading, file: ReplicaFile, record: Record, low: int, given_up: list[tuple[int, int]],
+def _take(reading: _Reading, file: ReplicaFile, record: Record, given_up: list[tuple[int, int]],
           damage: list[DamagedFile]) -> None:
     """Add one record to what is known of its topic."""
     fields = record.fields
     reading.durable = max(reading.durable, fields["durable_position"])
     reading.committed = max(reading.committed, fields["committed_position"], record.end)
     reading.reclaimed = max(reading.reclaimed, fields["first_position"])
-    if record.end == record.position or record.position < low or any(
-            first <= record.position < end for first, end in given_up):
+    if record.end == record.position or any(first <= record.position < end for first, end in given_up):
         return
     other = reading.batches.get(record.position)
     if other is not None and any(other.record.fields[key] != fields[key] for key in _IDENTICAL):

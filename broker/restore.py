@@ -15,8 +15,8 @@ from typing import Any
 from broker.errors import RecoveryError
 from broker.layout import LOST_BROKER_NUMBER, SessionState, TopicState
 from broker.placement import live_brokers, replica_brokers
-from broker.recovery import Range, RecoveredBatch, RecoveredTopic, RecoveryPlan, write_manifest
 from broker.records import pack
+from broker.recovery import Range, RecoveredBatch, RecoveredTopic, RecoveryPlan, write_manifest
 from broker.region import Region
 from broker.replica_files import path_descriptor
 from broker.segments import AtomicPool, PartitionedPool, SegmentPool
@@ -94,13 +94,14 @@ class Restorer:
         room = self._numbers["order_entry_count"] * 3 // 4 - 2 * len(topic.lost) - 1
         for batch in reversed(topic.batches):
             broker = batch.record.fields["broker"] % brokers
-            at = self._reserve(logs[broker], broker, batch.record.fields["payload_bytes"]) if len(places) < room else None
+            nbytes = batch.record.fields["payload_bytes"]
+            at = self._reserve(logs[broker], broker, nbytes) if len(places) < room else None
             if at is None:
                 self._forget(topic, batch)
                 break
             self._copy(batch, at)
             places[batch.record.position] = at
-            for segment in range(self._segment_of(at), self._segment_of(at + batch.record.fields["payload_bytes"] - 1) + 1):
+            for segment in range(self._segment_of(at), self._segment_of(at + nbytes - 1) + 1):
                 ends[segment] = max(ends.get(segment, 0), batch.record.end)
         self._memory.store_fence()
         for broker, log in logs.items():
@@ -144,7 +145,8 @@ class Restorer:
             if first < 0:
                 return None
             log.segments += range(first, first + run)
-            log.cursor, log.end = self._layout.offset_of("segment", first), self._layout.offset_of("segment", first + run)
+            log.cursor = self._layout.offset_of("segment", first)
+            log.end = log.cursor + run * size
         at, log.cursor = log.cursor, log.cursor + need
         return at
 
@@ -154,7 +156,7 @@ class Restorer:
         parts = 1 if self._layout.pool_strategy == "partitioned" else self._numbers["broker_count"]
         return bool(self._pools[broker].free_count() - run >= longest + 2 * parts)
 
-    # ---- order, replicas, sessions -------------------------------------------------------------------------------------
+    # ---- order, replicas, sessions ------------------------------------------------------------------------------
 
     def _write_entries(self, topic: RecoveredTopic, number: int, generation: int, places: dict[int, int]) -> int:
         """Batches and lost ranges, one entry each, by position; how many entries that are."""
@@ -172,7 +174,8 @@ class Restorer:
         for each in sorted(every, key=lambda each: each.first if isinstance(each, Range) else each.record.position):
             if isinstance(each, Range):
                 for first in range(each.first, each.end, LOST_COUNT_MAX):
-                    write(position=first, message_count=min(each.end - first, LOST_COUNT_MAX), broker=LOST_BROKER_NUMBER)
+                    write(position=first, message_count=min(each.end - first, LOST_COUNT_MAX),
+                          broker=LOST_BROKER_NUMBER)
                 continue
             fields = each.record.fields
             write(position=each.record.position, payload_offset=places[each.record.position],
@@ -191,7 +194,8 @@ class Restorer:
             index, position = entries, topic.end_position
             for at, each in enumerate(topic.batches):
                 if each.copies < factor - 1 and each.record.fields["broker"] % brokers == source:
-                    before = sum(1 for lost in topic.lost if topic.first_position <= lost.first < each.record.position)
+                    before = sum(1 for lost in topic.lost
+                                 if topic.first_position <= lost.first < each.record.position)
                     index, position = at + before, each.record.position
                     break
             for replica in replica_brokers(number, generation, source, live, brokers, factor):
@@ -203,7 +207,7 @@ class Restorer:
         share, brokers = self._numbers["sessions_per_broker"], self._numbers["broker_count"]
         for session in sorted(topic.sessions, key=lambda each: -each.position):
             if self._sessions_used >= share * brokers // 2:
-                return                          # the oldest; new ones need slots, and the log still tells of their batches
+                return                          # new ones need slots; of the rest the log still tells
             # From the last slot on: brokers give out the first ones first.
             slot = self._sessions_used % brokers * share + share - 1 - self._sessions_used // brokers
             self._sessions_used += 1
@@ -227,8 +231,8 @@ def restore(region: Region, plan: RecoveryPlan, lease_ns: int) -> dict[str, Any]
                                                        f"{numbers['topic_count_max']}")
     wanted = max((topic.options["replication_factor"] for topic in plan.topics), default=1)
     if wanted > numbers["broker_count"]:
-        raise RecoveryError(folder=plan.folder, reason=f"a topic has replication factor {wanted}: start at least {wanted} "
-                                                       "brokers")
+        raise RecoveryError(folder=plan.folder, reason=f"a topic has replication factor {wanted}: start at least "
+                                                       f"{wanted} brokers")
     restorer = Restorer(region, lease_ns)
     for number, topic in enumerate(plan.topics):
         restorer.topic(topic, number, number + 1)

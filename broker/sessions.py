@@ -43,6 +43,10 @@ class SessionTable:
         self._lines: dict[int, dict[str, int]] = {}
         self._idle_since: dict[int, float] = {}
         self._streams: dict[int, int] = {}          # open streams of a session at this broker
+        for slot in range(self._first, self._first + self._count):
+            if (line := self.line(slot))["state"] & 0xFF == SessionState.SESSION_OPEN:
+                self._lines[slot] = line            # restored: its publisher may come back
+                self._idle_since[slot] = time.monotonic()
 
     async def open(self, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
         """Open a session and wait for the sequencer; its slot and progress line.

@@ -42,6 +42,8 @@ DEFAULT_NAME = "default"
 PID_FILE = "supervisor.pid"
 HEAD = 0
 READY_SECONDS = 30.0
+RECOVERY_SECONDS = 600.0                # for reading all replicas
+RECOVERY_FILE = "recovery.json"         # written by the head into the cluster's folder
 STOP_SECONDS = 10.0
 DOWN_SECONDS = 2 * STOP_SECONDS         # what `stop_cluster` gives a supervisor before it kills
 ANSWER_SECONDS = 5.0
@@ -79,13 +81,21 @@ class Cluster:
 
     `exact_name`: refuse when the name is taken (`RegionForeign`); without it a cluster called "default" takes the next
     free of default-2, default-3 ... None means: exact unless the name is "default". `on_note` is told what the user
-    should know (another name was taken, leftovers were removed, a broker ended).
+    should know (another name was taken, leftovers were removed, a broker ended). `recover` is the data directory of a
+    cluster whose memory is gone: topics, positions and sessions are rebuilt from its replicas, `recovery` then says
+    what was found and what was lost, and the cluster keeps its replicas there.
     """
 
     def __init__(self, config: ClusterConfig | None = None, *, exact_name: bool | None = None,
                  ready_seconds: float = READY_SECONDS, stop_seconds: float = STOP_SECONDS,
-                 on_note: Callable[[str], None] | None = None) -> None:
+                 on_note: Callable[[str], None] | None = None,
+                 recover: str | os.PathLike[str] | None = None) -> None:
         wanted = config or load_config()
+        if recover is not None:
+            wanted = msgspec.structs.replace(wanted, data_directory=os.fspath(recover))
+            ready_seconds = max(ready_seconds, RECOVERY_SECONDS)
+        self._recover = recover is not None
+        self.recovery: dict[str, Any] | None = None
         # The brokers run in another folder.
         self.config: ClusterConfig = msgspec.structs.replace(
             wanted, runtime_directory=os.path.abspath(wanted.runtime_directory),
@@ -151,6 +161,8 @@ class Cluster:
             for broker, child in self._children.items():
                 self._configure(broker, child)
             self._wait_until_ready(time.monotonic() + self._ready_seconds)
+            if self._recover:
+                self.recovery = json.loads((self.config.folder / RECOVERY_FILE).read_text())
         except BaseException:
             self.stop()
             raise
@@ -178,7 +190,8 @@ class Cluster:
     def _spawn(self, broker: int) -> None:
         log = self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
         self._children[broker] = subprocess.Popen(
-            [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid())],
+            [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid()),
+             *(["--recover"] if self._recover else [])],
             stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
             process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
 
@@ -594,18 +607,20 @@ def describe(cluster: Cluster) -> dict[str, Any]:
     processes = cluster.processes
     return {
         "name": cluster.name, "supervisor": os.getpid(), "folder": str(cluster.config.folder),
-        "region_bytes": cluster.config.region_bytes, "notes": cluster.notes,
+        "region_bytes": cluster.config.region_bytes, "notes": cluster.notes, "recovery": cluster.recovery,
         "brokers": [{"id": broker, "pid": processes.get(broker), "tcp_address": addresses.tcp,
                      "unix_address": addresses.unix} for broker, addresses in sorted(cluster.addresses.items())],
     }
 
 
-def start_detached(config: ClusterConfig, exact_name: bool | None = None) -> dict[str, Any]:
+def start_detached(config: ClusterConfig, exact_name: bool | None = None,
+                   recover: str | None = None) -> dict[str, Any]:
     """Start a cluster whose supervisor outlives this process; return `describe` of it once it is ready.
 
     Stop it with `stop_cluster(name)`. Raises what `Cluster.start` raises.
     """
-    request = json.dumps({"config": json.loads(config.to_json()), "exact_name": exact_name})
+    request = json.dumps({"config": json.loads(config.to_json()), "exact_name": exact_name,
+                          "recover": recover and os.path.abspath(recover)})
     with subprocess.Popen([sys.executable, "-m", "client.cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, cwd=_CODE_FOLDER, start_new_session=True) as supervisor:
         assert supervisor.stdin
@@ -637,7 +652,7 @@ def supervise() -> int:
     config = ClusterConfig.from_json(json.dumps(request["config"]))
     with interrupted_by_signals():
         try:
-            with Cluster(config, exact_name=request["exact_name"]) as cluster:
+            with Cluster(config, exact_name=request["exact_name"], recover=request["recover"]) as cluster:
                 print(json.dumps(describe(cluster)), flush=True)
                 _leave_terminal(cluster.config.folder / "supervisor.log")
                 cluster.wait()

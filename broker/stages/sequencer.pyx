@@ -88,8 +88,6 @@ cdef class OrderState:
             self.memory.read_line(self.layout.session(number), &line)
             session = &self.sessions[number]
             session.held = <Held*>calloc(WINDOW, sizeof(Held))
-            if session.held == NULL:
-                raise MemoryError
             session.client_id = line.client_id
             session.epoch = line.session_epoch
             session.topic = line.topic

@@ -34,10 +34,12 @@ def cluster() -> None:
 
 
 @cluster.command()
+@click.option("--recover", type=click.Path(file_okay=False), metavar="DIR", help=(
+    "Rebuild topics and positions from the replicas in this data directory, after the memory was lost."))
 @click.option("--detach", "-d", is_flag=True, help="Run in the background; return when every broker answers.")
 @config_options
 @common_options
-def up(detach: bool, overrides: dict[str, Any]) -> None:
+def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
     """Start a cluster; Ctrl-C stops it and leaves nothing behind.
 
     Without --name, a second cluster is called default-2, and so on. Settings come from --config, then from CXLMQ_*
@@ -48,6 +50,7 @@ def up(detach: bool, overrides: dict[str, Any]) -> None:
       cxlmq cluster up                                  four brokers, 1 GiB of shared memory
       cxlmq cluster up -d --brokers 2 --region-bytes 64MiB
       cxlmq cluster up --name lab --listen-host 0.0.0.0 --listen-port 7000 --security ~/lab-security
+      cxlmq cluster up --recover /srv/frames            from the data directory of a cluster that was killed
     """
     from broker.config import load_config
 
@@ -56,18 +59,18 @@ def up(detach: bool, overrides: dict[str, Any]) -> None:
     if detach:
         from client.cluster import start_detached
 
-        values = start_detached(config, exact_name)
+        values = start_detached(config, exact_name, recover)
         for note in values["notes"]:
             say(f"note: {note}")
         _print_cluster(values, detached=True)
         return
-    _foreground(config, exact_name)
+    _foreground(config, exact_name, recover)
 
 
-def _foreground(config: Any, exact_name: bool | None) -> None:
+def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> None:
     from client.cluster import Cluster, describe, interrupted_by_signals
 
-    running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"))
+    running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover)
     with interrupted_by_signals():
         with running:
             try:
@@ -89,6 +92,7 @@ def _print_cluster(values: dict[str, Any], detached: bool) -> None:
     width = max(len(broker["tcp_address"]) for broker in values["brokers"])
     click.echo(f"cluster {name!r} is up: {len(values['brokers'])} brokers, "
                f"{common.bytes_text(values['region_bytes'])} of shared memory\n")
+    _print_recovery(values["recovery"])
     for broker in values["brokers"]:
         click.echo(f"  broker {broker['id']}  pid {broker['pid']:<8} {broker['tcp_address']:<{width}}  "
                    f"{broker['unix_address']}")
@@ -97,6 +101,25 @@ def _print_cluster(values: dict[str, Any], detached: bool) -> None:
                f"       cxlmq consume greetings{option}\n"
                f"       cxlmq cluster status{' ' + name if option else ''} --watch\n"
                f"stop:  {stop}\nlogs:  {values['folder']}")
+
+
+def _print_recovery(report: dict[str, Any] | None) -> None:
+    """What came back, and every range that did not."""
+    if report is None:
+        return
+    click.echo(f"recovered from {report['folder']}:")
+    for topic in report["topics"]:
+        click.echo(f"  topic {topic['name']!r}: {topic['messages']:,} messages, positions {topic['first_position']} to "
+                   f"{topic['end_position']}, {topic['sessions']} sessions")
+        if topic["in_memory_only"]:
+            click.echo("    it had replication factor 1: all its messages were in memory, and are lost")
+        for lost in topic["lost"]:
+            click.echo(f"    lost: positions {lost['first']} to {lost['end'] - 1} ({lost['reason']})")
+    for each in report["damage"]:
+        click.echo(f"  damaged: {each['path']} at byte {each['offset']}: {each['what']}")
+    for text in report["ignored"]:
+        click.echo(f"  not restored: {text}")
+    click.echo("")
 
 
 # ---- down --------------------------------------------------------------------------------------------------------
