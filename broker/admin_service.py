@@ -49,21 +49,21 @@ class AdminService:
         return {name: unary(self._server.guard, *each) for name, each in methods.items()}
 
     async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
-        """Call the head's Admin service; its error comes through as it is."""
+        """Call a method ("Admin/CreateTopic") at the head; its error comes through as it is."""
         head = self._node.broker_line(0)
         async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
-            call = channel.unary_unary(f"/cxlmq.v1.Admin/{method}", request.__class__.SerializeToString,
+            call = channel.unary_unary(f"/cxlmq.v1.{method}", request.__class__.SerializeToString,
                                        reply.FromString)
             return await call(request, timeout=30, metadata=self._server.guard.own_metadata())
 
-    async def _forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
+    async def forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
         try:
             return await self._at_head(method, request, reply)
         except grpc.aio.AioRpcError as error:
             trailers = tuple(error.trailing_metadata() or ())
             if not any(key == ERROR_KEY for key, _ in trailers):
                 raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
-                                        "creates and deletes topics", address="head") from None
+                                        "changes topics and groups", address="head") from None
             await context.abort(error.code(), error.details(), trailers)
 
     async def create_topic(self, request: Any, context: Any) -> pb.Topic:
@@ -72,15 +72,16 @@ class AdminService:
             name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
             retention_bytes=request.retention_bytes).validate(count)
         if not self._node.is_head:
-            return await self._forward("CreateTopic", request, pb.Topic, context)
+            return await self.forward("Admin/CreateTopic", request, pb.Topic, context)
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
         return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
 
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
         self._node.topics.find(request.name)
         if not self._node.is_head:
-            return await self._forward("DeleteTopic", request, pb.DeleteTopicResponse, context)
+            return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context)
         await self._node.topics.delete(request.name, self._node.live_brokers)
+        await self._server.groups.forget_deleted()
         return pb.DeleteTopicResponse()
 
     async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
@@ -173,11 +174,12 @@ class AdminService:
             server.cursors.close(cursor)
             raise AttachSlotsFull(broker=node.broker)
         server.attached_by[found[0]] = CALLER.get().name
-        server.attached_cursors[found[0]] = cursor, bool(request.subscribe.protect)
+        server.attached_cursors[found[0]] = cursor
         node.watch_commits(+1)
         frontiers = reader.frontiers()
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
                              topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
+                             position=reader.position_of(reader.index),
                              first_position=frontiers["reclaimed_position"],
                              end_position=frontiers["committed_position"], doorbell=node.broker)
 

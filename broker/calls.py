@@ -9,7 +9,17 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from broker.errors import BadRequest, CxlmqError, status_of, to_metadata
+from broker.errors import (
+    BadRequest,
+    CxlmqError,
+    DamagedData,
+    PositionLost,
+    RangeLost,
+    UnknownTopic,
+    status_of,
+    to_metadata,
+)
+from broker.reader import ReadError, ReadStatus
 from broker.security import CALLER, Guard, Principal
 
 _log = logging.getLogger("cxlmq")
@@ -40,6 +50,17 @@ def parsed(kind: Any, data: bytes) -> Any:
         raise BadRequest(reason=f"no {kind.DESCRIPTOR.name}") from error
 
 
+def read_error(topic: str, error: ReadError) -> CxlmqError:
+    """The typed error for what a reader of a topic came upon."""
+    if error.status == ReadStatus.READ_CLOSED:
+        return UnknownTopic(topic=topic)
+    if error.status == ReadStatus.READ_LOST:
+        return PositionLost(str(error), index=error.index)
+    if error.status == ReadStatus.READ_GONE and error.end is not None:
+        return RangeLost(topic=topic, first=error.first, end=error.end)
+    return DamagedData(str(error), topic=topic, index=error.index)
+
+
 # Who may call a method: one of these rights to the topic that the request names. None: whoever has a token.
 Access = tuple[tuple[str, ...], Callable[[Any], str]] | None
 PUBLISH, SUBSCRIBE, ADMIN = (("publish",), ("subscribe",), ("admin",))
@@ -55,7 +76,10 @@ def unary(guard: Guard, method: Callable[[Any, Any], Awaitable[Any]], kind: Any,
             if access is not None:
                 rights, topic_of = access
                 caller.require(rights, topic_of(request))
-            return await method(request, context)
+            try:
+                return await method(request, context)
+            except ReadError as error:
+                raise read_error(access[1](request) if access else "", error) from error
 
     return grpc.unary_unary_rpc_method_handler(call, None, reply.SerializeToString)
 

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from broker.errors import (
+    BadGroupName,
     BadTopicName,
     BadTopicOptions,
     ClearTextRefused,
@@ -70,14 +71,14 @@ def _quantity(value: object, units: Mapping[str, float], setting: str, allowed: 
 # ---- sizes that follow from the size of the region ------------------------------------------------------------------
 
 _SIZED = ("topic_count_max", "ring_slot_count", "order_entry_count", "segment_bytes", "session_count_max",
-          "cursor_count_max")
+          "cursor_count_max", "group_count_max")
 # Smallest region that a row serves, then the settings of _SIZED in order.
 _TIERS: tuple[tuple[int, tuple[int, ...]], ...] = (
-    (512 * MIB, (64, 1024, 16384, MIB, 1024, 256)),
-    (256 * MIB, (32, 512, 8192, 512 * KIB, 512, 128)),
-    (64 * MIB, (16, 256, 4096, 256 * KIB, 128, 64)),
-    (16 * MIB, (8, 128, 1024, 64 * KIB, 64, 64)),
-    (0, (4, 64, 256, 16 * KIB, 64, 64)),
+    (512 * MIB, (64, 1024, 16384, MIB, 1024, 256, 64)),
+    (256 * MIB, (32, 512, 8192, 512 * KIB, 512, 128, 64)),
+    (64 * MIB, (16, 256, 4096, 256 * KIB, 128, 64, 32)),
+    (16 * MIB, (8, 128, 1024, 64 * KIB, 64, 64, 16)),
+    (0, (4, 64, 256, 16 * KIB, 64, 64, 8)),
 )
 _MESSAGE_BYTES_MAX = 16 * MIB
 _BATCH_BYTES_MAX = 4 * MIB
@@ -97,12 +98,13 @@ def _chosen(region_bytes: int) -> dict[str, int]:
 _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THREAD_PLANS, "waiting": WAITINGS,
             "memory": MEMORIES}
 _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes")
+_DURATIONS = ("session_lease_seconds", "group_lease_seconds")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
     "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
     "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
-    "cursor_count_max": (1, 1 << 20), "attach_slot_count": (0, 4096), "heartbeat_ms": (1, 60_000),
-    "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
+    "cursor_count_max": (1, 1 << 20), "group_count_max": (1, 65536), "attach_slot_count": (0, 4096),
+    "heartbeat_ms": (1, 60_000), "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
 }
 _POWERS_OF_TWO = ("ring_slot_count", "order_entry_count", "segment_bytes")
 
@@ -121,6 +123,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     segment_bytes: int = 0
     session_count_max: int = 0
     cursor_count_max: int = 0
+    group_count_max: int = 0                # consumer groups of all topics
     attach_slot_count: int = 64             # clients attached to the memory at once; at least 4 a broker, or 0: none
     pool: str = "atomic"
     sequencer_lock: str = "atomic"
@@ -129,6 +132,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     waiting: str = "balanced"
     memory: str = "mapped"
     session_lease_seconds: float = 30.0     # how long a gap in a session may last
+    group_lease_seconds: float = 10.0       # how long a silent member keeps its consumer group
     heartbeat_ms: int = 500
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
     replica_file_bytes: int = 64 * MIB      # a replica's file is followed by the next one at this size
@@ -142,7 +146,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for setting in _BYTES:
             if getattr(self, setting) is not None:
                 setattr(self, setting, parse_bytes(getattr(self, setting), setting))
-        self.session_lease_seconds = parse_duration(self.session_lease_seconds, "session_lease_seconds")
+        for setting in _DURATIONS:
+            setattr(self, setting, parse_duration(getattr(self, setting), setting))
         self._choose()
         self._check()
 
@@ -171,8 +176,9 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             _refuse("scanners", self.scanners, f"a whole number from 1 to brokers ({self.brokers})")
         if not isinstance(self.name, str) or not _CLUSTER_NAME.fullmatch(self.name):
             _refuse("name", self.name, "1 to 60 letters, digits, '.', '_' and '-', not starting with '.' or '-'")
-        if self.session_lease_seconds <= 0:
-            _refuse("session_lease_seconds", self.session_lease_seconds, "more than 0")
+        for setting in _DURATIONS:
+            if getattr(self, setting) <= 0:
+                _refuse(setting, getattr(self, setting), "more than 0")
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
         if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
@@ -187,6 +193,10 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def folder(self) -> Path:
         """The cluster's own folder: sockets, logs, and replicas when no data_directory is set."""
         return Path(os.path.abspath(self.runtime_directory)) / f"{FOLDER_PREFIX}{self.name}"
+
+    def replica_folder(self, broker: int) -> Path:
+        """Where a broker keeps what outlives the region: replicas, and the files of consumer groups."""
+        return (Path(self.data_directory) if self.data_directory else self.folder / "replicas") / f"broker-{broker}"
 
     def to_json(self) -> str:
         """The configuration on one line, for a broker's argument or pipe."""
@@ -283,7 +293,7 @@ def _typed(setting: str, value: Any) -> Any:
         if str(value).lower() not in ("true", "false"):
             _refuse(setting, value, "true or false")
         return str(value).lower() == "true"
-    if _SETTINGS[setting] is not int and setting != "session_lease_seconds" and not isinstance(value, str):
+    if _SETTINGS[setting] is not int and setting not in _DURATIONS and not isinstance(value, str):
         _refuse(setting, value, "text")
     return value
 
@@ -323,7 +333,8 @@ def layout_of(config: ClusterConfig) -> Layout:
             broker_count=config.brokers, region_bytes=region_bytes, topic_count_max=config.topic_count_max,
             ring_slot_count=config.ring_slot_count, order_entry_count=config.order_entry_count,
             session_count_max=config.session_count_max, cursor_count_max=config.cursor_count_max,
-            attach_slot_count=attach_slots, segment_bytes=config.segment_bytes,
+            attach_slot_count=attach_slots, group_count_max=config.group_count_max,
+            segment_bytes=config.segment_bytes,
             message_bytes_max=config.message_bytes_max, batch_bytes_max=config.batch_bytes_max,
             pool_strategy=config.pool)
 
@@ -381,3 +392,9 @@ def check_topic_name(name: str) -> None:
     """Raise `BadTopicName` unless a topic may be called so."""
     if not isinstance(name, str) or not _TOPIC_NAME.fullmatch(name):
         raise BadTopicName(topic=name)
+
+
+def check_group_name(name: str) -> None:
+    """Raise `BadGroupName` unless a consumer group may be called so."""
+    if not isinstance(name, str) or not _TOPIC_NAME.fullmatch(name) or len(name) > 63:
+        raise BadGroupName(group=name)

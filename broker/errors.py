@@ -299,6 +299,75 @@ class CursorTableFull(CxlmqError):
                 "or raise cursor_count_max")
 
 
+class GroupError(CxlmqError):
+    """Something is wrong with a consumer group; details: group, topic."""
+
+    code = "group"
+    status = "INVALID_ARGUMENT"
+    template = "group {group} of topic {topic} cannot be used"
+
+
+class BadGroupName(GroupError):
+    """The name is not allowed."""
+
+    code = "bad-group-name"
+    template = ("{group!r} is no group name: use 1 to 63 letters, digits, '.', '_' and '-', "
+                "and do not start with '.' or '__'")
+
+
+class UnknownGroup(GroupError):
+    """The topic has no such group."""
+
+    code = "unknown-group"
+    status = "NOT_FOUND"
+    template = "topic {topic} has no group {group}: a subscriber makes it (group=..., `cxlmq consume --group`)"
+
+
+class GroupTableFull(GroupError):
+    """The region has no place for another group; details: group_count_max."""
+
+    code = "group-table-full"
+    status = "RESOURCE_EXHAUSTED"
+    template = ("all {group_count_max} places for groups are taken: delete one (`cxlmq group delete`), "
+                "or raise group_count_max")
+
+
+class GroupBusy(GroupError):
+    """Somebody else reads for the group; details: holder, lease_seconds_left."""
+
+    code = "group-busy"
+    status = "FAILED_PRECONDITION"
+    template = ("group {group} of topic {topic} is read by {holder}: close it, wait (its lease ends in "
+                "{lease_seconds_left} s unless it renews it; group_wait), or use another group")
+
+
+class GroupFenced(GroupError):
+    """This member's lease ended and another one reads, or the group was reset; details: holder."""
+
+    code = "group-fenced"
+    status = "ABORTED"
+    template = ("this member of group {group} reads no more: now it is {holder}; what it did not commit is read again "
+                "by that one; subscribe again to take turns")
+
+
+class CommitRefused(GroupError):
+    """A group's place never goes back by itself nor beyond the end; details: position, committed, end_position."""
+
+    code = "commit-refused"
+    status = "OUT_OF_RANGE"
+    template = ("group {group} cannot commit position {position}: allowed is {committed} to {end_position}; "
+                "`cxlmq group reset` goes back")
+
+
+class GroupNotDurable(GroupError):
+    """The commit is in memory and not on the head's disk; details: position, reason."""
+
+    code = "group-not-durable"
+    status = "FAILED_PRECONDITION"
+    template = ("position {position} of group {group} is committed in memory and not on disk ({reason}): "
+                "make room in the data directory and commit again")
+
+
 class StreamTableFull(CxlmqError):
     """A broker serves no more publish streams; details: broker."""
 

@@ -1,7 +1,7 @@
 """The records in shared memory and where they lie. The only definition: sizes, dtypes, the printed map derive from it.
 
     superblock | control | brokers | topics (TInodes) | batch-header rings | results | order indexes | sessions
-    | cursors | attached-client slots | segment table | coherent area | statistics | segments
+    | cursors | groups | attached-client slots | segment table | coherent area | statistics | segments
 
 Every record is made of whole 64-byte lines (results: four to a line) with one writer role each; word 0 of a line is its
 commit word, stored last. Words that many hosts change lie in the coherent area and nowhere else.
@@ -64,7 +64,11 @@ cpdef enum CursorState:
     CURSOR_FREE = 0
     CURSOR_WANTED = 1           # waits for the reclaimer's grant
     CURSOR_LIVE = 2
-    CURSOR_PROTECTED = 3        # holds its data even while nobody reads
+
+cpdef enum GroupState:
+    GROUP_FREE = 0
+    GROUP_OPEN = 1              # keeps its place, and not the data
+    GROUP_PROTECTED = 2         # keeps the data from its place on, even while nobody reads
 
 cdef packed struct Superblock:              # 8 lines, written once by the creating broker
     uint64_t ready                          # stored last
@@ -88,7 +92,8 @@ cdef packed struct Superblock:              # 8 lines, written once by the creat
     uint64_t pool_strategy
     uint64_t owner_pid
     uint64_t owner_start
-    uint64_t reserved[3]
+    uint64_t group_count_max
+    uint64_t reserved[2]
     char boot_id[64]
     char name[128]
     char folder[128]
@@ -254,13 +259,29 @@ cdef packed struct CursorLine:              # writer: the broker that serves the
     uint64_t start_time
     uint64_t reserved[2]
 
-cdef packed struct CursorName:              # writer: as CursorLine; empty for an unnamed cursor
+cdef packed struct CursorName:              # writer: as CursorLine; the group that reads, empty for a lone reader
     char text[64]
 
 cdef packed struct CursorGrantLine:         # writer: reclaim
     uint64_t granted                        # request number that is granted
     uint64_t index                          # never below the reclaimed frontier
     uint64_t reserved[6]
+
+cdef packed struct GroupLine:               # a consumer group of one topic; writer: admin, at the head
+    uint64_t state                          # version << 8 | GroupState; the version counts changes of place
+    uint64_t topic                          # generation << 16 | topic number
+    uint64_t position                       # everything below it was committed by the group
+    uint64_t index                          # order entry that holds the position
+    uint64_t member                         # who reads now, 0 nobody
+    uint64_t member_epoch                   # raised by each joining: a member with another one is fenced
+    uint64_t lease_until_ns
+    uint64_t committed_wall_ns
+
+cdef packed struct GroupName:               # writer: as GroupLine, before it
+    char text[64]
+
+cdef packed struct GroupHolder:             # writer: as GroupLine; who the member is, for people
+    char text[64]
 
 cdef packed struct ReclaimAnswerLine:       # writer: reclaim, one a broker
     uint64_t answered                       # the last pressure request that was acted on
@@ -273,7 +294,7 @@ cdef packed struct ReclaimAnswerLine:       # writer: reclaim, one a broker
 cpdef enum HolderKind:
     HOLDER_NONE = 0
     HOLDER_CURSOR = 1           # a live reader; number: its cursor
-    HOLDER_PROTECTED = 2        # a protected cursor
+    HOLDER_PROTECTED = 2        # a protected consumer group; number: its place in the group table
     HOLDER_REPLICA = 3          # a replica that is behind; number: its broker
     HOLDER_RETENTION = 4        # a topic that never drops; number: the topic
     HOLDER_UNCOMMITTED = 5      # batches that wait for order; number: the topic
@@ -386,6 +407,7 @@ cdef packed struct Geometry:
     uint64_t message_bytes_max
     uint64_t batch_bytes_max
     uint64_t pool_strategy
+    uint64_t group_count_max
     uint64_t sessions_per_broker
     uint64_t cursors_per_broker
     uint64_t attach_per_broker
@@ -400,6 +422,7 @@ cdef packed struct Geometry:
     uint64_t order
     uint64_t sessions
     uint64_t cursors
+    uint64_t groups
     uint64_t attach
     uint64_t attach_stride
     uint64_t segment_table
@@ -438,6 +461,7 @@ cdef class Layout:
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil
+    cdef uint64_t group(self, uint64_t number) noexcept nogil
     cdef uint64_t attach_line(self, uint64_t a) noexcept nogil
     cdef uint64_t attach_lease(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t attach_completion(self, uint64_t a, uint64_t number) noexcept nogil

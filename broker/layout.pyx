@@ -69,6 +69,9 @@ def _records() -> dict:
     cdef ActivityLine bb
     cdef PoolRing cc
     cdef LockLine dd
+    cdef GroupLine mm
+    cdef GroupName nn
+    cdef GroupHolder oo
     views = {
         "Superblock": <Superblock[:1]>&a, "ControlLine": <ControlLine[:1]>&b, "DirectoryLine": <DirectoryLine[:1]>&c,
         "ActivityLine": <ActivityLine[:1]>&bb, "BrokerLine": <BrokerLine[:1]>&d, "BrokerAddress": <BrokerAddress[:1]>&e,
@@ -85,6 +88,7 @@ def _records() -> dict:
         "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
         "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
         "AccessStatistics": <AccessStatistics[:1]>&aa,
+        "GroupLine": <GroupLine[:1]>&mm, "GroupName": <GroupName[:1]>&nn, "GroupHolder": <GroupHolder[:1]>&oo,
     }
     return {name: _fields(view) for name, view in views.items()}
 
@@ -116,7 +120,7 @@ cdef class Layout:
     @staticmethod
     def compute(*, broker_count, region_bytes, topic_count_max, ring_slot_count, order_entry_count, session_count_max,
                 cursor_count_max, attach_slot_count, segment_bytes, message_bytes_max, batch_bytes_max,
-                pool_strategy="atomic"):
+                pool_strategy="atomic", group_count_max=16):
         """Lay out a region of `region_bytes`; every number is checked before anything is computed."""
         def require(condition, message):
             if not condition:
@@ -129,6 +133,7 @@ cdef class Layout:
                     f"{name} must be a power of two from 16 to 32768, not {value}")
         require(session_count_max >= broker_count, f"session_count_max must be at least one a broker ({broker_count})")
         require(cursor_count_max >= broker_count, f"cursor_count_max must be at least one a broker ({broker_count})")
+        require(1 <= group_count_max <= 65536, f"group_count_max must be 1 to 65536, not {group_count_max}")
         require(segment_bytes >= 4096 and segment_bytes & (segment_bytes - 1) == 0,
                 f"segment_bytes must be a power of two of at least 4096, not {segment_bytes}")
         require(pool_strategy in POOL_STRATEGIES, f"pool strategy must be one of {', '.join(POOL_STRATEGIES)}")
@@ -144,6 +149,7 @@ cdef class Layout:
         g.session_count_max = g.sessions_per_broker * g.broker_count
         g.cursors_per_broker = cursor_count_max // broker_count
         g.cursor_count_max = g.cursors_per_broker * g.broker_count
+        g.group_count_max = group_count_max
         g.attach_per_broker = attach_slot_count // broker_count
         g.attach_slot_count = g.attach_per_broker * g.broker_count
         g.segment_bytes = segment_bytes
@@ -196,6 +202,7 @@ cdef class Layout:
         g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
         g.sessions = section("sessions", g.session_count_max * 2 * LINE_BYTES)
         g.cursors = section("cursors", g.cursor_count_max * 3 * LINE_BYTES)
+        g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
         # A page that the broker writes, one with the client's line and doorbell, one with its descriptors.
         g.attach_stride = 3 * ATTACH_PAGE
         at = _round_up(at, ATTACH_PAGE)
@@ -270,6 +277,7 @@ cdef class Layout:
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 64
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 128
+    cdef uint64_t group(self, uint64_t number) noexcept nogil: return self.g.groups + number * 192
     cdef uint64_t attach_line(self, uint64_t a) noexcept nogil: return self.g.attach + a * self.g.attach_stride
 
     cdef uint64_t attach_lease(self, uint64_t a, uint64_t number) noexcept nogil:
@@ -324,6 +332,8 @@ cdef class Layout:
             "session": lambda s: self.session(s), "session_progress": lambda s: self.session_progress(s),
             "cursor": lambda c: self.cursor(c), "cursor_grant": lambda c: self.cursor_grant(c),
             "cursor_name": lambda c: self.cursor_name(c), "reclaim_answer": lambda b: self.reclaim_answer(b),
+            "group": lambda n: self.group(n), "group_name": lambda n: self.group(n) + 64,
+            "group_holder": lambda n: self.group(n) + 128,
             "attach_line": lambda a: self.attach_line(a), "attach_client": lambda a: self.attach_client(a),
             "attach_lease": lambda a, n: self.attach_lease(a, n), "attach_doorbell": lambda a: self.attach_doorbell(a),
             "attach_completion": lambda a, n: self.attach_completion(a, n),
@@ -351,7 +361,7 @@ WRITERS = {
     "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
     "AttachLine": "receiver", "Lease": "receiver", "AttachClientLine": "client", "Descriptor": "client",
     "CursorName": "delivery", "ReclaimAnswerLine": "reclaim", "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
-    "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
+    "GroupLine": "admin", "GroupName": "admin", "GroupHolder": "admin", "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
     "AccessStatistics": "the role that counts",
 }
 
@@ -368,7 +378,8 @@ def _assert_sizes() -> None:
                         (sizeof(ReclaimAnswerLine), 1), (sizeof(AttachLine), 1),
                         (sizeof(AttachClientLine), 1), (sizeof(Descriptor), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),
                         (sizeof(LockLine), 1), (sizeof(BrokerCounters), 3), (sizeof(SequencerCounters), 3),
-                        (sizeof(AccessStatistics), 1)):
+                        (sizeof(AccessStatistics), 1), (sizeof(GroupLine), 1), (sizeof(GroupName), 1),
+                        (sizeof(GroupHolder), 1)):
         assert size == lines * LINE_BYTES, f"a record of {lines} lines has {size} bytes"
     assert sizeof(BatchResult) == 16 and sizeof(Lease) == 16
     assert 64 + LEASE_RING * sizeof(Lease) <= 1024 and 1024 + ATTACH_RING * sizeof(BatchResult) <= ATTACH_PAGE

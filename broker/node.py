@@ -167,10 +167,8 @@ class BrokerNode:
                 Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, self.pool_leader)]
 
     def _replica_folder(self) -> ReplicaFolder:
-        kept = self.config.data_directory
-        root = Path(kept) if kept else self.config.folder / "replicas"
-        return ReplicaFolder(root / f"broker-{self.broker}", self.broker, self.region.run_id, self.config.name,
-                             self.layout.numbers["broker_count"], self.topics.entry_of, catalogue=bool(kept))
+        return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
+                             self.layout.numbers["broker_count"], self.topics.entry_of, catalogue=bool(self.config.data_directory))
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

@@ -104,6 +104,17 @@ cdef class OrderReader:
                 high = middle
         return low
 
+    def position_of(self, uint64_t index) -> int:
+        """Position of the first message of entry `index`, which is committed or the next one to be."""
+        cdef OrderEntry entry
+        cdef uint64_t end = self.committed_position()       # first: it must not be later than the look at the entry
+        cdef int status = self.peek(index, &entry)
+        if status == READ_NOTHING:
+            return end
+        if status != READ_OK:
+            raise self.error(status, index)
+        return entry.position
+
     def find_time(self, uint64_t wall_ns) -> int:
         """Index of the first kept entry published at or after a time."""
         cdef uint64_t at = self.reclaimed_index(), end = self.committed_index()

@@ -30,6 +30,7 @@ from broker.layout import (
     WRITERS,
     BrokerState,
     CursorState,
+    GroupState,
     HolderKind,
     Layout,
     LayoutError,
@@ -48,7 +49,7 @@ UNFINISHED_SECONDS = 60.0
 _POLL_SECONDS = 0.002
 _LAYOUT_NUMBERS = ("broker_count", "region_bytes", "topic_count_max", "ring_slot_count", "order_entry_count",
                    "session_count_max", "cursor_count_max", "attach_slot_count", "segment_bytes", "message_bytes_max",
-                   "batch_bytes_max")
+                   "batch_bytes_max", "group_count_max")
 ROLES = {role.name.removeprefix("ROLE_").lower(): int(role) for role in Role if role.name != "ROLE_COUNT"}
 
 
@@ -491,6 +492,7 @@ def inspect_region(region: Region) -> dict[str, Any]:
         "topics": topics,
         "sessions": _inspect_sessions(memory, layout),
         "cursors": _inspect_cursors(memory, layout),
+        "groups": _inspect_groups(memory, layout, topics),
         "pool": _inspect_pool(memory, layout, topics),
     }
 
@@ -564,6 +566,25 @@ def _inspect_cursors(memory: Memory, layout: Layout) -> list[dict[str, Any]]:
                       "name": _one(memory, layout, "CursorName", "cursor_name", number)["text"],
                       "granted": grant["granted"], "granted_index": grant["index"],
                       "topic": line["topic"] & 0xFFFF, "topic_generation": line["topic"] >> 16})
+    return found
+
+
+def _inspect_groups(memory: Memory, layout: Layout, topics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The consumer groups of the topics that are there; `topic` is a name."""
+    count = layout.numbers["group_count_max"]
+    lines = _indexed(memory, layout, "GroupLine", "group", count)
+    names = {each["generation"] << 16 | each["topic"]: each for each in topics}
+    found = []
+    for number in numpy.nonzero(lines["state"] & 0xFF)[0].tolist():
+        line = _decode(lines[number])
+        topic = names.get(line.pop("topic"))
+        if topic is None:
+            continue
+        version, state = _versioned(GroupState, line.pop("state"))
+        found.append({"group": _one(memory, layout, "GroupName", "group_name", number)["text"], "topic": topic["name"],
+                      "state": state, "version": version, **line,
+                      "lag": topic["committed_position"] - line["position"],
+                      "holder": _one(memory, layout, "GroupHolder", "group_holder", number)["text"]})
     return found
 
 

@@ -16,29 +16,26 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from broker.admin_service import AdminService
-from broker.calls import PUBLISH, SUBSCRIBE, Doorkeeper, errors_as_statuses, introduce, parsed, unary
+from broker.calls import PUBLISH, SUBSCRIBE, Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary
 from broker.config import TopicConfig
 from broker.errors import (
     BadBatch,
-    BadRequest,
     BrokerUnavailable,
-    CxlmqError,
-    DamagedData,
     MessageTooBig,
     PoolFull,
     PortTaken,
     PositionLost,
-    RangeLost,
     SessionFenced,
     SessionUnknown,
     StreamTableFull,
     UnknownTopic,
 )
+from broker.group_service import GroupService, start_index
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import OrderReader, ReadError, ReadStatus
-from broker.records import record_bytes, unpack
+from broker.reader import OrderReader, ReadError
+from broker.records import unpack
 from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
@@ -51,7 +48,7 @@ _log = logging.getLogger("cxlmq")
 if TYPE_CHECKING:
     from broker.node import BrokerNode
 
-SERVICES = ("cxlmq.v1.PubSub", "cxlmq.v1.Admin", "cxlmq.v1.Cluster")
+SERVICES = ("cxlmq.v1.PubSub", "cxlmq.v1.Admin", "cxlmq.v1.Groups", "cxlmq.v1.Cluster")
 FRAME_BYTES = 1 << 20
 # A batch that finds no room waits so long before its publisher is told what is full; then it is for the publisher.
 PUSH_BACK_SECONDS = 1.0
@@ -242,7 +239,7 @@ class BrokerServer:
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
-        self.attached_cursors: dict[int, tuple[int, bool]] = {}      # of the slots of attached clients
+        self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}
         self.attached_by: dict[int, str] = {}                        # principals
         self._commit_events: dict[int, set[asyncio.Event]] = {}
@@ -255,6 +252,8 @@ class BrokerServer:
         self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
         self._server = grpc.aio.server(options=server_options(self._message_limit),
                                        interceptors=[Doorkeeper(self.guard)] if self.guard.security else None)
+        self._admin = AdminService(self)
+        self.groups = GroupService(self, self._admin.forward)
         self._add_services()
 
     def _add_services(self) -> None:
@@ -263,7 +262,8 @@ class BrokerServer:
         describe = unary(self.guard, self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription, None)
         self._server.add_generic_rpc_handlers((
             grpc.method_handlers_generic_handler("cxlmq.v1.PubSub", {"Publish": publish, "Subscribe": subscribe}),
-            grpc.method_handlers_generic_handler("cxlmq.v1.Admin", AdminService(self).handlers()),
+            grpc.method_handlers_generic_handler("cxlmq.v1.Admin", self._admin.handlers()),
+            grpc.method_handlers_generic_handler("cxlmq.v1.Groups", self.groups.handlers()),
             grpc.method_handlers_generic_handler("cxlmq.v1.Cluster", {"Describe": describe}),
         ))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -320,6 +320,7 @@ class BrokerServer:
                 self._tell_of_deletions()
             with contextlib.suppress(BrokerUnavailable):
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
+            await self.groups.look_after()
 
     def _tell_of_deletions(self) -> None:
         for stream in self.publish_streams.values():
@@ -372,12 +373,11 @@ class BrokerServer:
             self.sessions.detach(self.attached_sessions.pop(slot))
         if slot not in self.attached_cursors:
             return
-        cursor, protected = self.attached_cursors.pop(slot)
+        cursor = self.attached_cursors.pop(slot)
         # The stage moves the cursor as long as the slot is open: only then may somebody else have it.
         while self.node.attach.is_taken(slot, generation):
             await asyncio.sleep(0.001)
-        if not protected:
-            self.cursors.close(cursor)
+        self.cursors.close(cursor)
         self.node.watch_commits(-1)
 
     def epoch(self) -> int:
@@ -425,16 +425,7 @@ class BrokerServer:
             try:
                 await self._deliver(request, context)
             except ReadError as error:
-                raise self._read_error(request, error) from error
-
-    def _read_error(self, request: Any, error: ReadError) -> CxlmqError:
-        if error.status == ReadStatus.READ_CLOSED:
-            return UnknownTopic(topic=request.topic)
-        if error.status == ReadStatus.READ_LOST:
-            return PositionLost(str(error), index=error.index)
-        if error.status == ReadStatus.READ_GONE and error.end is not None:
-            return RangeLost(topic=request.topic, first=error.first, end=error.end)
-        return DamagedData(str(error), topic=request.topic, index=error.index)
+                raise read_error(request.topic, error) from error
 
     async def _deliver(self, request: Any, context: Any) -> None:
         node = self.node
@@ -448,31 +439,22 @@ class BrokerServer:
         try:
             frontiers = reader.frontiers()
             await context.send_initial_metadata((
+                ("cxlmq-position", str(reader.position_of(reader.index))),
                 ("cxlmq-first-position", str(frontiers["reclaimed_position"])),
                 ("cxlmq-end-position", str(frontiers["committed_position"]))))
             await self._follow(request, context, reader, cursor, event)
         finally:
             self._commit_events[entry.number].discard(event)
             node.watch_commits(-1)
-            if not request.protect:
-                self.cursors.close(cursor)
+            self.cursors.close(cursor)
 
     async def place(self, request: Any, reader: OrderReader, key: int) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
-        if len(request.protect.encode()) >= record_bytes("CursorName"):
-            raise BadRequest(reason="the name of a protected cursor is too long: 63 bytes are allowed")
-        if request.protect and (kept := self.cursors.protected(key, request.protect)):
-            reader.move_to(kept[1])
-            return kept[0]
+        if request.group:
+            self.groups.table.require_member(self.node.topics.find(request.topic), request.group, request.member,
+                                             request.member_epoch)
         start = request.WhichOneof("start") or "beginning"
-        frontiers = reader.frontiers()
-        index = {
-            "beginning": lambda: frontiers["reclaimed_index"],
-            "end": lambda: frontiers["committed_index"],
-            "position": lambda: reader.find(request.position),
-            "published_ns": lambda: reader.find_time(request.published_ns),
-        }[start]()
-        cursor, granted = await self.cursors.open(key, index, self.node.pid, request.protect)
+        cursor, granted = await self.cursors.open(key, start_index(request, reader), self.node.pid, request.group)
         reader.move_to(granted)
         first = reader.frontiers()["reclaimed_position"]
         if start == "position" and request.position < first:

@@ -168,19 +168,19 @@ class CursorTable:
         share = layout.numbers["cursors_per_broker"]
         self._free = set(range(broker * share, (broker + 1) * share))
         self._count = share
-        self._protected: dict[tuple[int, str], int] = {}
         self._request = 0
 
-    async def open(self, topic: int, index: int, pid: int, protect: str = "") -> tuple[int, int]:
-        """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`."""
+    async def open(self, topic: int, index: int, pid: int, name: str = "") -> tuple[int, int]:
+        """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`.
+
+        `name` is the group that reads, for people.
+        """
         if not self._free:
             raise CursorTableFull(broker=self._broker, cursor_count=self._count)
         cursor = min(self._free)
         self._free.discard(cursor)
-        if protect:
-            name_at = self._layout.offset_of("cursor_name", cursor)
-            self._memory.write_bytes(name_at, pack("CursorName", text=protect))
-            self._memory.store_fence()
+        self._memory.write_bytes(self._layout.offset_of("cursor_name", cursor), pack("CursorName", text=name))
+        self._memory.store_fence()
         self._request += 1
         at = self._layout.offset_of("cursor", cursor)
         request = (self._memory.load_word(at) >> 8) + 1
@@ -193,19 +193,9 @@ class CursorTable:
             self.close(cursor)
             raise
         granted = self._memory.load_word(self._layout.offset_of("cursor_grant", cursor) + 8)
-        state = CursorState.CURSOR_PROTECTED if protect else CursorState.CURSOR_LIVE
-        line.update(index=granted, state=request << 8 | state)
+        line.update(index=granted, state=request << 8 | CursorState.CURSOR_LIVE)
         self._write(at, line)
-        if protect:
-            self._protected[topic, protect] = cursor
         return cursor, granted
-
-    def protected(self, topic: int, name: str) -> tuple[int, int] | None:
-        """(cursor, index) of a protected cursor that was opened here before."""
-        cursor = self._protected.get((topic, name))
-        if cursor is None:
-            return None
-        return cursor, self._memory.load_word(self._layout.offset_of("cursor", cursor) + 16)
 
     def _granted(self, cursor: int) -> int:
         at = self._layout.offset_of("cursor_grant", cursor)

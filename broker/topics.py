@@ -246,7 +246,7 @@ def holder_text(holder: int) -> str:
     return {
         HolderKind.HOLDER_NONE: "nobody",
         HolderKind.HOLDER_CURSOR: f"the live reader with cursor {number}",
-        HolderKind.HOLDER_PROTECTED: f"the protected cursor {number}",
+        HolderKind.HOLDER_PROTECTED: f"the protected consumer group {number}",
         HolderKind.HOLDER_REPLICA: f"the replica at broker {number}",
         HolderKind.HOLDER_RETENTION: f"topic {number}, which never drops data",
         HolderKind.HOLDER_UNCOMMITTED: f"batches of topic {number} that wait for their order",

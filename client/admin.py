@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from broker.config import TopicConfig, check_topic_name
+from broker.config import TopicConfig, check_group_name, check_topic_name
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import ClientLoop, Connection
+from client.start import Start, check_start, fill_start
 
 ANY_BROKER_COUNT = 64
 
@@ -18,6 +19,14 @@ def _topic_dict(topic: pb.Topic) -> dict[str, Any]:
         "committed_batches": topic.committed_batches, "committed_bytes": topic.committed_bytes,
         "created_unix_ns": topic.created_ns, "holder": topic.holder,
         "degraded": list(topic.degraded)}
+
+
+def _group_dict(group: pb.Group) -> dict[str, Any]:
+    return {
+        "topic": group.topic, "group": group.name, "position": group.position, "end_position": group.end_position,
+        "lag": group.end_position - group.position, "lost": max(0, group.first_position - group.position),
+        "protected": group.protected, "holder": group.holder, "lease_left_ms": group.lease_left_ms,
+        "member_epoch": group.member_epoch, "committed_unix_ns": group.committed_unix_ns}
 
 
 class AsyncAdmin:
@@ -66,6 +75,34 @@ class AsyncAdmin:
         return _topic_dict(await self._loop.call(
             self._connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=name), pb.Topic)))
 
+    async def list_groups(self, topic: str = "") -> list[dict[str, Any]]:
+        """The consumer groups of a topic, or of all topics: position, lag, holder ..."""
+        reply = await self._loop.call(
+            self._connection.any("Groups/List", pb.ListGroupsRequest(topic=topic), pb.ListGroupsResponse))
+        return [_group_dict(group) for group in reply.groups]
+
+    async def describe_group(self, topic: str, group: str) -> dict[str, Any]:
+        """One group. Raises `UnknownGroup`."""
+        check_group_name(group)
+        reply = await self._loop.call(
+            self._connection.any("Groups/List", pb.ListGroupsRequest(topic=topic, group=group), pb.ListGroupsResponse))
+        return _group_dict(reply.groups[0])
+
+    async def reset_group(self, topic: str, group: str, start: Start | None = None,
+                          protect: bool | None = None) -> dict[str, Any]:
+        """Put a group that nobody reads somewhere else, or change whether it keeps its data; its description."""
+        request = pb.ResetGroupRequest(topic=topic, group=group, protection={
+            None: pb.ResetGroupRequest.KEEP, True: pb.ResetGroupRequest.ON, False: pb.ResetGroupRequest.OFF}[protect])
+        if start is not None:
+            check_start(start)
+            fill_start(request, start)
+        return _group_dict(await self._loop.call(self._connection.any("Groups/Reset", request, pb.Group)))
+
+    async def delete_group(self, topic: str, group: str) -> None:
+        """Forget a group that nobody reads, and keep nothing for it."""
+        await self._loop.call(self._connection.any(
+            "Groups/Delete", pb.DeleteGroupRequest(topic=topic, group=group), pb.DeleteGroupResponse))
+
     async def describe_cluster(self) -> dict[str, Any]:
         """The cluster: its brokers, addresses, limits."""
         reply = await self._loop.call(
@@ -110,6 +147,23 @@ class Admin:
     def describe_topic(self, name: str) -> dict[str, Any]:
         """See `AsyncAdmin.describe_topic`."""
         return self._run(self._admin.describe_topic(name))
+
+    def list_groups(self, topic: str = "") -> list[dict[str, Any]]:
+        """See `AsyncAdmin.list_groups`."""
+        return self._run(self._admin.list_groups(topic))
+
+    def describe_group(self, topic: str, group: str) -> dict[str, Any]:
+        """See `AsyncAdmin.describe_group`."""
+        return self._run(self._admin.describe_group(topic, group))
+
+    def reset_group(self, topic: str, group: str, start: Start | None = None,
+                    protect: bool | None = None) -> dict[str, Any]:
+        """See `AsyncAdmin.reset_group`."""
+        return self._run(self._admin.reset_group(topic, group, start, protect))
+
+    def delete_group(self, topic: str, group: str) -> None:
+        """See `AsyncAdmin.delete_group`."""
+        self._run(self._admin.delete_group(topic, group))
 
     def describe_cluster(self) -> dict[str, Any]:
         """See `AsyncAdmin.describe_cluster`."""

@@ -19,26 +19,27 @@ from broker.reader import ReadError, ReadStatus
 from broker.region import attach_region
 from client.attached_reader import AttachedReader
 from client.connection import BrokerAddress, ClientLoop, Connection
+from client.group import Membership
 from client.received import Message, ReceivedBatch
+from client.start import Start, fill_start
 from sim.cxl.memory import MappedMemory, Role
 from sim.cxl.region import map_region_part, process_start_time
 
 TAKE_BATCHES = 64
 SLEEP_SECONDS = 0.1
-Start = str | int
 
 
 class AttachedSubscriberEngine:
     """Reads through the region. Opening, seeking and closing go over gRPC; reading makes no call at all."""
 
     def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
-                 buffer_bytes: int, protect: str) -> None:
+                 buffer_bytes: int) -> None:
         self.topic = topic
         self.client_loop = ClientLoop.get()
         self.connection = Connection(cluster, bootstrap)
         self.start: Start = start
         self.broker = broker
-        self.protect = protect
+        self.membership: Membership | None = None
         self.attachment = pb.Attachment()
         self.address: BrokerAddress | None = None
         self.reader: AttachedReader | None = None
@@ -53,16 +54,14 @@ class AttachedSubscriberEngine:
 
     async def open(self) -> None:
         """Get a slot whose cursor protects the place, and map the region."""
-        request = pb.AttachSubscriberRequest(subscribe=pb.SubscribeRequest(topic=self.topic, protect=self.protect),
-                                             pid=os.getpid(), start_time=process_start_time())
+        request = pb.AttachSubscriberRequest(subscribe=pb.SubscribeRequest(topic=self.topic), pid=os.getpid(),
+                                             start_time=process_start_time())
         start = self.start if self.next_position is None else self.next_position
+        fill_start(request.subscribe, start)
         if isinstance(start, int):
-            request.subscribe.position = start
             self.wanted = start
-        elif start == "end":
-            request.subscribe.end = True
-        else:
-            request.subscribe.beginning = True
+        if self.membership is not None:
+            self.membership.introduce(request.subscribe)
         error: CxlmqError = BrokerUnavailable(address="the cluster")
         for broker in await self.connection.brokers():
             if self.broker is not None and broker.id != self.broker:
@@ -87,8 +86,8 @@ class AttachedSubscriberEngine:
             region.memory(Role.ROLE_CLIENT), region.layout, MappedMemory(part, int(Role.ROLE_CLIENT)), offset,
             each.slot, each.generation, each.topic_number, each.topic_generation, each.index, self.topic)
         self.first_position, self.end_position = each.first_position, each.end_position
-        if self.start == "end" and self.next_position is None:
-            self.next_position = each.end_position
+        if not isinstance(self.start, int) and self.next_position is None:
+            self.next_position = each.position
 
     # ---- taking -----------------------------------------------------------------------------------------------------
 
@@ -175,8 +174,7 @@ class AttachedSubscriberEngine:
                 return int(self.batch.position) + self.first_in_batch
             if self.next_position is not None:
                 return self.next_position
-            return self.start if isinstance(self.start, int) else (
-                self.first_position if self.start == "beginning" else self.end_position)
+            return self.start if isinstance(self.start, int) else self.first_position
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,9 @@ from broker.errors import BrokerUnavailable, ClosedError, ConfigError, CxlmqErro
 from broker.proto import cxlmq_pb2 as pb
 from client.attached_subscriber import AttachedSubscriberEngine
 from client.connection import BrokerAddress, ClientLoop, Connection, translated
+from client.group import Membership
 from client.received import Message, ReceivedBatch, parse_response
+from client.start import Start, check_start, fill_start
 
 SUBSCRIBE = "/cxlmq.v1.PubSub/Subscribe"
 BUFFER_BYTES = 16 << 20
@@ -27,13 +29,6 @@ RECONNECT_TRIES = 50
 SUBSCRIBE_SECONDS = 15.0                # a broker that has not answered by then is passed over
 PROGRESS_SECONDS = 10.0
 NO_PROGRESS = f"the broker that serves this reader sent nothing for {PROGRESS_SECONDS:.0f} s: is it stopped?"
-Start = str | int
-
-
-def _check_start(start: Start) -> None:
-    if start in ("beginning", "end") or (isinstance(start, int) and not isinstance(start, bool) and start >= 0):
-        return
-    raise ConfigError(setting="start", value=repr(start), allowed='"beginning", "end", or a position from 0 on')
 
 
 def _wake_up(future: "asyncio.Future[None]") -> None:
@@ -45,14 +40,14 @@ class SubscriberEngine:
     """Keeps a subscription running and its buffer filled. Coroutines run on the client loop."""
 
     def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
-                 buffer_bytes: int, protect: str) -> None:
+                 buffer_bytes: int) -> None:
         self.topic = topic
         self.client_loop = ClientLoop.get()
         self.connection = Connection(cluster, bootstrap)
         self.start: Start = start
         self.broker = broker
         self.buffer_bytes = buffer_bytes
-        self.protect = protect
+        self.membership: Membership | None = None
         self.batches: deque[ReceivedBatch] = deque()
         self.buffered = 0
         self.first_in_batch = 0             # messages of batches[0] that were given out
@@ -114,19 +109,15 @@ class SubscriberEngine:
             raise
         self.first_position = int(metadata["cxlmq-first-position"])
         self.end_position = int(metadata["cxlmq-end-position"])
-        if self.next_position is None and self.start == "end":
-            self.next_position = self.end_position
+        if self.next_position is None and not isinstance(self.start, int):
+            self.next_position = int(metadata["cxlmq-position"])
         return call
 
     def _request(self) -> pb.SubscribeRequest:
-        request = pb.SubscribeRequest(topic=self.topic, protect=self.protect)
-        start = self.start if self.next_position is None else self.next_position
-        if isinstance(start, int):
-            request.position = start
-        elif start == "end":
-            request.end = True
-        else:
-            request.beginning = True
+        request = pb.SubscribeRequest(topic=self.topic)
+        fill_start(request, self.start if self.next_position is None else self.next_position)
+        if self.membership is not None:
+            self.membership.introduce(request)
         return request
 
     async def _run(self, call: Any) -> None:
@@ -312,8 +303,7 @@ class SubscriberEngine:
                 return self.batches[0].position + self.first_in_batch
             if self.next_position is not None:
                 return self.next_position
-            return self.start if isinstance(self.start, int) else (
-                self.first_position if self.start == "beginning" else self.end_position)
+            return self.start if isinstance(self.start, int) else self.first_position
 
 
 class _SubscriberBase:
@@ -321,16 +311,24 @@ class _SubscriberBase:
 
     def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
                  start: Start = "beginning", broker: int | None = None, buffer_bytes: int = BUFFER_BYTES,
-                 protect: str = "", security: str | Path | None = None) -> None:
+                 group: str | None = None, protect: bool = False, auto_commit: float | None = None,
+                 group_wait: float = 0.0, security: str | Path | None = None) -> None:
         if transport not in TRANSPORTS:
             raise ConfigError(setting="transport", value=repr(transport), allowed=", ".join(TRANSPORTS))
         check_topic_name(topic)
-        _check_start(start)
+        check_start(start)
+        if group is None and (protect or auto_commit is not None):
+            raise ConfigError(setting="group", value="None", allowed="a name, for protect or auto_commit")
         engine: type[SubscriberEngine] | type[AttachedSubscriberEngine] = SubscriberEngine
         if transport == "attached":
             engine = AttachedSubscriberEngine
-        self._engine = engine(topic, cluster, bootstrap, start, broker, buffer_bytes, protect)
+        self._engine = engine(topic, cluster, bootstrap, start, broker, buffer_bytes)
         self._engine.connection.secured(security)
+        self._start = start
+        self._membership: Membership | None = None
+        if group is not None:
+            self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
+            self._engine.membership = self._membership
 
     @property
     def position(self) -> int | None:
@@ -342,6 +340,39 @@ class _SubscriberBase:
         """Where the log ended when the subscription began."""
         return self._engine.end_position
 
+    async def _open(self) -> None:
+        """Join the group, if any, and subscribe at its place."""
+        if self._membership is not None:
+            self._engine.start = await self._membership.join(self._start)
+        await self._engine.open()
+
+    async def _close(self, position: int | None) -> None:
+        if self._membership is not None:
+            await self._membership.leave(position if self._membership.auto_commit is not None else None)
+        await self._engine.close()
+
+    def _member(self) -> Membership:
+        if self._membership is None:
+            raise ConfigError(setting="group", value="None", allowed="a name, to commit")
+        return self._membership
+
+    def _last_handed(self) -> int | None:
+        return None if self._membership is None else self._membership.handed
+
+    def _to_commit(self, position: int | None) -> int:
+        """What `commit` means: a position, or everything that was given out."""
+        handed = self._member().handed
+        return position if position is not None else handed if handed is not None else 0
+
+    def _asked_again(self) -> None:
+        """Whoever asks for more has processed what it was given."""
+        if self._membership is not None and self._membership.handed is not None:
+            self._membership.processed = self._membership.handed
+
+    def _handed_out(self, position: int | None = None) -> None:
+        if self._membership is not None:
+            self._membership.handed = self._engine.position() if position is None else position
+
     async def _end_now(self) -> int:
         engine = self._engine
         topic = await engine.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=engine.topic), pb.Topic)
@@ -351,32 +382,63 @@ class _SubscriberBase:
 class Subscriber(_SubscriberBase):
     """Reads one topic in the total order. `with Subscriber("topic") as subscriber: subscriber.fetch(10, timeout=1)`
 
-    `start` is "beginning" (what is kept), "end", or a position. `broker` chooses the broker that serves (any can).
+    `start` is "beginning" (what is kept), "end", a position, or a datetime: the first batch published then or later.
+    `broker` chooses the broker that serves (any can).
     With transport "attached" payloads are read-only views of the segments, which are kept while a view is held.
-    `protect` names a cursor that keeps its data while nobody reads. Raises the typed errors of `client.errors`.
+
+    With `group`, reading starts where the group has committed (`start` counts for a new group only), one member reads
+    at a time (`GroupBusy` names the other one; `group_wait` seconds are waited for it), and `commit` moves the group's
+    place. `protect` keeps what the group has not committed, else `PositionLost` may tell of a range that is gone.
+    `auto_commit` commits every so many seconds what was given out before the last fetch, and the rest when a `with`
+    ends without error.
+
+    `security` is the folder with our certificate and token. Raises the typed errors of `client.errors`.
     """
 
     def open(self) -> "Subscriber":
         """Subscribe; `with` does it."""
         try:
-            self._engine.client_loop.run(self._engine.open())
+            self._engine.client_loop.run(self._open())
         except BaseException:
-            self._engine.client_loop.run(self._engine.close())
+            self._engine.client_loop.run(self._close(None))
             raise
         return self
 
     def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
+        self._asked_again()
+        found = self._next(n, timeout)
+        self._handed_out()
+        return found
+
+    def _next(self, n: int, timeout: float | None) -> list[Message]:
+        if self._membership is not None and not self._membership.wait(timeout):
+            return []
         return self._engine.fetch(n, timeout)
 
     def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages; empty when nothing came in `timeout` seconds."""
-        return self._engine.fetch_batches(timeout)
+        self._asked_again()
+        if self._membership is not None and not self._membership.wait(timeout):
+            return []
+        found = self._engine.fetch_batches(timeout)
+        self._handed_out()
+        return found
+
+    def commit(self, position: int | None = None) -> None:
+        """Move the group's place: everything below `position` is done; None means all that was given out.
+
+        Raises `CommitRefused` (below what is committed, or beyond the end), `GroupFenced` (another member reads now).
+        """
+        self._engine.client_loop.run(self._member().commit_surely(self._to_commit(position)))
 
     def __iter__(self) -> Iterator[Message]:
         """Messages, for ever: waits for what comes."""
         while True:
-            yield from self.fetch(1024)
+            for message in self._next(1024, None):
+                self._asked_again()
+                self._handed_out(message.position + 1)
+                yield message
 
     def get_next(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came in time. The paper's GetNext()."""
@@ -394,18 +456,21 @@ class Subscriber(_SubscriberBase):
         return out
 
     def seek(self, start: Start) -> None:
-        """Go on from "beginning", "end" or a position. Raises `PositionLost` when it is reclaimed."""
-        _check_start(start)
+        """Go on from "beginning", "end", a position or a time. Raises `PositionLost` when it is reclaimed."""
+        check_start(start)
         self._engine.client_loop.run(self._engine.seek(start))
+        self._handed_out()
 
     def close(self) -> None:
-        """End the subscription."""
-        self._engine.client_loop.run(self._engine.close())
+        """End the subscription; with `auto_commit`, commit what was given out."""
+        self._engine.client_loop.run(self._close(self._last_handed()))
 
     def __enter__(self) -> "Subscriber":
         return self.open()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._membership is not None:
+            self._membership.handed = self._membership.processed    # what was given out last may not be done
         self.close()
 
 
@@ -415,19 +480,36 @@ class AsyncSubscriber(_SubscriberBase):
     async def open(self) -> "AsyncSubscriber":
         """Subscribe; `async with` does it."""
         try:
-            await self._engine.client_loop.call(self._engine.open())
+            await self._engine.client_loop.call(self._open())
         except BaseException:
-            await self._engine.client_loop.call(self._engine.close())
+            await self._engine.client_loop.call(self._close(None))
             raise
         return self
 
     async def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
+        self._asked_again()
+        found = await self._next(n, timeout)
+        self._handed_out()
+        return found
+
+    async def _next(self, n: int, timeout: float | None) -> list[Message]:
+        if self._membership is not None and not await self._membership.wait_async(timeout):
+            return []
         return await self._engine.fetch_async(n, timeout)
 
     async def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages."""
-        return await self._engine.fetch_batches_async(timeout)
+        self._asked_again()
+        if self._membership is not None and not await self._membership.wait_async(timeout):
+            return []
+        found = await self._engine.fetch_batches_async(timeout)
+        self._handed_out()
+        return found
+
+    async def commit(self, position: int | None = None) -> None:
+        """As `Subscriber.commit`."""
+        await self._engine.client_loop.call(self._member().commit_surely(self._to_commit(position)))
 
     async def get_next(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came in time."""
@@ -446,20 +528,25 @@ class AsyncSubscriber(_SubscriberBase):
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:
-            for message in await self.fetch(1024):
+            for message in await self._next(1024, None):
+                self._asked_again()
+                self._handed_out(message.position + 1)
                 yield message
 
     async def seek(self, start: Start) -> None:
-        """Go on from "beginning", "end" or a position."""
-        _check_start(start)
+        """Go on from "beginning", "end", a position or a time."""
+        check_start(start)
         await self._engine.client_loop.call(self._engine.seek(start))
+        self._handed_out()
 
     async def close(self) -> None:
-        """End the subscription."""
-        await self._engine.client_loop.call(self._engine.close())
+        """End the subscription; with `auto_commit`, commit what was given out."""
+        await self._engine.client_loop.call(self._close(self._last_handed()))
 
     async def __aenter__(self) -> "AsyncSubscriber":
         return await self.open()
 
-    async def __aexit__(self, *_: object) -> None:
+    async def __aexit__(self, kind: object, *_: object) -> None:
+        if kind is not None and self._membership is not None:
+            self._membership.handed = self._membership.processed
         await self.close()

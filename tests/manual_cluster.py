@@ -272,9 +272,9 @@ class ManualCluster:
             self.brokers[broker].acks.close_stream(number)
         session.streams.clear()
 
-    def open_cursor(self, topic: TopicEntry, index: int = 0, broker: int = 0, protect: str = "") -> tuple[int, int]:
+    def open_cursor(self, topic: TopicEntry, index: int = 0, broker: int = 0) -> tuple[int, int]:
         """Protect a topic from an order entry on; (cursor, first entry that is kept)."""
-        return drive(self.brokers[broker].cursors.open(topic.generation << 16 | topic.number, index, 1, protect))
+        return drive(self.brokers[broker].cursors.open(topic.generation << 16 | topic.number, index, 1))
 
     def replicas(self, topic: TopicEntry, source: int) -> list[int]:
         """The brokers that keep a replica of what comes by `source`."""

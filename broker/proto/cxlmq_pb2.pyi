@@ -81,22 +81,26 @@ class PublishResponse(_message.Message):
     def __init__(self, batch_sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[Refusal, _Mapping]]] = ...) -> None: ...
 
 class SubscribeRequest(_message.Message):
-    __slots__ = ("topic", "beginning", "end", "position", "published_ns", "frame_bytes", "protect")
+    __slots__ = ("topic", "beginning", "end", "position", "published_ns", "frame_bytes", "group", "member", "member_epoch")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     BEGINNING_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
     FRAME_BYTES_FIELD_NUMBER: _ClassVar[int]
-    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     topic: str
     beginning: bool
     end: bool
     position: int
     published_ns: int
     frame_bytes: int
-    protect: str
-    def __init__(self, topic: _Optional[str] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., protect: _Optional[str] = ...) -> None: ...
+    group: str
+    member: int
+    member_epoch: int
+    def __init__(self, topic: _Optional[str] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("position", "message_count", "broker", "published_ns", "reserved", "payload")
@@ -271,7 +275,7 @@ class AttachSubscriberRequest(_message.Message):
     def __init__(self, subscribe: _Optional[_Union[SubscribeRequest, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
 
 class Attachment(_message.Message):
-    __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell")
+    __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell", "position")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +286,7 @@ class Attachment(_message.Message):
     FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     END_POSITION_FIELD_NUMBER: _ClassVar[int]
     DOORBELL_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
     slot: int
     generation: int
     region: str
@@ -292,7 +297,8 @@ class Attachment(_message.Message):
     first_position: int
     end_position: int
     doorbell: int
-    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., region: _Optional[str] = ..., run_id: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., index: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., doorbell: _Optional[int] = ...) -> None: ...
+    position: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., region: _Optional[str] = ..., run_id: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., index: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., doorbell: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
 
 class DetachRequest(_message.Message):
     __slots__ = ("slot", "generation")
@@ -303,6 +309,144 @@ class DetachRequest(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class DetachResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class JoinGroupRequest(_message.Message):
+    __slots__ = ("topic", "group", "member", "holder", "protect", "beginning", "end", "position", "published_ns")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    BEGINNING_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    member: int
+    holder: str
+    protect: bool
+    beginning: bool
+    end: bool
+    position: int
+    published_ns: int
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., holder: _Optional[str] = ..., protect: _Optional[bool] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ...) -> None: ...
+
+class GroupMembership(_message.Message):
+    __slots__ = ("member_epoch", "position", "lease_ms")
+    MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    member_epoch: int
+    position: int
+    lease_ms: int
+    def __init__(self, member_epoch: _Optional[int] = ..., position: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+
+class CommitGroupRequest(_message.Message):
+    __slots__ = ("topic", "group", "member", "member_epoch", "position")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    member: int
+    member_epoch: int
+    position: int
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+
+class LeaveGroupRequest(_message.Message):
+    __slots__ = ("topic", "group", "member", "member_epoch")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    member: int
+    member_epoch: int
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ...) -> None: ...
+
+class LeaveGroupResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Group(_message.Message):
+    __slots__ = ("topic", "name", "position", "first_position", "end_position", "protected", "holder", "lease_left_ms", "member_epoch", "committed_unix_ns")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
+    END_POSITION_FIELD_NUMBER: _ClassVar[int]
+    PROTECTED_FIELD_NUMBER: _ClassVar[int]
+    HOLDER_FIELD_NUMBER: _ClassVar[int]
+    LEASE_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
+    MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    name: str
+    position: int
+    first_position: int
+    end_position: int
+    protected: bool
+    holder: str
+    lease_left_ms: int
+    member_epoch: int
+    committed_unix_ns: int
+    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ..., position: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., protected: _Optional[bool] = ..., holder: _Optional[str] = ..., lease_left_ms: _Optional[int] = ..., member_epoch: _Optional[int] = ..., committed_unix_ns: _Optional[int] = ...) -> None: ...
+
+class ListGroupsRequest(_message.Message):
+    __slots__ = ("topic", "group")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ...) -> None: ...
+
+class ListGroupsResponse(_message.Message):
+    __slots__ = ("groups",)
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    groups: _containers.RepeatedCompositeFieldContainer[Group]
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ...) -> None: ...
+
+class ResetGroupRequest(_message.Message):
+    __slots__ = ("topic", "group", "protection", "beginning", "end", "position", "published_ns")
+    class Protection(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KEEP: _ClassVar[ResetGroupRequest.Protection]
+        ON: _ClassVar[ResetGroupRequest.Protection]
+        OFF: _ClassVar[ResetGroupRequest.Protection]
+    KEEP: ResetGroupRequest.Protection
+    ON: ResetGroupRequest.Protection
+    OFF: ResetGroupRequest.Protection
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    PROTECTION_FIELD_NUMBER: _ClassVar[int]
+    BEGINNING_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    protection: ResetGroupRequest.Protection
+    beginning: bool
+    end: bool
+    position: int
+    published_ns: int
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., protection: _Optional[_Union[ResetGroupRequest.Protection, str]] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ...) -> None: ...
+
+class DeleteGroupRequest(_message.Message):
+    __slots__ = ("topic", "group")
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    topic: str
+    group: str
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ...) -> None: ...
+
+class DeleteGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

@@ -1,7 +1,7 @@
 """Reclaim: decides, at the head, which part of each topic's log may be forgotten.
 
 The frontier moves only when room is needed (a broker lacks segments, an order index fills up) or a topic's retention
-asks for it, and never past the slowest of: committed order, replicas, live readers, protected cursors. Readers ask for
+asks for it, and never past the slowest of: committed order, replicas, live readers, protected groups. Readers ask for
 a grant before they read: one writer decides, so no reader can slip below a frontier that is just moving.
 """
 
@@ -10,9 +10,9 @@ from libc.stdlib cimport calloc, free
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    BROKER_READY, BROKER_STARTING, CURSOR_FREE, CURSOR_LIVE, CURSOR_PROTECTED, CURSOR_WANTED, CursorGrantLine,
-    CursorLine, HOLDER_CURSOR, HOLDER_NONE, HOLDER_PROTECTED, HOLDER_REPLICA, HOLDER_RETENTION, HOLDER_UNCOMMITTED,
-    Layout, OrderEntry, ReclaimAnswerLine, TopicLine, TopicReclaimLine,
+    BROKER_READY, BROKER_STARTING, CURSOR_FREE, CURSOR_LIVE, CURSOR_WANTED, CursorGrantLine, CursorLine,
+    GROUP_PROTECTED, GroupLine, HOLDER_CURSOR, HOLDER_NONE, HOLDER_PROTECTED, HOLDER_REPLICA, HOLDER_RETENTION,
+    HOLDER_UNCOMMITTED, Layout, OrderEntry, ReclaimAnswerLine, TopicLine, TopicReclaimLine,
 )
 from broker.placement cimport live_brokers, replicas_of
 from broker.planted cimport PLANT_READER_IGNORED, PLANT_REPLICA_IGNORED, planted
@@ -133,6 +133,7 @@ cdef class Reclaim(Stage):
         cdef uint64_t lowest = cxl_load_acquire(&order.committed_index), c, b, r, at, index, kind, live, chosen
         cdef uint64_t wanted = order.generation << 16 | topic
         cdef CursorLine line
+        cdef GroupLine group
         self.holder = <uint64_t>HOLDER_UNCOMMITTED << 32 | topic
         self.holder_topic = topic
         if self.retention[topic] == KEEP_ALL:
@@ -154,7 +155,16 @@ cdef class Reclaim(Stage):
                 index = max(index, self.memory.load(self.layout.cursor_grant(c) + 8))
             if index < lowest:
                 lowest = index
-                self.holder = <uint64_t>(HOLDER_PROTECTED if kind == CURSOR_PROTECTED else HOLDER_CURSOR) << 32 | c
+                self.holder = <uint64_t>HOLDER_CURSOR << 32 | c
+        for c in range(self.layout.g.group_count_max):
+            at = self.layout.group(c)
+            self.memory.invalidate(at, 64)
+            if self.memory.load(at) & 0xFF != GROUP_PROTECTED:
+                continue
+            self.memory.read_line(at, &group)
+            if group.topic == wanted and group.index < lowest:
+                lowest = group.index
+                self.holder = <uint64_t>HOLDER_PROTECTED << 32 | c
         if self.replication[topic] > 1 and not planted(PLANT_REPLICA_IGNORED):
             live = live_brokers(self.memory, self.layout)
             for b in range(self.layout.g.broker_count):

@@ -162,6 +162,7 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
     ("segment_bytes", "SIZE", "Unit in which memory is given to topics; a power of two [by region size]."),
     ("session_count_max", "N", "Publishers' sessions at once, over all brokers [by region size]."),
     ("cursor_count_max", "N", "Readers at once, over all brokers [by region size]."),
+    ("group_count_max", "N", "Consumer groups at once, of all topics [by region size]."),
     ("attach_slot_count", "N", "Clients that can attach to the memory directly [64]."),
     ("pool", "atomic|partitioned|leader", "How segments are allocated: one shared bitmap, a share per broker, or by "
                                           "the head [atomic]."),
@@ -174,6 +175,7 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
                                           "sleep at once [balanced]."),
     ("memory", "mapped", "What kind of memory the region is [mapped]."),
     ("session_lease_seconds", "TIME", "How long a gap in a publisher's batches may last [30s]."),
+    ("group_lease_seconds", "TIME", "How long a silent member keeps its consumer group [10s]."),
     ("heartbeat_ms", "N", "How often a broker says that it is alive [500]."),
     ("data_directory", "FOLDER", "Where replicas are written; they stay when the cluster stops [a folder of the "
                                  "cluster, which goes with it]."),

@@ -3,38 +3,33 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
-from typing import Any
 
 import click
 
 from client.cli import common
 from client.cli.common import Target, settings, target_options
 from client.cli.format import DEFAULT_FORMAT, Batch, Formatter, compile_format, message_json
+from client.cli.group import StartType
+from client.start import Start
 
 _FETCH_SECONDS = 0.5
+_COMMIT_SECONDS = 0.5
 # Small batches are gathered into writes of this size, unless somebody waits for each message.
 _WRITE_BYTES = 256 * 1024
-
-
-class StartType(click.ParamType):
-    """beginning, end, or a position."""
-
-    name = "start"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | int:
-        """The word, or the position as a number."""
-        if value in ("beginning", "end") or isinstance(value, int):
-            return value
-        if not str(value).isdecimal():
-            self.fail(f"{value!r} is no place in a topic: allowed are beginning, end, or a position from 0", param, ctx)
-        return int(value)
 
 
 @click.command()
 @click.argument("topic")
 @click.option("--from", "start", type=StartType(), default="beginning", show_default=True,
-              metavar="beginning|end|POSITION", help="Where to start.")
+              metavar="beginning|end|POSITION|TIME",
+              help="Where to start; a time is 2026-11-21T10:00:00Z or @SECONDS since 1970.")
+@click.option("--group", metavar="NAME",
+              help="Go on where this group has committed, and commit what is printed; --from is for a new group.")
+@click.option("--protect", is_flag=True, help="From now on the group keeps what it has not committed.")
+@click.option("--group-wait", type=common.DURATION, default="0s", metavar="TIME",
+              help="How long to wait for another reader of the group to leave.")
 @click.option("--format", "-f", "text", default=DEFAULT_FORMAT, show_default=True, metavar="FORMAT",
               help="How to print a message; see below.")
 @click.option("--count", "-c", type=click.IntRange(0), metavar="N", help="End after N messages.")
@@ -42,8 +37,8 @@ class StartType(click.ParamType):
 @click.option("--transport", default="auto", show_default=True, metavar="auto|grpc|attached",
               help="How to reach a broker.")
 @target_options
-def consume(topic: str, start: str | int, text: str, count: int | None, follow: bool, transport: str,
-            target: Target) -> None:
+def consume(topic: str, start: Start, group: str | None, protect: bool, group_wait: float, text: str,
+            count: int | None, follow: bool, transport: str, target: Target) -> None:
     """Print the messages of a topic, as raw bytes, in their order.
 
     Without --follow it ends at the end that the topic had when it started.
@@ -60,6 +55,8 @@ def consume(topic: str, start: str | int, text: str, count: int | None, follow: 
       cxlmq consume frames > copy.log
       cxlmq consume frames --from end --follow -f '%o: %s\\n'
       cxlmq consume frames --from 100 --count 10 --json
+      cxlmq consume frames --from 2026-11-21T10:00:00Z
+      cxlmq consume frames --group recorder --protect --follow >> recording.log
       cxlmq consume pictures --count 1 -f %s > cat.jpg
     """
     from broker.config import check_topic_name
@@ -67,19 +64,48 @@ def consume(topic: str, start: str | int, text: str, count: int | None, follow: 
     check_topic_name(topic)
     formatter = compile_format(text, topic)
     end = None if follow else _end_of(topic, target)
-    if count == 0 or (end is not None and (start == "end" or (isinstance(start, int) and start >= end))):
+    if group is None and (count == 0 or (end is not None and (
+            start == "end" or (isinstance(start, int) and start >= end)))):
         return
     from client.subscriber import Subscriber
 
-    with Subscriber(topic, **target.arguments, transport=transport, start=start) as subscriber:
+    with Subscriber(topic, **target.arguments, transport=transport, start=start, group=group, protect=protect,
+                    group_wait=group_wait) as subscriber:
         output = Output(formatter, topic, count, end, at_once=follow or common.is_terminal(sys.stdout))
+        commit = Committer(subscriber.commit) if group else None
         while not output.done(subscriber.position):
             batches = subscriber.fetch_batches(_FETCH_SECONDS)
             for batch in batches:
                 output.write(batch)
             if not batches:
                 output.flush()
+            if commit:
+                commit.soon(output)
         output.flush()
+        if commit:
+            commit.now(output)
+
+
+class Committer:
+    """Commits what was printed, and not oftener than it pays."""
+
+    def __init__(self, commit: Callable[[int], None]) -> None:
+        self._commit = commit
+        self._next = 0.0
+        self._done: int | None = None
+
+    def soon(self, output: "Output") -> None:
+        """Commit what is printed, if the last time is long enough ago."""
+        if time.monotonic() >= self._next:
+            output.flush()
+            self.now(output)
+
+    def now(self, output: "Output") -> None:
+        """Commit what is printed."""
+        if output.printed is not None and output.printed != self._done:
+            self._commit(output.printed)
+            self._done = output.printed
+        self._next = time.monotonic() + _COMMIT_SECONDS
 
 
 def _end_of(topic: str, target: Target) -> int:
@@ -100,6 +126,8 @@ class Output:
         self._at_once = at_once
         self._pieces: list[bytes] = []
         self._bytes = 0
+        self._rendered: int | None = None
+        self.printed: int | None = None         # every message below this position was written
 
     def done(self, position: int | None) -> bool:
         """Whether everything that was asked for is rendered, when `position` is next (None: not known yet)."""
@@ -112,6 +140,7 @@ class Output:
             until_end = max(0, self._end - batch.position)
             limit = until_end if limit is None else min(limit, until_end)
         data, count = self._render(batch, limit)
+        self._rendered = batch.position + count
         if self._left is not None:
             self._left -= count
         self._pieces.append(data)
@@ -124,6 +153,7 @@ class Output:
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._bytes = [], 0
         write_all(data)
+        self.printed = self._rendered
 
     def _json(self, batch: Batch, limit: int | None) -> tuple[bytes, int]:
         messages = batch.messages()[:limit]

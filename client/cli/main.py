@@ -29,6 +29,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "topic": ("client.cli.topic", "topic", "Create, list, describe and delete topics."),
     "produce": ("client.cli.produce", "produce", "Publish messages from a file or standard input."),
     "consume": ("client.cli.consume", "consume", "Print the messages of a topic."),
+    "group": ("client.cli.group", "group", "List, describe, reset and delete consumer groups."),
     "security": ("client.cli.security", "security", "Certificates, tokens and rights for clusters with security."),
     "region": ("client.cli.region", "region", "Look into shared memory, and remove what dead clusters left."),
     "sim": ("sim.cluster.cli", "sim", "Run a whole cluster under a seed, with faults, in one process."),

@@ -35,7 +35,9 @@ METHODS = {
     "Admin/ListTopics": pb.ListTopicsResponse, "Admin/DescribeTopic": pb.Topic, "Admin/OpenSession": pb.Session,
     "Admin/CloseSession": pb.CloseSessionResponse, "Admin/AttachPublisher": pb.Attachment,
     "Admin/AttachSubscriber": pb.Attachment, "Admin/Detach": pb.DetachResponse,
-    "Cluster/Describe": pb.ClusterDescription,
+    "Cluster/Describe": pb.ClusterDescription, "Groups/Join": pb.GroupMembership,
+    "Groups/Commit": pb.GroupMembership, "Groups/Leave": pb.LeaveGroupResponse, "Groups/List": pb.ListGroupsResponse,
+    "Groups/Reset": pb.Group, "Groups/Delete": pb.DeleteGroupResponse,
 }
 GARBAGE = [b"\xff", b"\x0a\xff\xff\xff\xff\x0f", b"\x0a\x05ab", b"\x07", b"\x00" * 9]
 
@@ -438,10 +440,10 @@ def test_a_subscription_to_nothing_is_refused(raw: Raw, request_bytes: bytes, st
     refused(lambda: list(raw.subscribe(request_bytes)), status, code)
 
 
-def test_a_cursor_name_has_to_fit(raw: Raw) -> None:
-    for name in ("x" * 64, "x" * 10_000, "ä" * 40):
-        request = pb.SubscribeRequest(topic=raw.topic, protect=name).SerializeToString()
-        refused(lambda request=request: list(raw.subscribe(request)), "INVALID_ARGUMENT", "bad-request")
+def test_nobody_reads_for_a_group_that_is_not_there_or_was_not_joined(raw: Raw) -> None:
+    for name in ("x", "x" * 10_000, "ä" * 40):
+        request = pb.SubscribeRequest(topic=raw.topic, group=name, member=1, member_epoch=1).SerializeToString()
+        refused(lambda request=request: list(raw.subscribe(request)), "NOT_FOUND", "unknown-group")
 
 
 def test_subscriptions_cancelled_at_once_keep_no_cursor(raw: Raw, cluster: Cluster) -> None:

@@ -96,16 +96,15 @@ def test_every_segment_comes_back_when_the_topic_goes(pool: str) -> None:
 # ---- what holds the frontier ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("protect", "kind"), [("", HolderKind.HOLDER_CURSOR), ("backup", HolderKind.HOLDER_PROTECTED)])
-def test_a_reader_keeps_what_it_has_not_read_and_is_named(protect: str, kind: HolderKind) -> None:
+def test_a_reader_keeps_what_it_has_not_read_and_is_named() -> None:
     cluster = ManualCluster(**SMALL)
     topic = cluster.create()
-    cursor, granted = cluster.open_cursor(topic, broker=1, protect=protect)
+    cursor, granted = cluster.open_cursor(topic, broker=1)
     assert granted == 0
     session = cluster.open_session(topic)
     received = fill(cluster, session, 400)
     assert received < 100
-    assert holder(cluster) == (kind, cursor)
+    assert holder(cluster) == (HolderKind.HOLDER_CURSOR, cursor)
     reader = cluster.reader(topic)
     assert [read.position for read in cluster.read(reader)] == list(range(received))
     cluster.brokers[1].cursors.move(cursor, reader.index)

@@ -166,5 +166,5 @@ def test_every_holder_has_words() -> None:
     from broker.layout import HolderKind
 
     assert [holder_text(kind << 32 | 3) for kind in HolderKind] == [
-        "nobody", "the live reader with cursor 3", "the protected cursor 3", "the replica at broker 3",
+        "nobody", "the live reader with cursor 3", "the protected consumer group 3", "the replica at broker 3",
         "topic 3, which never drops data", "batches of topic 3 that wait for their order"]

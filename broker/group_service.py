@@ -1,0 +1,195 @@
+"""The Groups service of a broker: what changes a group is passed on to the head, what looks at one is answered here."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from broker.calls import ADMIN, SUBSCRIBE, Access, unary
+from broker.config import check_group_name
+from broker.errors import BadRequest, CommitRefused, GroupNotDurable, PositionLost
+from broker.group_files import GroupFiles
+from broker.groups import Group, GroupTable, topic_key
+from broker.proto import cxlmq_pb2 as pb
+from broker.reader import OrderReader
+from broker.security import CALLER, RIGHTS
+from broker.topics import TopicEntry
+
+if TYPE_CHECKING:
+    from broker.server import BrokerServer
+
+_log = logging.getLogger("cxlmq")
+
+
+def start_index(request: Any, reader: OrderReader) -> int:
+    """The order entry that a request with a start means; "beginning" when it has none."""
+    frontiers = reader.frontiers()
+    index: int = {
+        "beginning": lambda: frontiers["reclaimed_index"],
+        "end": lambda: frontiers["committed_index"],
+        "position": lambda: reader.find(request.position),
+        "published_ns": lambda: reader.find_time(request.published_ns),
+    }[request.WhichOneof("start") or "beginning"]()
+    return index
+
+
+def start_place(request: Any, reader: OrderReader) -> tuple[int, int]:
+    """(position, index) that a request with a start means, for a group. Raises `CommitRefused`, `PositionLost`."""
+    index = start_index(request, reader)
+    if request.WhichOneof("start") != "position":
+        return reader.position_of(index), index
+    frontiers = reader.frontiers()
+    if request.position > frontiers["committed_position"]:
+        raise CommitRefused(group=request.group, topic=request.topic, position=request.position,
+                            committed=frontiers["reclaimed_position"], end_position=frontiers["committed_position"])
+    if request.position < frontiers["reclaimed_position"]:
+        raise PositionLost(position=request.position, first_available=frontiers["reclaimed_position"])
+    return request.position, index
+
+
+class GroupService:
+    """Consumer groups over gRPC, and their files beside the replicas. `forward` calls a method at the head."""
+
+    def __init__(self, server: "BrokerServer", forward: Callable[..., Any]) -> None:
+        node = server.node
+        self._server, self._node, self._forward = server, node, forward
+        self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid)
+        self._files = GroupFiles(node.config.replica_folder(node.broker))
+        self._lease_ns = int(node.config.group_lease_seconds * 1e9)
+        self._kept: tuple[tuple[int, int], ...] = ()
+        self._files_failed = False
+
+    def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
+        """Methods of cxlmq.v1.Groups."""
+        def topic_of(asked: Any) -> str:
+            return str(asked.topic)
+
+        methods: dict[str, tuple[Any, Any, Any, Access]] = {
+            "Join": (self.join, pb.JoinGroupRequest, pb.GroupMembership, (SUBSCRIBE, topic_of)),
+            "Commit": (self.commit, pb.CommitGroupRequest, pb.GroupMembership, (SUBSCRIBE, topic_of)),
+            "Leave": (self.leave, pb.LeaveGroupRequest, pb.LeaveGroupResponse, (SUBSCRIBE, topic_of)),
+            "List": (self.list, pb.ListGroupsRequest, pb.ListGroupsResponse, None),
+            "Reset": (self.reset, pb.ResetGroupRequest, pb.Group, (ADMIN, topic_of)),
+            "Delete": (self.delete, pb.DeleteGroupRequest, pb.DeleteGroupResponse, (ADMIN, topic_of)),
+        }
+        return {name: unary(self._server.guard, *each) for name, each in methods.items()}
+
+    def _opened(self, request: Any) -> tuple[TopicEntry, OrderReader]:
+        """The topic that a request is about, and a reader of it. Raises `BadGroupName`, `UnknownTopic`."""
+        topic = self._node.topics.find(request.topic)
+        check_group_name(request.group)
+        return topic, OrderReader(self._node.delivery_door, self._node.layout, topic.number, topic.generation)
+
+    async def join(self, request: Any, context: Any) -> pb.GroupMembership:
+        topic, reader = self._opened(request)
+        if not request.member:
+            raise BadRequest(reason="a member needs a number above 0")
+        if not self._node.is_head:
+            return await self._forward("Groups/Join", request, pb.GroupMembership, context)
+        holder = request.holder.encode()[:63].decode(errors="ignore") or f"member {request.member:x}"
+        group = await self.table.join(topic, reader, request.group, request.member, holder, self._lease_ns,
+                                      request.protect, lambda: start_place(request, reader))
+        await self._make_durable(topic, group)
+        return self._membership(group)
+
+    async def commit(self, request: Any, context: Any) -> pb.GroupMembership:
+        topic, reader = self._opened(request)
+        if not self._node.is_head:
+            return await self._forward("Groups/Commit", request, pb.GroupMembership, context)
+        if not request.HasField("position"):
+            return self._membership(self.table.renew(topic, request.group, request.member, request.member_epoch,
+                                                     self._lease_ns))
+        group = self.table.commit(topic, reader, request.group, request.member, request.member_epoch, request.position,
+                                  self._lease_ns)
+        await self._make_durable(topic, group)
+        return self._membership(group)
+
+    def _membership(self, group: Group) -> pb.GroupMembership:
+        return pb.GroupMembership(member_epoch=group.member_epoch, position=group.position,
+                                  lease_ms=self._lease_ns // 1_000_000)
+
+    async def leave(self, request: Any, context: Any) -> pb.LeaveGroupResponse:
+        topic, _ = self._opened(request)
+        if not self._node.is_head:
+            return await self._forward("Groups/Leave", request, pb.LeaveGroupResponse, context)
+        self.table.leave(topic, request.group, request.member, request.member_epoch)
+        return pb.LeaveGroupResponse()
+
+    async def list(self, request: Any, context: Any) -> pb.ListGroupsResponse:
+        caller = CALLER.get()
+        topics = self._node.topics.entries()
+        if request.topic:
+            topics = [self._node.topics.find(request.topic)]
+            caller.require(RIGHTS, request.topic)
+        if request.group:
+            return pb.ListGroupsResponse(groups=[
+                self._describe(topic, self.table.find(topic, request.group)) for topic in topics])
+        allowed = {topic_key(topic): topic for topic in topics
+                   if any(caller.may(right, topic.name) for right in RIGHTS)}
+        return pb.ListGroupsResponse(groups=[
+            self._describe(allowed[group.topic], group) for group in self.table.entries(allowed)])
+
+    def _describe(self, topic: TopicEntry, group: Group) -> pb.Group:
+        frontiers = self._node.topics.frontiers(topic)
+        left = (group.lease_until_ns - self._node.clock.now()) // 1_000_000 if self.table.is_read(group) else 0
+        return pb.Group(topic=topic.name, name=group.name, position=group.position,
+                        first_position=frontiers["first_position"], end_position=frontiers["end_position"],
+                        protected=group.protected, holder=group.holder if left > 0 else "", lease_left_ms=max(0, left),
+                        member_epoch=group.member_epoch, committed_unix_ns=group.committed_wall_ns)
+
+    async def reset(self, request: Any, context: Any) -> pb.Group:
+        topic, reader = self._opened(request)
+        if not self._node.is_head:
+            return await self._forward("Groups/Reset", request, pb.Group, context)
+        start = (lambda: start_place(request, reader)) if request.WhichOneof("start") else None
+        protect = {pb.ResetGroupRequest.ON: True, pb.ResetGroupRequest.OFF: False}.get(request.protection)
+        group = await self.table.reset(topic, reader, request.group, start, protect)
+        await self._make_durable(topic, group)
+        return self._describe(topic, group)
+
+    async def delete(self, request: Any, context: Any) -> pb.DeleteGroupResponse:
+        topic, _ = self._opened(request)
+        if not self._node.is_head:
+            return await self._forward("Groups/Delete", request, pb.DeleteGroupResponse, context)
+        await self.table.delete(topic, request.group)
+        await self.look_after()
+        return pb.DeleteGroupResponse()
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+
+    async def _make_durable(self, topic: TopicEntry, group: Group) -> None:
+        """Before a commit is answered it is on this disk, if the topic's log is on disks at all."""
+        if topic.replication_factor < 2:
+            return
+        try:
+            await asyncio.to_thread(self._files.store, group.record(topic))
+        except OSError as error:
+            raise GroupNotDurable(group=group.name, topic=topic.name, position=group.position,
+                                  reason=error.strerror or str(error)) from error
+
+    async def forget_deleted(self) -> None:
+        """Free the groups of topics that are gone (at the head)."""
+        await self.table.forget_deleted({topic_key(topic) for topic in self._node.topics.entries()})
+
+    async def look_after(self) -> None:
+        """Every broker keeps copies of the groups of replicated topics: the head's disk alone could go with it."""
+        topics = {topic_key(topic): topic for topic in self._node.topics.entries() if topic.replication_factor > 1}
+        if not topics and not self._kept:
+            return
+        groups = self.table.entries(topics)
+        now = tuple((group.number, group.version) for group in groups)
+        if now == self._kept and not self._files_failed:
+            return
+        try:
+            await asyncio.to_thread(self._files.keep, [group.record(topics[group.topic]) for group in groups])
+            self._kept, self._files_failed = now, False
+        except OSError as error:
+            if not self._files_failed:      # once: it is tried again until it works
+                _log.error("the groups' files cannot be written: %s", error)
+            self._files_failed = True
+
+
+

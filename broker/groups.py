@@ -1,0 +1,250 @@
+"""Consumer groups: named places in a topic's order, in the region, where every broker sees them and the head writes.
+
+Invariants: a group's position never goes back but by `reset`, and never passes the end of the log; of several members
+only the one that joined last commits, and nobody joins while another's lease lasts; what a protected group has not
+committed is not reclaimed.
+"""
+
+import asyncio
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+
+from broker.errors import CommitRefused, GroupBusy, GroupFenced, GroupTableFull, PositionLost, UnknownGroup
+from broker.group_files import GroupRecord
+from broker.layout import GroupState, Layout, record_dtypes
+from broker.reader import OrderReader
+from broker.records import pack, record_bytes, unpack
+from broker.sessions import CursorTable
+from broker.topics import TopicEntry
+from sim.cxl.memory import Memory
+
+NOBODY = 0
+
+
+def topic_key(topic: TopicEntry) -> int:
+    """How records of the region name a topic."""
+    return topic.generation << 16 | topic.number
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group as its line describes it."""
+
+    number: int
+    name: str
+    version: int
+    topic: int
+    position: int
+    index: int
+    member: int
+    member_epoch: int
+    lease_until_ns: int
+    committed_wall_ns: int
+    protected: bool
+    holder: str
+
+    def record(self, topic: TopicEntry) -> GroupRecord:
+        """What of it is kept on disk."""
+        return GroupRecord(topic=topic.name, created_ns=topic.created_ns, group=self.name, version=self.version,
+                           position=self.position, protected=self.protected, committed_wall_ns=self.committed_wall_ns)
+
+
+class GroupTable:
+    """Reads the group table; at the head, everything else as well. `now` is the monotonic clock, `wall` the other."""
+
+    def __init__(self, memory: Memory, layout: Layout, now: Callable[[], int], wall: Callable[[], int],
+                 cursors: CursorTable, pid: int) -> None:
+        self._memory, self._layout, self._now, self._wall = memory, layout, now, wall
+        self._cursors, self._pid = cursors, pid
+        self._count = layout.numbers["group_count_max"]
+        self._lock = asyncio.Lock()
+
+    # ---- reading ----------------------------------------------------------------------------------------------------
+
+    def _states(self) -> Any:
+        """The state words of all groups."""
+        first, stride = self._layout.offset_of("group", 0), self._layout.offset_of("group", 1) - (
+            self._layout.offset_of("group", 0))
+        nbytes = (self._count - 1) * stride + 64
+        self._memory.invalidate_range(first, nbytes)
+        data = self._memory.read_bytes(first, nbytes)
+        return numpy.ndarray((self._count,), record_dtypes()["GroupLine"], data, strides=(stride,))["state"]
+
+    def entries(self, topics: Collection[int] | None = None) -> list[Group]:
+        """All groups, or those of these topics (keys)."""
+        found = [self._read(int(number)) for number in numpy.flatnonzero(self._states() & 0xFF)]
+        return [each for each in found if topics is None or each.topic in topics]
+
+    def _read(self, number: int) -> Group:
+        at = self._layout.offset_of("group", number)
+        self._memory.invalidate_range(at, 192)
+        line = unpack("GroupLine", self._memory.read_line_bytes(at))
+        name = unpack("GroupName", self._memory.read_line_bytes(at + 64))["text"]
+        holder = unpack("GroupHolder", self._memory.read_line_bytes(at + 128))["text"]
+        state = line.pop("state")
+        return Group(number=number, name=name, version=state >> 8, holder=holder if line["member"] else "",
+                     protected=state & 0xFF == GroupState.GROUP_PROTECTED, **line)
+
+    def find(self, topic: TopicEntry, name: str) -> Group:
+        """A group. Raises `UnknownGroup`."""
+        for group in self.entries((topic_key(topic),)):
+            if group.name == name:
+                return group
+        raise UnknownGroup(group=name, topic=topic.name)
+
+    def require_member(self, topic: TopicEntry, name: str, member: int, member_epoch: int) -> Group:
+        """The group, if this is the member that joined last. Raises `GroupFenced`, `UnknownGroup`."""
+        group = self.find(topic, name)
+        if (group.member, group.member_epoch) != (member, member_epoch):
+            raise GroupFenced(group=name, topic=topic.name, holder=group.holder or "nobody (it was reset or left)")
+        return group
+
+    def is_read(self, group: Group) -> bool:
+        """Whether a member's lease lasts."""
+        return group.member != NOBODY and group.lease_until_ns > self._now()
+
+    # ---- writing (at the head) --------------------------------------------------------------------------------------
+
+    async def join(self, topic: TopicEntry, reader: OrderReader, name: str, member: int, holder: str, lease_ns: int,
+                   protect: bool, start: Callable[[], tuple[int, int]]) -> Group:
+        """Become the group's one reader; a new group begins at `start()`, (position, index).
+
+        Raises `GroupBusy`, `GroupTableFull`, `PositionLost` (of an unprotected group: what it has not read is gone).
+        """
+        async with self._lock:
+            try:
+                group = self.find(topic, name)
+            except UnknownGroup:
+                position, index = start()
+                group = Group(self._free_number(topic, name), name, 0, topic_key(topic), position, index, NOBODY, 0, 0,
+                              0, False, "")
+            if group.member != member:
+                self._refuse_if_read(group, topic)
+            protected = protect or group.protected
+            return await self._place(topic, reader, group, group.position, protected, member=member, holder=holder,
+                                     lease_until_ns=self._now() + lease_ns, committed_wall_ns=self._wall())
+
+    async def reset(self, topic: TopicEntry, reader: OrderReader, name: str,
+                    start: Callable[[], tuple[int, int]] | None, protect: bool | None) -> Group:
+        """Put a group somewhere else, or change its protection. Raises `GroupBusy`, `PositionLost`, `UnknownGroup`."""
+        async with self._lock:
+            group = self.find(topic, name)
+            self._refuse_if_read(group, topic)
+            position = group.position if start is None else start()[0]
+            return await self._place(topic, reader, group, position, group.protected if protect is None else protect,
+                                     member=NOBODY, holder="", lease_until_ns=0, committed_wall_ns=self._wall())
+
+    async def _place(self, topic: TopicEntry, reader: OrderReader, group: Group, position: int, protected: bool,
+                     **changed: Any) -> Group:
+        """Write a group at a position that nothing was reclaimed beyond.
+
+        The place is granted to a cursor first: from the grant on the reclaimer keeps it, and when the cursor is closed
+        the group's own line does, or else whoever reads.
+        """
+        cursor, granted = await self._cursors.open(topic_key(topic), reader.find(position), self._pid)
+        try:
+            first = reader.frontiers()["reclaimed_position"]
+            if position < first:
+                raise PositionLost(
+                    f"group {group.name} of topic {topic.name} lost positions {position} to {first - 1}: they were "
+                    f"reclaimed before it read them; `cxlmq group reset` puts it at what is kept, protect keeps it",
+                    position=position, first_available=first, group=group.name, topic=topic.name)
+            return self._write(group, position=position, index=granted, protected=protected,
+                               member_epoch=group.member_epoch + 1, **changed)
+        finally:
+            self._cursors.close(cursor)
+
+    def renew(self, topic: TopicEntry, name: str, member: int, member_epoch: int, lease_ns: int) -> Group:
+        """The member is alive. Raises `GroupFenced`, `UnknownGroup`."""
+        group = self.require_member(topic, name, member, member_epoch)
+        return self._write(group, lease_until_ns=self._now() + lease_ns)
+
+    def commit(self, topic: TopicEntry, reader: OrderReader, name: str, member: int, member_epoch: int, position: int,
+               lease_ns: int) -> Group:
+        """Everything below `position` is done. Raises `CommitRefused`, `GroupFenced`, `UnknownGroup`."""
+        group = self.require_member(topic, name, member, member_epoch)
+        end = reader.frontiers()["committed_position"]
+        if not group.position <= position <= end:
+            raise CommitRefused(group=name, topic=topic.name, position=position, committed=group.position,
+                                end_position=end)
+        changed = {"position": position, "index": reader.find(position), "committed_wall_ns": self._wall()} if (
+            position != group.position) else {}
+        return self._write(group, lease_until_ns=self._now() + lease_ns, **changed)
+
+    def leave(self, topic: TopicEntry, name: str, member: int, member_epoch: int) -> None:
+        """The member reads no more; of one that was fenced before it is no news."""
+        group = self.find(topic, name)
+        if (group.member, group.member_epoch) == (member, member_epoch):
+            self._write(group, member=NOBODY, holder="", lease_until_ns=0)
+
+    async def delete(self, topic: TopicEntry, name: str) -> Group:
+        """Forget a group, and keep nothing for it. Raises `GroupBusy`, `UnknownGroup`."""
+        async with self._lock:
+            group = self.find(topic, name)
+            self._refuse_if_read(group, topic)
+            self._free(group.number)
+            return group
+
+    def restore(self, topic: TopicEntry, reader: OrderReader, record: GroupRecord) -> Group:
+        """After recovery: the group as it was on disk, at most at the end of what was recovered.
+
+        Versions go on from there, so that a copy on a disk that comes back later is seen to be older.
+        """
+        end = reader.frontiers()["committed_position"]
+        position = min(record.position, end)
+        group = Group(self._free_number(topic, record.group), record.group, 0, topic_key(topic), position,
+                      reader.find(position), NOBODY, 0, 0, record.committed_wall_ns, record.protected, "")
+        return self._write(group, record.version)
+
+    async def forget_deleted(self, alive: Collection[int]) -> None:
+        """Free the groups of topics (keys) that are gone."""
+        async with self._lock:
+            for group in self.entries():
+                if group.topic not in alive:
+                    self._free(group.number)
+
+    def _refuse_if_read(self, group: Group, topic: TopicEntry) -> None:
+        if self.is_read(group):
+            raise GroupBusy(group=group.name, topic=topic.name, holder=group.holder or "somebody",
+                            lease_seconds_left=round((group.lease_until_ns - self._now()) / 1e9, 1))
+
+    def _free_number(self, topic: TopicEntry, name: str) -> int:
+        free = numpy.flatnonzero(self._states() & 0xFF == 0)
+        if not len(free):
+            raise GroupTableFull(group=name, topic=topic.name, group_count_max=self._count)
+        return int(free[0])
+
+    def _free(self, number: int) -> None:
+        at = self._layout.offset_of("group", number)
+        self._memory.store_word(at, self._memory.load_word(at) >> 8 << 8 | GroupState.GROUP_FREE)
+        self._memory.flush_range(at, 8)
+        self._memory.store_fence()
+
+    def _write(self, group: Group, above: int = 0, **changed: Any) -> Group:
+        """Change a group's line. Who the member is, is written before the line that makes it one.
+
+        The version counts the changes of places over the whole table: of two files of a group that was deleted and made
+        again, the later wins.
+        """
+        moved = group.version == 0 or not changed.keys() <= {"member", "holder", "lease_until_ns"}
+        version = max(above, int((self._states() >> 8).max())) + 1 if moved else group.version
+        fresh = Group(**{**group.__dict__, **changed, "version": version})
+        at = self._layout.offset_of("group", fresh.number)
+        if group.version == 0:
+            self._memory.write_line_bytes(at + 64, pack("GroupName", text=fresh.name))
+        if fresh.holder != group.holder:
+            text = fresh.holder.encode()[:record_bytes("GroupHolder") - 1]
+            self._memory.write_line_bytes(at + 128, pack("GroupHolder", text=text.decode(errors="ignore")))
+        self._memory.flush_range(at + 64, 128)
+        self._memory.store_fence()
+        state = GroupState.GROUP_PROTECTED if fresh.protected else GroupState.GROUP_OPEN
+        self._memory.write_line_bytes(at, pack(
+            "GroupLine", state=version << 8 | state, topic=fresh.topic, position=fresh.position, index=fresh.index,
+            member=fresh.member, member_epoch=fresh.member_epoch, lease_until_ns=fresh.lease_until_ns,
+            committed_wall_ns=fresh.committed_wall_ns))
+        self._memory.flush_range(at, 64)
+        self._memory.store_fence()
+        return fresh
