@@ -10,12 +10,14 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from broker.errors import (
+    TEXT_MAX,
     BadRequest,
     CxlmqError,
     DamagedData,
     PositionLost,
     RangeLost,
     UnknownTopic,
+    shortened,
     status_of,
     to_metadata,
 )
@@ -26,7 +28,7 @@ _log = logging.getLogger("cxlmq")
 
 
 async def abort(context: Any, error: CxlmqError) -> None:
-    await context.abort(grpc.StatusCode[status_of(error)], error.message, to_metadata(error))
+    await context.abort(grpc.StatusCode[status_of(error)], shortened(error.message, 4 * TEXT_MAX), to_metadata(error))
 
 
 @contextlib.asynccontextmanager

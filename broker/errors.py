@@ -14,6 +14,8 @@ from typing import Any, ClassVar
 
 ERROR_KEY = "cxlmq-error"
 DETAILS_KEY = "cxlmq-details"
+# gRPC takes 8 KiB of trailers for granted and 16 KiB at most; a character may take 12 bytes of them.
+TEXT_MAX = 128
 
 
 class _Known(dict[str, object]):
@@ -481,7 +483,14 @@ def to_metadata(error: BaseException) -> tuple[tuple[str, str], ...]:
     """The trailers that carry an error's code and details, in ASCII; the message is gRPC's own status message."""
     if not isinstance(error, CxlmqError):
         return ((ERROR_KEY, CxlmqError.code),)
-    return (ERROR_KEY, error.code), (DETAILS_KEY, json.dumps(error.details, default=str))
+    return (ERROR_KEY, error.code), (DETAILS_KEY, json.dumps(
+        {key: shortened(value) if isinstance(value, str) else value for key, value in error.details.items()},
+        default=lambda value: shortened(str(value))))
+
+
+def shortened(text: str, most: int = TEXT_MAX) -> str:
+    """A text that fits: what somebody sends us comes back in errors, and metadata of a call has little room."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 def from_metadata(status: str, message: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> CxlmqError:

@@ -168,7 +168,8 @@ class BrokerNode:
 
     def _replica_folder(self) -> ReplicaFolder:
         return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
-                             self.layout.numbers["broker_count"], self.topics.entry_of, catalogue=bool(self.config.data_directory))
+                             self.layout.numbers["broker_count"], self.topics.entry_of,
+                             catalogue=bool(self.config.data_directory))
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

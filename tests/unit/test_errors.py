@@ -1,5 +1,6 @@
 """Errors reach the user as what they were: same class, same message, same details, over gRPC and between processes."""
 
+import json
 import pickle
 import string
 
@@ -95,3 +96,10 @@ def test_damaged_details_do_not_hide_the_error(details: str | bytes) -> None:
 def test_an_error_that_is_not_ours_is_internal() -> None:
     assert status_of(ValueError("x")) == "INTERNAL"
     assert from_metadata("INTERNAL", "x", to_metadata(ValueError("x"))).code == "internal"
+
+
+def test_what_somebody_sends_is_told_back_short() -> None:
+    for text in ("x" * 100_000, "ä" * 100_000, "\U0001f600" * 100_000):
+        metadata = dict(to_metadata(errors.BadTopicName(topic=text)))
+        assert sum(len(each) for each in metadata.values()) < 2000
+        assert json.loads(metadata["cxlmq-details"])["topic"].startswith(text[:100])
