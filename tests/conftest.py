@@ -1,6 +1,24 @@
 """What all tests share: property tests print how to replay a failure. Helpers: `tests.manual_cluster`."""
 
+from collections.abc import Iterator
+
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile("cxlmq", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cxlmq")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plant", metavar="NAME", help="run with this bug planted in the stages: see cxlmq sim --mutants")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def planted_bug(request: pytest.FixtureRequest) -> Iterator[None]:
+    """With --plant, every test runs with that bug, to see which of them notices."""
+    from sim.cluster.mutants import BY_NAME, switch_on
+
+    name = request.config.getoption("--plant")
+    switch_on(BY_NAME[name] if name else None)
+    yield
+    switch_on(None)

@@ -62,7 +62,7 @@ cdef class Release(Stage):
                     and tail < self.memory.load(self.layout.offset_sequencer(topic, self.broker))):
                 break
             slot = &log.slots[tail & (self.layout.g.ring_slot_count - 1)]
-            if cxl_load_acquire(&slot.awaited) and not planted(PLANT_RESULT_NOT_AWAITED):
+            if cxl_load_acquire(&slot.awaited) and not planted(PLANT_RESULT_NOT_AWAITED) and not planted(PLANT_HELD_FREED):
                 break                           # the next batch in this slot would overwrite its result
             if state >> 40 & 0xFF == RESULT_COMMITTED:
                 end = self.memory.load(at + 8) + slot.messages

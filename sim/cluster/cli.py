@@ -2,15 +2,19 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 import click
 
 from broker.errors import ConfigError
 from client.cli.common import EXIT_FAILED, CommandExit, common_options, console, make_table, print_json, say, settings
+from sim.cluster.diagram import describe, explain
 from sim.cluster.hardware import HARDWARE
-from sim.cluster.run import Verdict, run_scenario, run_seeds
-from sim.cluster.scenario import FAULT_KINDS, STEPS, draw
+from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
+from sim.cluster.run import Verdict, hunt, run_scenario, run_seeds
+from sim.cluster.scenario import FAULT_KINDS, STEPS, Scenario, draw
+from sim.cluster.shrink import shrink
 
 HOSTS_MAX = 16
 SHOWN_FAILURES = 5
@@ -43,10 +47,15 @@ def _faults(text: str) -> frozenset[str]:
               help="What may go wrong: crash, evict, stall, torn, net; or all, none.")
 @click.option("--memory", type=click.Choice(sorted(HARDWARE)), default=sorted(HARDWARE)[-1], show_default=True,
               help="Whether hosts have caches of their own that are not coherent.")
+@click.option("--mutant", metavar="NAME", help="Plant this bug; --mutants lists them.")
+@click.option("--mutants", is_flag=True, help="Plant every bug in turn, and say which seed sees it.")
+@click.option("--output", type=click.Path(dir_okay=False), metavar="FILE",
+              help="With --mutants: write the page of planted bugs there, without running anything.")
+@click.option("--shrink/--no-shrink", "shrinks", default=True, help="Make a failing run small and draw it [shrink].")
 @click.option("--jobs", type=click.IntRange(1), help="Processes for --seeds [one a core].")
 @common_options
-def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str, memory: str,
-        jobs: int | None) -> None:
+def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str, memory: str, mutant: str | None,
+        mutants: bool, output: str | None, shrinks: bool, jobs: int | None) -> None:
     """Run a whole cluster in one process: deterministic, with faults, checked after every step.
 
     The stages are those of the broker processes. Clients publish, retry, reopen and read; a seed decides who steps next
@@ -57,21 +66,33 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
       cxlmq sim --seed 123
       cxlmq sim --seed 123 --faults crash,stall --steps 50000 --json
       cxlmq sim --seeds 0..999
+      cxlmq sim --seed 1 --mutant entry-not-flushed
+      cxlmq sim --mutants
 
     Exit code 1 when an invariant does not hold.
     """
-    options: dict[str, Any] = {"hosts": hosts, "steps": steps, "kinds": _faults(faults), "memory": memory}
+    if mutants:
+        _all_mutants(output)
+        return
+    options: dict[str, Any] = {"hosts": hosts, "steps": steps, "kinds": _faults(faults), "memory": memory,
+                               "mutant": _known_mutant(mutant)}
     if (seed is None) == (seeds is None):
-        raise click.UsageError("give --seed or --seeds")
+        raise click.UsageError("give --seed, --seeds or --mutants")
     if seed is not None:
-        _one(seed, options)
+        _one(draw(seed, **options), shrinks)
     else:
         assert seeds is not None
         _many(_seeds(seeds), jobs or os.cpu_count() or 1, options)
 
 
-def _one(seed: int, options: dict[str, Any]) -> None:
-    verdict = run_scenario(draw(seed, **options))
+def _known_mutant(name: str | None) -> str:
+    if name and name not in BY_NAME:
+        raise ConfigError(setting="mutant", value=repr(name), allowed=f"one of {', '.join(BY_NAME)}")
+    return name or ""
+
+
+def _one(scenario: Scenario, shrinks: bool) -> None:
+    verdict = run_scenario(scenario)
     if settings().as_json:
         print_json(verdict.to_json())
     else:
@@ -79,7 +100,46 @@ def _one(seed: int, options: dict[str, Any]) -> None:
                    f"the log, trace hash {verdict.trace_hash}")
         if verdict.failed:
             click.echo(_reason(verdict))
+            if shrinks:
+                _show_smallest(scenario, verdict)
     if verdict.failed:
+        raise CommandExit(EXIT_FAILED)
+
+
+def _show_smallest(scenario: Scenario, verdict: Verdict) -> None:
+    """Make a failing run small, and draw its end."""
+    say("making it smaller ...")
+    smallest, found = shrink(scenario, verdict)
+    picture, again = explain(smallest)
+    assert again.trace_hash == found.trace_hash, "the same run fails in the same way"
+    click.echo(f"\nThe smallest run that fails so, {found.steps:,} steps:\n{describe(smallest)}\n\n{picture}\n\n"
+               f"{_reason(found)}")
+
+
+def _all_mutants(output: str | None) -> None:
+    """Hunt every planted bug, or write the page that lists them."""
+    if output is not None:
+        Path(output).write_text(planted_bugs_markdown())
+        return
+    rows, missed = [], []
+    for mutant in MUTANTS:
+        found = hunt(mutant)
+        missed += [mutant.name] if found is None else []
+        rows.append({"class": mutant.number, "mutant": mutant.name, "what": mutant.what,
+                     "invariant": found.invariant if found else None, "seeds": found.seed + 1 if found else None,
+                     "tests": list(mutant.tests)})
+        if not settings().as_json:
+            say(f"{mutant.name}: {'NOT CAUGHT' if found is None else f'{found.invariant}, {found.seed + 1} seeds'}")
+    if settings().as_json:
+        print_json({"mutants": rows, "ruled_out": RULED_OUT, "missed": missed})
+    else:
+        console().print(make_table("", (">class", "mutant", "what is wrong", "seen by", ">within seeds", "tests"), [
+            (row["class"], row["mutant"], row["what"], row["invariant"] or "nothing", row["seeds"] or "-",
+             ", ".join(Path(each).stem for each in mutant.tests) or "-")
+            for row, mutant in zip(rows, MUTANTS, strict=True)]))
+        for number, why in RULED_OUT.items():
+            click.echo(f"class {number}: {why}")
+    if missed:
         raise CommandExit(EXIT_FAILED)
 
 

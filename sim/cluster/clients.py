@@ -318,8 +318,12 @@ class Publisher:
         for sequence, flight in list(self.flights.items()) if live else ():
             connection = self.connections.get(flight.host)
             lost = connection is None or connection.broken or not self.world.hosts[flight.host].powered
-            if not lost and flight.retry_at < 0 and self.world.step - flight.sent > ANSWER_STEPS:
+            if not lost and flight.retry_at < 0 and self.world.step - flight.sent > self.world.patience:
                 self.world.note(self.name, f"hears nothing from host {flight.host}")
+                if self.world.reliable:
+                    self.world.history.leftovers.append(
+                        f"batch {sequence} of client {self.client} had no answer from host {flight.host} for "
+                        f"{self.world.patience} steps, though nothing was lost")
                 self._connection(flight.host).cut()
                 lost = True
             if lost or 0 <= flight.retry_at <= self.world.step:

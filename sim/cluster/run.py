@@ -8,7 +8,8 @@ from time import perf_counter
 from typing import Any
 
 from sim.cluster.history import Violation
-from sim.cluster.scenario import Scenario, draw
+from sim.cluster.mutants import BY_NAME, Mutant, planter, switch_on
+from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
 from sim.cluster.world import World
 
 
@@ -38,7 +39,9 @@ class Verdict:
 def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World]:
     """Run a scenario; its verdict, and the world as it was at the end (closed)."""
     begun = perf_counter()
-    world = World(scenario, tracing=tracing)
+    mutant = BY_NAME[scenario.mutant] if scenario.mutant else None
+    switch_on(mutant)
+    world = World(scenario, planter(mutant) if mutant is not None else None, tracing=tracing)
     verdict, invariant, text = "ok", "", ""
     try:
         world.run()
@@ -51,6 +54,7 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
     result = Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
                      perf_counter() - begun)
     world.close()
+    switch_on(None)
     return result, world
 
 
@@ -72,3 +76,17 @@ def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]
         return
     with get_context("fork").Pool(processes) as pool:
         yield from pool.imap(_run_seed, jobs, chunksize=4)
+
+
+HUNT_SEEDS, HUNT_STEPS = 200, 6_000
+
+
+def hunt(mutant: Mutant, seeds: int = HUNT_SEEDS, steps: int = HUNT_STEPS) -> Verdict | None:
+    """Run seeds from 0 on until one catches the mutant; its verdict, None when none does."""
+    kinds = frozenset(FAULT_KINDS) if mutant.needs is None else mutant.needs
+    for seed in range(seeds):
+        scenario = draw(seed, steps=steps, kinds=kinds, mutant=mutant.name)
+        verdict = run_scenario(scenario.smaller(**dict(mutant.shape)))
+        if verdict.failed:
+            return verdict
+    return None

@@ -7,6 +7,7 @@ from typing import Any
 FAULT_KINDS = ("crash", "evict", "stall", "torn", "net")
 KIB, MIB = 1 << 10, 1 << 20
 STEPS = 20_000
+STAGES = 8                                  # of a host that may stall alone; the head has more
 LEASE_TICKS = 3_000                         # a session's gap may last so many ticks of the clock
 
 
@@ -19,13 +20,15 @@ class Fault:
     where: int
     argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host
     policy: str = "lost"                    # crash: what becomes of lines that were not fenced
+    stage: int = -1                         # stall: only this stage of the host, a thread that gets no processor
 
     def __str__(self) -> str:
         what = {"crash": f"host {self.where} loses power {abs(self.argument)} "
                          f"{'fences' if self.argument < 0 else 'operations'} later; "
                          f"unfenced lines: {self.policy}",
                 "client": f"client {self.where} dies",
-                "stall": f"host {self.where} stands still for {self.argument} steps",
+                "stall": f"{'' if self.stage < 0 else f'stage {self.stage} of '}host {self.where} stands still for "
+                         f"{self.argument} steps",
                 "cut": f"client {self.where} loses its connection to host {self.argument}"}[self.kind]
         return f"step {self.step}: {what}"
 
@@ -113,8 +116,10 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
         if random.random() < 0.4:
             found.append(Fault(moment(), "client", random.randrange(scenario.publishers)))
     if "stall" in scenario.kinds:
-        for _ in range(random.choice((0, 1, 2))):
-            found.append(Fault(moment(), "stall", random.randrange(scenario.hosts), random.randint(100, 3000)))
+        for _ in range(random.choice((0, 1, 3))):
+            stage = random.randrange(STAGES) if random.random() < 0.6 else -1
+            found.append(Fault(moment(), "stall", random.randrange(scenario.hosts), random.randint(100, 4000),
+                               stage=stage))
     if "net" in scenario.kinds:
         for _ in range(random.choice((0, 1, 3, 6))):
             found.append(Fault(moment(), "cut", random.randrange(scenario.publishers),

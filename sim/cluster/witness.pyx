@@ -237,6 +237,7 @@ cdef class Witness:
             return self.fail(BREACH_BOUNDS, 0, topic, 0, reclaimed, committed)
         while index < committed:
             if self.check_entry(topic, index):
+                known.committed = index         # what lies behind was not seen
                 return self.breach
             index += 1
         return self.check_brokers(topic)

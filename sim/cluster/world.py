@@ -36,7 +36,7 @@ from broker.stages.sequencer import OrderState, Scanner
 from broker.stages.stage import Stage
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
-from sim.cluster.clients import Connection, Publisher, Subscriber
+from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.ending import drain, judge
 from sim.cluster.hardware import HARDWARE
@@ -69,12 +69,14 @@ class Host:
         self.powered = self.stalled = False
         self.connections: list[Connection] = []
         self.units: list[int] = []
+        self.waiting: set[int | None] = set()   # stages whose thread gets no processor
 
     def start(self) -> None:
         """Put the broker together, as `broker.node` does."""
         world, layout, number = self.world, self.world.layout, self.number
         self.incarnation += 1
         self.powered, self.stalled = True, False
+        self.waiting.clear()
         self.control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62),
                                    PROBE_PERIOD if "evict" in world.scenario.kinds else 0)
         self.loop = SimLoop(world.clock)
@@ -194,6 +196,7 @@ class World:
         self.scenario, self._plant = scenario, plant
         self.tracing = tracing
         self.events: list[tuple[int, str, str]] = []        # step, column, text
+        self._frontiers: dict[str, int] = {}
         self.layout = Layout.compute(**scenario.region())
         self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts, scenario.random("hardware"),
                                                   "evict" in scenario.kinds)
@@ -282,18 +285,36 @@ class World:
     # ---- running ----------------------------------------------------------------------------------------------------
 
     def _allow(self) -> None:
-        self.schedule.allow([unit for host in self.hosts if host.powered and not host.stalled for unit in host.units])
+        self.schedule.allow([unit for host in self.hosts if host.powered and not host.stalled for unit in host.units
+                             if unit not in host.waiting])
 
     def advance(self, until: int) -> None:
         """Run stages, clients and faults up to a step."""
         while self.step < until:
-            stop = self.schedule.run(min(until, self._queue[0][0] if self._queue else until))
+            limit = min(until, self._queue[0][0] if self._queue else until)
+            stop = self._trace_steps(limit) if self.tracing else self.schedule.run(limit)
             if stop == Stop.STOP_BREACH:
                 raise Violation(*self.witness.describe())
             self._notice_power()
             while self._queue and self._queue[0][0] <= self.step:
                 heapq.heappop(self._queue)[2]()
                 self._notice_power()
+
+    def _trace_steps(self, limit: int) -> int:
+        """Step one by one, and note what each changed in memory."""
+        stop = int(Stop.STOP_DONE)
+        while self.step < limit and stop == Stop.STOP_DONE:
+            worked, before = self.schedule.worked, self._frontiers
+            stop = self.schedule.run(self.step + 1)
+            if self.schedule.worked != worked or stop != Stop.STOP_DONE:
+                self._frontiers = self.witness.frontiers(0)
+                changed = [f"{name} {before.get(name, 0)}→{value}" for name, value in self._frontiers.items()
+                           if before.get(name, 0) != value]
+                unit = self.schedule.last
+                if changed or stop != Stop.STOP_DONE:
+                    self.events.append((self.step, f"host {self.schedule.host_of(unit)}",
+                                        f"{self.schedule.names[unit]}: {', '.join(changed) or 'the last step'}"))
+        return stop
 
     def _notice_power(self) -> None:
         for host in self.hosts:
@@ -317,7 +338,7 @@ class World:
             else:
                 control.crash_fences = -fault.argument
         elif fault.kind == "stall" and self.hosts[fault.where].powered:
-            self._stall(self.hosts[fault.where], fault.argument)
+            self._stall(self.hosts[fault.where], fault.argument, fault.stage)
         elif fault.kind == "client":
             self.publishers[fault.where].die()
         elif fault.kind == "cut":
@@ -325,13 +346,18 @@ class World:
             if connection is not None:
                 connection.cut()
 
-    def _stall(self, host: Host, steps: int) -> None:
-        host.stalled = True
+    def _stall(self, host: Host, steps: int, stage: int) -> None:
+        incarnation, unit = host.incarnation, host.units[stage % len(host.units)] if stage >= 0 else None
+        if unit is None:
+            host.stalled = True
+        else:
+            host.waiting.add(unit)
         self._allow()
 
         def resume() -> None:
-            if host.powered:
-                host.stalled = False
+            if host.powered and host.incarnation == incarnation:
+                host.waiting.discard(unit)
+                host.stalled = host.stalled and unit is not None
                 self.note(f"host {host.number}", "goes on")
                 self._allow()
 
@@ -405,6 +431,16 @@ class World:
         """Where a host keeps its replica files."""
         assert self.folder is not None
         return self.folder / f"host-{host}"
+
+    @property
+    def reliable(self) -> bool:
+        """Whether every message of this run arrives, and every host goes on sooner or later."""
+        return not self.scenario.kinds & {"net", "crash"}
+
+    @property
+    def patience(self) -> int:
+        """After how many steps without an answer a client tries elsewhere."""
+        return ANSWER_STEPS * (4 if self.reliable else 1)
 
     @property
     def recovers(self) -> bool:

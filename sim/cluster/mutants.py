@@ -1,0 +1,212 @@
+"""Planted bugs: one for each class of bugs that this kind of system really had and that our design can have.
+
+A bug of visibility is planted at the door: one role leaves out, or sends astray, one operation on one kind of record.
+A bug of logic is a switch in the stage (broker/planted.pxd). The stages themselves are the product's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from broker.layout import Layout
+from broker.planted import Planted, plant
+from sim.cluster.door import Mutation, Operation, SimDoor
+from sim.cxl.memory import Role
+
+Target = tuple[int, int, int, int, int]     # start, end, stride, first, last: see door.pxd
+WHOLE = 1 << 50
+
+
+def section(name: str) -> Callable[[Layout, int], Target]:
+    """Everything in one section of the region."""
+    def target(layout: Layout, _: int) -> Target:
+        start = next(at for each, at, _ in layout.sections if each == name)
+        end = min((at for _, at, _ in layout.sections if at > start), default=WHOLE)
+        return start, end, WHOLE, 0, WHOLE
+
+    return target
+
+
+def topic_line(place: str, nbytes: int = 64, first: int = 0) -> Callable[[Layout, int], Target]:
+    """One of a topic's own lines, of all topics."""
+    def target(layout: Layout, _: int) -> Target:
+        start, stride = layout.offset_of(place, 0), layout.numbers["topic_stride"]
+        return start, start + stride * layout.numbers["topic_count_max"], stride, first, nbytes
+
+    return target
+
+
+def offset_line(place: str, first: int = 0, last: int = 64) -> Callable[[Layout, int], Target]:
+    """A line of the offset entries, of all brokers and of topic 0."""
+    def target(layout: Layout, _: int) -> Target:
+        numbers = layout.numbers
+        start = layout.offset_of(place, 0, 0)
+        return start, start + numbers["offset_stride"] * numbers["broker_count"], numbers["offset_stride"], first, last
+
+    return target
+
+
+@dataclass(frozen=True)
+class Astray:
+    """An operation of one role that is left out or goes elsewhere."""
+
+    role: Role
+    mutation: Mutation
+    operation: Operation
+    target: Callable[[Layout, int], Target]
+    distance: Callable[[Layout, int], int] = lambda layout, host: 64
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One planted bug: `number` is its class in reference/bug-classes.md."""
+
+    name: str
+    number: int
+    what: str
+    door: Astray | None = None
+    switch: int = 0
+    needs: frozenset[str] | None = None     # kinds of faults under which it shows soonest; None: all
+    tests: tuple[str, ...] = ()             # those that fail as well when the switch is on
+    shape: tuple[tuple[str, int], ...] = ()         # numbers of the run under which it shows soonest
+
+
+DROP, MOVE, SOMETIMES, FENCE_AFTER, HALF = (
+    Mutation.MUTATE_DROP, Mutation.MUTATE_MOVE, Mutation.MUTATE_SOMETIMES, Mutation.MUTATE_FENCE_AFTER,
+    Mutation.MUTATE_HALF)
+FLUSH, INVALIDATE, STORE, COPY_IN = (
+    Operation.OP_FLUSH, Operation.OP_INVALIDATE, Operation.OP_STORE, Operation.OP_COPY_IN)
+CALM = frozenset({"net"})                   # nothing that would write a forgotten line back by itself
+STALLS = frozenset({"stall"})
+
+
+def _to_reclaim_line(layout: Layout, host: int) -> int:
+    """From where a broker notes its freed slots to a spare word of the reclaimer's line."""
+    return int(layout.offset_of("topic_reclaim", 0) + 48 - layout.offset_of("offset_broker", 0, host) - 56)
+
+
+MUTANTS: tuple[Mutant, ...] = (
+    Mutant("wrong-line-flushed", 1, "the sequencer flushes the line beside the committed frontier",
+           Astray(Role.ROLE_SEQUENCER, MOVE, FLUSH, topic_line("topic_order")), needs=CALM),
+    Mutant("topic-not-flushed", 2, "the line of a new topic is never flushed",
+           Astray(Role.ROLE_ADMIN, DROP, FLUSH, topic_line("topic")), needs=CALM),
+    Mutant("offsets-not-flushed", 3, "a broker does not flush the line that says it serves a topic",
+           Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM),
+    Mutant("seldom-invalidated", 4, "the sequencer invalidates a batch header one time in eight",
+           Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings"))),
+    Mutant("committed-not-invalidated", 4, "acks look at the committed frontier in their own cache",
+           Astray(Role.ROLE_ACK, DROP, INVALIDATE, topic_line("topic_order")), needs=CALM),
+    Mutant("header-prefetched", 5, "the sequencer takes a batch header that was prefetched before it was written",
+           Astray(Role.ROLE_SEQUENCER, DROP, INVALIDATE, section("batch-header rings"))),
+    Mutant("entry-prefetched", 5, "a reader takes an order entry that was prefetched before it was written",
+           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("order indexes"))),
+    Mutant("header-not-flushed", 6, "delegation does not flush headers",
+           Astray(Role.ROLE_DELEGATION, DROP, FLUSH, section("batch-header rings"))),
+    Mutant("result-not-flushed", 6, "the sequencer does not flush results",
+           Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("results")), needs=CALM),
+    Mutant("entry-not-flushed", 6, "the sequencer does not flush order entries",
+           Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("order indexes"))),
+    Mutant("header-fence-weak", 7, "no fence between headers and the frontier that covers them",
+           Astray(Role.ROLE_DELEGATION, FENCE_AFTER, FLUSH, section("batch-header rings"))),
+    Mutant("entry-fence-weak", 7, "no fence between order entries and the frontier that covers them",
+           Astray(Role.ROLE_SEQUENCER, FENCE_AFTER, FLUSH, section("order indexes"))),
+    Mutant("payload-fence-missing", 7, "no fence between a payload and its header",
+           Astray(Role.ROLE_RECEIVER, FENCE_AFTER, COPY_IN, section("segments"))),
+    Mutant("done-before-fence", 7, "entries count as done before they are fenced",
+           switch=Planted.PLANT_DONE_BEFORE_FENCE),
+    Mutant("payload-half-invalidated", 8, "a reader forgets the first line of a payload alone",
+           Astray(Role.ROLE_DELIVERY, HALF, INVALIDATE, section("segments"))),
+    Mutant("name-torn", 8, "a topic's name of two lines is read with one of them stale",
+           Astray(Role.ROLE_ADMIN, HALF, INVALIDATE, topic_line("topic_name", 128))),
+    Mutant("payload-stale", 9, "a reader takes a payload from its cache",
+           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("segments"))),
+    Mutant("leftovers-kept", 10, "a topic begins with the lines of the one that was there before",
+           Astray(Role.ROLE_ADMIN, DROP, COPY_IN, topic_line("topic_order", WHOLE))),
+    Mutant("two-writers", 11, "the sequencer writes into a broker's line",
+           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, offset_line("offset_sequencer", 24, 32), lambda *_: -64 + 8)),
+    Mutant("dirty-invalidated", 12, "a broker writes into the reclaimer's line before it invalidates it",
+           Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line)),
+    Mutant("tail-unflushed", 13, "delegation waits for a full group", switch=Planted.PLANT_TAIL_UNFLUSHED,
+           tests=("tests/unit/test_delegation.py", "tests/unit/test_acks.py")),
+    Mutant("ordered-overwritten", 14, "a broker's ordered count is set, not advanced",
+           switch=Planted.PLANT_ORDERED_OVERWRITTEN, tests=("tests/unit/test_sequencer.py",)),
+    Mutant("level-ignored", 15, "level 2 looks at what level 1 looks at", switch=Planted.PLANT_LEVEL_IGNORED,
+           tests=("tests/unit/test_acks.py",)),
+    Mutant("ack-early", 15, "a result is taken for the committed frontier", switch=Planted.PLANT_ACK_EARLY),
+    Mutant("skipped-numbered", 16, "a duplicate takes an order number", switch=Planted.PLANT_SKIPPED_NUMBERED,
+           tests=("tests/unit/test_sequencer.py",)),
+    Mutant("ring-overrun", 19, "the ring goes round over slots that are in use", switch=Planted.PLANT_RING_OVERRUN,
+           tests=("tests/unit/test_delegation.py",)),
+    Mutant("index-overrun", 19, "order entries that are not reclaimed are overwritten",
+           switch=Planted.PLANT_INDEX_OVERRUN, tests=("tests/unit/test_sequencer.py",)),
+    Mutant("void-blocks", 20, "an empty slot is taken for one that is still to come", switch=Planted.PLANT_VOID_BLOCKS,
+           tests=("tests/unit/test_sequencer.py",)),
+    Mutant("result-not-awaited", 21, "a slot is reused before its result was taken",
+           switch=Planted.PLANT_RESULT_NOT_AWAITED, tests=("tests/unit/test_acks.py",), needs=STALLS,
+           shape=(("window", 24), ("publishers", 4), ("ring_slots", 16), ("batches", 150))),
+    Mutant("held-freed", 23, "a slot is reused when it was scanned, held or not", switch=Planted.PLANT_HELD_FREED,
+           tests=("tests/unit/test_sequencer.py",)),
+    Mutant("stray-payload", 24, "a payload is written over the end of the one before it",
+           Astray(Role.ROLE_RECEIVER, MOVE, COPY_IN, section("segments"), lambda *_: -64)),
+    Mutant("reader-ignored", 25, "readers do not hold reclaiming back", switch=Planted.PLANT_READER_IGNORED,
+           tests=("tests/unit/test_reclaim.py",)),
+    Mutant("replica-ignored", 25, "replicas do not hold reclaiming back", switch=Planted.PLANT_REPLICA_IGNORED,
+           tests=("tests/unit/test_reclaim.py",), needs=STALLS,
+           shape=(("replication_factor", 2), ("entries", 32), ("batches", 150))),
+    Mutant("segment-early", 25, "segments come back before their messages are reclaimed",
+           switch=Planted.PLANT_SEGMENT_EARLY, tests=("tests/unit/test_reclaim.py",)),
+    Mutant("gap-skipped", 28, "a missing batch is not waited for", switch=Planted.PLANT_GAP_SKIPPED,
+           tests=("tests/unit/test_sequencer.py",)),
+    Mutant("duplicate-twice", 28, "a batch that is in the log is ordered again", switch=Planted.PLANT_DUPLICATE_TWICE,
+           tests=("tests/unit/test_sequencer.py",)),
+)
+
+# Classes that have no mutant here: why.
+RULED_OUT: dict[int, str] = {
+    17: "no stage has a time-out: an ack follows frontiers and nothing else",
+    18: "an ack carries the epoch of the head that serves; what a replaced head says is in tests of the takeover",
+    22: "there is no export path: readers follow the order index, and nothing but the sequencer reads the rings",
+    26: "no descriptors here; tests/end_to_end/test_library_faults.py counts them over reconnects",
+    27: "no connections here; a full ring is pushed back, which tests/end_to_end/test_bad_input.py sees over gRPC",
+    29: "a replaced head writes into a bank of its own that nobody reads; in the simulation hosts stall and go on",
+    30: "the simulation measures nothing; the benchmarks leave the warm-up out and say how long it was",
+}
+
+BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+
+
+def planter(mutant: Mutant) -> Callable[[SimDoor, Layout, int, int], None] | None:
+    """What plants a mutant of the door into each door that a host makes."""
+    astray = mutant.door
+    if astray is None:
+        return None
+
+    def put(door: SimDoor, layout: Layout, host: int, role: int) -> None:
+        if role == int(astray.role):
+            door.plant(int(astray.mutation), int(astray.operation), astray.target(layout, host),
+                       astray.distance(layout, host))
+
+    return put
+
+
+def switch_on(mutant: Mutant | None) -> None:
+    """Turn a mutant's switch on; None turns all off."""
+    plant(mutant.switch if mutant is not None else Planted.PLANT_NOTHING)
+
+
+def planted_bugs_markdown() -> str:
+    """memory-bank/planted_bugs.md."""
+    lines = ["# Planted bugs", "",
+             "Written by `cxlmq sim --mutants --output memory-bank/planted_bugs.md`. `cxlmq sim --mutants` runs them",
+             "all and says which invariant sees each, and within how many seeds; tests/simulation/test_mutants.py fails",
+             "when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of the door",
+             "leaves out or misdirects one operation of one role; a switch makes one mistake in a stage",
+             "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.", "",
+             "| class | planted bug | what is wrong | where | seen by the simulation | tests that see it too |",
+             "|---|---|---|---|---|---|"]
+    for mutant in MUTANTS:
+        where = f"door of {mutant.door.role.name[5:].lower()}" if mutant.door else "switch"
+        tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"
+        lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | yes | {tests} |")
+    lines += ["", "## Classes without a planted bug here", "", "| class | why |", "|---|---|"]
+    lines += [f"| {number} | {why} |" for number, why in sorted(RULED_OUT.items())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,56 @@
+"""Every planted bug is seen by the simulation, and what is not planted is not seen: else nothing that it says counts."""
+
+from pathlib import Path
+
+import pytest
+
+from broker.planted import Planted, planted_now
+from sim.cluster.diagram import explain
+from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
+from sim.cluster.run import hunt, run_scenario
+from sim.cluster.scenario import draw
+from sim.cluster.shrink import shrink
+
+PAGE = Path(__file__).parents[2] / "memory-bank/planted_bugs.md"
+VISIBILITY = set(range(1, 14))
+
+
+@pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS])
+def test_the_simulation_sees_it(name: str) -> None:
+    found = hunt(BY_NAME[name], seeds=100)
+    assert found is not None, f"{name}: {BY_NAME[name].what}"
+    assert found.verdict == "violation", found.text
+
+
+def test_every_class_is_planted_or_ruled_out() -> None:
+    planted = {mutant.number for mutant in MUTANTS}
+    assert planted | set(RULED_OUT) == set(range(1, 31))
+    assert planted >= VISIBILITY
+    assert not planted & set(RULED_OUT)
+
+
+def test_every_switch_is_a_mutant() -> None:
+    assert {mutant.switch for mutant in MUTANTS if mutant.switch} == set(Planted) - {Planted.PLANT_NOTHING}
+
+
+def test_a_run_leaves_no_bug_behind() -> None:
+    run_scenario(draw(0, steps=500, mutant="gap-skipped"))
+    assert planted_now() == Planted.PLANT_NOTHING
+
+
+def test_the_page_of_planted_bugs_is_current() -> None:
+    assert PAGE.read_text() == planted_bugs_markdown(), (
+        f"{PAGE.name} is stale: run `cxlmq sim --mutants --output memory-bank/planted_bugs.md`")
+
+
+def test_a_failing_run_is_made_smaller_and_still_fails_to_the_byte() -> None:
+    scenario = draw(0, steps=6_000, mutant="entry-fence-weak")
+    verdict = run_scenario(scenario)
+    smallest, found = shrink(scenario, verdict)
+    assert found.invariant == verdict.invariant == "T"
+    assert found.steps < verdict.steps
+    assert len(smallest.faults) <= len(scenario.faults)
+    picture, again = explain(smallest)
+    assert again.trace_hash == found.trace_hash
+    assert "delegation" in picture
+    assert "host 0" in picture
