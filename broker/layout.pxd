@@ -1,7 +1,11 @@
 """The records in shared memory and where they lie. The only definition: sizes, dtypes, the printed map derive from it.
 
-    superblock | control | brokers | topics (TInodes) | batch-header rings | results | order indexes | sessions
-    | cursors | groups | attached-client slots | segment table | coherent area | statistics | segments
+    superblock | brokers | offsets (brokers' and replicas' parts of the TInodes) | batch-header rings | sessions
+    | cursors | groups | attached-client slots | segment table | coherent area | statistics | banks | segments
+
+What a head writes lies in a bank of its own: head line, directory, topics (the heads' part of the TInodes), results,
+order indexes, progress of sessions, grants, answers. The control word says whose bank counts: readers look at it before
+and after (`broker/head.pyx`). So a head that was replaced may store whatever it wants: nobody reads it.
 
 Every record is made of whole 64-byte lines (results: four to a line) with one writer role each; word 0 of a line is its
 commit word, stored last. Words that many hosts change lie in the coherent area and nowhere else.
@@ -20,6 +24,13 @@ cdef enum:
     LEASE_RING = 16             # leases that an attached client may hold at once
     LOST_BROKER = 0xFFFF        # `broker` of an order entry whose messages no replica had at recovery
     ATTACH_PAGE = 4096          # who writes differs from page to page, so that mappings can be limited
+
+cpdef enum ControlBits:
+    CONTROL_BROKER = 0xFF       # the head
+    CONTROL_BANK_SHIFT = 8
+    CONTROL_SOURCE_SHIFT = 16   # bank + 1 of the last head that served, while the next one recovers; 0 none
+    CONTROL_SERVING = 1 << 24
+    CONTROL_EPOCH_SHIFT = 32
 
 cpdef enum BatchFlag:
     BATCH_VOID = 1              # reserved and never filled: takes no position, frees its slot
@@ -98,14 +109,24 @@ cdef packed struct Superblock:              # 8 lines, written once by the creat
     char name[128]
     char folder[128]
 
-cdef packed struct ControlLine:             # writer: sequencer
+cdef packed struct ControlLine:             # coherent area: whoever becomes head changes it by compare-and-swap
+    uint64_t control                        # epoch << 32 | CONTROL_SERVING | (source + 1) << 16 | bank << 8 | broker
+    uint64_t incarnations                   # starts of brokers so far, by fetch-add
+    uint64_t reserved[6]
+
+cdef packed struct BankLine:                # coherent area: who may write into a bank
+    uint64_t owner                          # incarnation << 8 | broker + 1; 0 free. Changed by compare-and-swap
+    uint64_t reserved[7]
+
+cdef packed struct HeadLine:                # writer: sequencer
     uint64_t epoch
-    uint64_t sequencer_broker
-    uint64_t lease_until_ns
+    uint64_t broker
     uint64_t scanners
     uint64_t lock_mode
+    uint64_t source_epoch                   # the epoch whose state was taken over
     uint64_t live_brokers                   # one bit a broker, for the choice of replicas; 0: all are taken to live
-    uint64_t reserved[2]
+    uint64_t adopted                        # entries of that epoch which were written and not yet committed
+    uint64_t served_ns
 
 cdef packed struct DirectoryLine:           # writer: admin
     uint64_t topics_version                 # changes whenever a topic appears or goes
@@ -411,15 +432,11 @@ cdef packed struct Geometry:
     uint64_t sessions_per_broker
     uint64_t cursors_per_broker
     uint64_t attach_per_broker
-    uint64_t control
     uint64_t brokers
     uint64_t broker_stride
-    uint64_t topics
-    uint64_t topic_stride
+    uint64_t offsets
     uint64_t offset_stride
     uint64_t rings
-    uint64_t results
-    uint64_t order
     uint64_t sessions
     uint64_t cursors
     uint64_t groups
@@ -428,6 +445,17 @@ cdef packed struct Geometry:
     uint64_t segment_table
     uint64_t coherent
     uint64_t statistics
+    uint64_t bank_count
+    uint64_t bank_stride
+    uint64_t bank               # the one that what follows lies in
+    uint64_t head
+    uint64_t topics
+    uint64_t topic_stride
+    uint64_t answers
+    uint64_t progress
+    uint64_t grants
+    uint64_t results
+    uint64_t order
     uint64_t segments
 
 
@@ -437,6 +465,10 @@ cdef class Layout:
     cdef uint64_t _bitmap_bytes
     cdef dict _places
 
+    cdef uint64_t control(self) noexcept nogil
+    cdef uint64_t bank_owner(self, uint64_t bank) noexcept nogil
+    cdef uint64_t head_line(self) noexcept nogil
+    cdef void use_bank(self, uint64_t bank) noexcept nogil
     cdef uint64_t directory(self) noexcept nogil
     cdef uint64_t sequencer_activity(self) noexcept nogil
     cdef uint64_t broker(self, uint64_t b) noexcept nogil
@@ -474,7 +506,7 @@ cdef class Layout:
     cdef uint64_t warm_bitmap(self) noexcept nogil
     cdef uint64_t bitmap_words(self) noexcept nogil
     cdef uint64_t doorbell(self, uint64_t b, uint64_t which) noexcept nogil
-    cdef uint64_t order_lock(self) noexcept nogil
+    cdef uint64_t order_lock(self) noexcept nogil       # of the head that has the bank
     cdef uint64_t role_statistics(self, uint64_t b, uint64_t role) noexcept nogil
     cdef uint64_t broker_counters(self, uint64_t b) noexcept nogil
     cdef uint64_t sequencer_counters(self) noexcept nogil

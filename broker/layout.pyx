@@ -9,7 +9,8 @@ from sim.cxl.memory cimport LINE_BYTES, ROLE_COUNT, AccessStatistics
 from sim.cxl.primitives cimport cxl_mutex_bytes
 
 LAYOUT_MAGIC = 0x514D4C5843  # "CXLMQ"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+BANKS_MAX = 3                   # one serves, one is being filled, one may belong to a head that stopped and may wake up
 POOL_STRATEGIES = ("atomic", "partitioned", "leader")
 SEGMENT_ALIGNMENT = 2 << 20
 LOST_BROKER_NUMBER = LOST_BROKER
@@ -72,6 +73,8 @@ def _records() -> dict:
     cdef GroupLine mm
     cdef GroupName nn
     cdef GroupHolder oo
+    cdef BankLine kk
+    cdef HeadLine ll
     views = {
         "Superblock": <Superblock[:1]>&a, "ControlLine": <ControlLine[:1]>&b, "DirectoryLine": <DirectoryLine[:1]>&c,
         "ActivityLine": <ActivityLine[:1]>&bb, "BrokerLine": <BrokerLine[:1]>&d, "BrokerAddress": <BrokerAddress[:1]>&e,
@@ -87,7 +90,7 @@ def _records() -> dict:
         "CursorLine": <CursorLine[:1]>&u, "CursorGrantLine": <CursorGrantLine[:1]>&v,
         "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
         "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
-        "AccessStatistics": <AccessStatistics[:1]>&aa,
+        "AccessStatistics": <AccessStatistics[:1]>&aa, "BankLine": <BankLine[:1]>&kk, "HeadLine": <HeadLine[:1]>&ll,
         "GroupLine": <GroupLine[:1]>&mm, "GroupName": <GroupName[:1]>&nn, "GroupHolder": <GroupHolder[:1]>&oo,
     }
     return {name: _fields(view) for name, view in views.items()}
@@ -190,18 +193,15 @@ cdef class Layout:
             self.sections.append((name, start, at - start))
             return start
 
-        g.control = section("control", 2 * LINE_BYTES + activity)
-        g.broker_stride = (4 * LINE_BYTES + sizeof(BrokerAddress) + 2 * sizeof(PoolRing) + activity)
+        # The lines of a broker are its own; what the head answers it lies in the bank.
+        g.broker_stride = (2 * LINE_BYTES + sizeof(BrokerAddress) + sizeof(PoolRing) + activity)
         g.brokers = section("brokers", g.broker_count * g.broker_stride)
-        g.offset_stride = (2 + g.broker_count) * LINE_BYTES
-        g.topic_stride = 3 * LINE_BYTES + sizeof(TopicName) + g.broker_count * g.offset_stride
-        g.topics = section("topics", g.topic_count_max * g.topic_stride)
+        g.offset_stride = (1 + g.broker_count) * LINE_BYTES
+        g.offsets = section("offsets", g.topic_count_max * g.broker_count * g.offset_stride)
         slots = g.topic_count_max * g.broker_count * g.ring_slot_count
         g.rings = section("batch-header rings", slots * sizeof(BatchHeader))
-        g.results = section("results", slots * sizeof(BatchResult))
-        g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
-        g.sessions = section("sessions", g.session_count_max * 2 * LINE_BYTES)
-        g.cursors = section("cursors", g.cursor_count_max * 3 * LINE_BYTES)
+        g.sessions = section("sessions", g.session_count_max * LINE_BYTES)
+        g.cursors = section("cursors", g.cursor_count_max * 2 * LINE_BYTES)
         g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
         # A page that the broker writes, one with the client's line and doorbell, one with its descriptors.
         g.attach_stride = 3 * ATTACH_PAGE
@@ -210,9 +210,26 @@ cdef class Layout:
         g.segment_table = section("segment table", segment_count * LINE_BYTES)
         bitmap = _round_up(self._bitmap_words(segment_count) * 8, LINE_BYTES)
         g.segment_count = segment_count
-        g.coherent = section("coherent area", 2 * bitmap + 2 * g.broker_count * LINE_BYTES + LINE_BYTES)
+        g.bank_count = max(2, min(BANKS_MAX, g.broker_count))
+        g.coherent = section("coherent area", (1 + 2 * g.bank_count + 2 * g.broker_count) * LINE_BYTES + 2 * bitmap)
         counters = sizeof(BrokerCounters) + ROLE_COUNT * LINE_BYTES
         g.statistics = section("statistics", g.broker_count * counters + sizeof(SequencerCounters))
+        at = _round_up(at, ATTACH_PAGE)
+        g.bank = 0
+        first = at
+
+        g.head = section("head", LINE_BYTES)
+        section("directory", LINE_BYTES + activity)
+        g.topic_stride = 3 * LINE_BYTES + sizeof(TopicName) + g.broker_count * LINE_BYTES
+        g.topics = section("topics", g.topic_count_max * g.topic_stride)
+        g.answers = section("answers", g.broker_count * (2 * LINE_BYTES + sizeof(PoolRing)))
+        g.progress = section("progress of sessions", g.session_count_max * LINE_BYTES)
+        g.grants = section("grants", g.cursor_count_max * LINE_BYTES)
+        g.results = section("results", slots * sizeof(BatchResult))
+        g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
+        at = _round_up(at, ATTACH_PAGE)
+        g.bank_stride = at - first
+        section("further banks", (g.bank_count - 1) * g.bank_stride)
         g.segments = _round_up(at, min(SEGMENT_ALIGNMENT, g.segment_bytes))
         self.sections.append(("segments", g.segments, 0))
         self._bitmap_bytes = bitmap
@@ -237,28 +254,55 @@ cdef class Layout:
         parts = [LAYOUT_VERSION, sorted(self.numbers.items()), sorted(RECORDS.items())]
         return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
-    cdef uint64_t directory(self) noexcept nogil: return self.g.control + 64
-    cdef uint64_t sequencer_activity(self) noexcept nogil: return self.g.control + 128
+    cdef void use_bank(self, uint64_t bank) noexcept nogil:
+        """Let the places of what a head writes lie in that bank."""
+        cdef uint64_t shift = (bank - self.g.bank) * self.g.bank_stride
+        self.g.bank = bank
+        self.g.head += shift
+        self.g.topics += shift
+        self.g.answers += shift
+        self.g.progress += shift
+        self.g.grants += shift
+        self.g.results += shift
+        self.g.order += shift
+
+    def with_bank(self, bank: int) -> Layout:
+        """The same layout, with what a head writes in that bank."""
+        cdef Layout other = Layout()
+        if not 0 <= bank < self.g.bank_count:
+            raise LayoutError(f"bank {bank} of {self.g.bank_count}")
+        other.g = self.g
+        other.sections = self.sections
+        other._bitmap_bytes = self._bitmap_bytes
+        other.use_bank(bank)
+        return other
+
+    cdef uint64_t head_line(self) noexcept nogil: return self.g.head
+    cdef uint64_t directory(self) noexcept nogil: return self.g.head + 64
+    cdef uint64_t sequencer_activity(self) noexcept nogil: return self.g.head + 128
     cdef uint64_t broker(self, uint64_t b) noexcept nogil: return self.g.brokers + b * self.g.broker_stride
     cdef uint64_t pool_wish(self, uint64_t b) noexcept nogil: return self.broker(b) + 64
-    cdef uint64_t pool_grant(self, uint64_t b) noexcept nogil: return self.broker(b) + 128
-    cdef uint64_t broker_address(self, uint64_t b) noexcept nogil: return self.broker(b) + 256
-    cdef uint64_t reclaim_answer(self, uint64_t b) noexcept nogil: return self.broker(b) + 192
-    cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil: return self.broker_address(b) + sizeof(BrokerAddress)
-    cdef uint64_t pool_returns(self, uint64_t b) noexcept nogil: return self.pool_grants(b) + sizeof(PoolRing)
+    cdef uint64_t broker_address(self, uint64_t b) noexcept nogil: return self.broker(b) + 128
+    cdef uint64_t pool_returns(self, uint64_t b) noexcept nogil: return self.broker_address(b) + sizeof(BrokerAddress)
+
+    cdef uint64_t pool_grant(self, uint64_t b) noexcept nogil:
+        return self.g.answers + b * (128 + sizeof(PoolRing))
+
+    cdef uint64_t reclaim_answer(self, uint64_t b) noexcept nogil: return self.pool_grant(b) + 64
+    cdef uint64_t pool_grants(self, uint64_t b) noexcept nogil: return self.pool_grant(b) + 128
     cdef uint64_t broker_activity(self, uint64_t b) noexcept nogil: return self.pool_returns(b) + sizeof(PoolRing)
     cdef uint64_t topic(self, uint64_t t) noexcept nogil: return self.g.topics + t * self.g.topic_stride
     cdef uint64_t topic_order(self, uint64_t t) noexcept nogil: return self.topic(t) + 64 + sizeof(TopicName)
     cdef uint64_t topic_reclaim(self, uint64_t t) noexcept nogil: return self.topic(t) + 128 + sizeof(TopicName)
 
-    cdef uint64_t offset_broker(self, uint64_t t, uint64_t b) noexcept nogil:
-        return self.topic(t) + 192 + sizeof(TopicName) + b * self.g.offset_stride
-
     cdef uint64_t offset_sequencer(self, uint64_t t, uint64_t b) noexcept nogil:
-        return self.offset_broker(t, b) + 64
+        return self.topic(t) + 192 + sizeof(TopicName) + b * 64
+
+    cdef uint64_t offset_broker(self, uint64_t t, uint64_t b) noexcept nogil:
+        return self.g.offsets + (t * self.g.broker_count + b) * self.g.offset_stride
 
     cdef uint64_t replica(self, uint64_t t, uint64_t b, uint64_t r) noexcept nogil:
-        return self.offset_broker(t, b) + 128 + r * 64
+        return self.offset_broker(t, b) + 64 + r * 64
 
     cdef uint64_t ring(self, uint64_t t, uint64_t b, uint64_t slot) noexcept nogil:
         return self.g.rings + ((t * self.g.broker_count + b) * self.g.ring_slot_count
@@ -272,11 +316,11 @@ cdef class Layout:
         return self.g.order + (t * self.g.order_entry_count
                                + (index & (self.g.order_entry_count - 1))) * sizeof(OrderEntry)
 
-    cdef uint64_t session(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128
-    cdef uint64_t session_progress(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 128 + 64
-    cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192
-    cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 64
-    cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 192 + 128
+    cdef uint64_t session(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 64
+    cdef uint64_t session_progress(self, uint64_t s) noexcept nogil: return self.g.progress + s * 64
+    cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128
+    cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128 + 64
+    cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.grants + c * 64
     cdef uint64_t group(self, uint64_t number) noexcept nogil: return self.g.groups + number * 192
     cdef uint64_t attach_line(self, uint64_t a) noexcept nogil: return self.g.attach + a * self.g.attach_stride
 
@@ -294,15 +338,20 @@ cdef class Layout:
 
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil: return self.g.segment_table + s * 64
     cdef uint64_t segment(self, uint64_t s) noexcept nogil: return self.g.segments + s * self.g.segment_bytes
-    cdef uint64_t bitmap(self) noexcept nogil: return self.g.coherent
-    cdef uint64_t warm_bitmap(self) noexcept nogil: return self.g.coherent + self._bitmap_bytes
-    cdef uint64_t bitmap_words(self) noexcept nogil: return self._bitmap_bytes // 8
-
-    cdef uint64_t doorbell(self, uint64_t b, uint64_t which) noexcept nogil:
-        return self.g.coherent + 2 * self._bitmap_bytes + (2 * b + which) * 64
+    cdef uint64_t control(self) noexcept nogil: return self.g.coherent
+    cdef uint64_t bank_owner(self, uint64_t bank) noexcept nogil: return self.g.coherent + (1 + bank) * 64
 
     cdef uint64_t order_lock(self) noexcept nogil:
-        return self.g.coherent + 2 * self._bitmap_bytes + 2 * self.g.broker_count * 64
+        return self.g.coherent + (1 + self.g.bank_count + self.g.bank) * 64
+
+    cdef uint64_t doorbell(self, uint64_t b, uint64_t which) noexcept nogil:
+        return self.g.coherent + (1 + 2 * self.g.bank_count + 2 * b + which) * 64
+
+    cdef uint64_t bitmap(self) noexcept nogil:
+        return self.g.coherent + (1 + 2 * self.g.bank_count + 2 * self.g.broker_count) * 64
+
+    cdef uint64_t warm_bitmap(self) noexcept nogil: return self.bitmap() + self._bitmap_bytes
+    cdef uint64_t bitmap_words(self) noexcept nogil: return self._bitmap_bytes // 8
 
     cdef uint64_t broker_counters(self, uint64_t b) noexcept nogil:
         return self.g.statistics + b * (sizeof(BrokerCounters) + ROLE_COUNT * 64)
@@ -320,7 +369,8 @@ cdef class Layout:
 
     def _make_places(self) -> dict:
         return {
-            "superblock": lambda: 0, "control": lambda: self.g.control, "directory": self._directory,
+            "superblock": lambda: 0, "control": lambda: self.control(), "directory": self._directory,
+            "head": lambda: self.g.head, "bank_owner": lambda bank: self.bank_owner(bank),
             "broker": lambda b: self.broker(b), "broker_address": lambda b: self.broker_address(b),
             "broker_activity": lambda b: self.broker_activity(b), "pool_wish": lambda b: self.pool_wish(b),
             "pool_grant": lambda b: self.pool_grant(b), "topic": lambda t: self.topic(t),
@@ -352,7 +402,8 @@ cdef class Layout:
 
 # Record -> writer role. The coherence checker and the printed map read it; layout.pxd gives the reasons.
 WRITERS = {
-    "Superblock": "admin, once", "ControlLine": "sequencer", "DirectoryLine": "admin",
+    "Superblock": "admin, once", "ControlLine": "shared", "BankLine": "shared", "HeadLine": "sequencer",
+    "DirectoryLine": "admin",
     "ActivityLine": "broker, or sequencer for its own", "BrokerLine": "broker", "BrokerAddress": "broker",
     "PoolWishLine": "broker", "PoolGrantLine": "sequencer", "PoolRing": "sequencer (grants), broker (returns)",
     "TopicLine": "admin", "TopicName": "admin", "TopicOrderLine": "sequencer", "TopicReclaimLine": "reclaim",
@@ -368,6 +419,7 @@ WRITERS = {
 
 def _assert_sizes() -> None:
     for size, lines in ((sizeof(Superblock), 8), (sizeof(ControlLine), 1), (sizeof(DirectoryLine), 1),
+                        (sizeof(BankLine), 1), (sizeof(HeadLine), 1),
                         (sizeof(ActivityLine), 1), (sizeof(BrokerLine), 1), (sizeof(BrokerAddress), 4),
                         (sizeof(PoolWishLine), 1), (sizeof(PoolGrantLine), 1), (sizeof(PoolRing), 8),
                         (sizeof(TopicLine), 1), (sizeof(TopicName), 2), (sizeof(TopicOrderLine), 1),

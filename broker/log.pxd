@@ -2,7 +2,8 @@
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from broker.layout cimport BatchHeader, BrokerCounters, Layout
+from broker.head cimport HeadView
+from broker.layout cimport BatchHeader, BrokerCounters, Layout, TopicLine
 from broker.segments cimport SegmentPool
 from sim.cxl.memory cimport Memory
 
@@ -59,6 +60,7 @@ cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil
 cdef class BrokerLog:
     cdef readonly Layout layout
     cdef Memory memory                  # role: receiver
+    cdef HeadView head
     cdef readonly SegmentPool pool
     cdef readonly int broker
     cdef TopicLog* topics
@@ -91,7 +93,8 @@ cdef class BrokerLog:
     cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil
     cdef void press(self, uint64_t nbytes) noexcept nogil
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil
-    cdef int open_topic(self, uint64_t topic, uint64_t generation) except -1
+    cdef int open_topic(self, uint64_t topic, TopicLine* line) except -1
+    cdef void wipe_ring(self, uint64_t topic, uint64_t first, uint64_t last) noexcept nogil
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil
     cdef bint warm_one(self) noexcept nogil

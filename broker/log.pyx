@@ -45,6 +45,7 @@ cdef class BrokerLog:
     def __init__(self, Memory memory, Layout layout, SegmentPool pool, int broker):
         self.layout = layout
         self.memory = memory
+        self.head = HeadView(memory, layout)
         self.pool = pool
         self.broker = broker
         self.topic_count = layout.g.topic_count_max
@@ -73,29 +74,30 @@ cdef class BrokerLog:
     cdef void unlock(self) noexcept nogil:
         cxl_mutex_unlock(self.lock_words)
 
-    cdef int open_topic(self, uint64_t topic, uint64_t generation) except -1:
-        """Begin the log of a topic that became active. Its lines were wiped by whoever created it."""
+    cdef int open_topic(self, uint64_t topic, TopicLine* line) except -1:
+        """Begin the log of a topic that became active: its ring and its line are ours, and wiped first."""
         cdef TopicLog* log = &self.topics[topic]
-        cdef TopicLine line
         cdef OffsetBrokerLine offset
-        cdef uint64_t at = self.layout.offset_broker(topic, self.broker)
+        cdef uint64_t at = self.layout.offset_broker(topic, self.broker), generation = line.state >> 8
         if log.slots == NULL:
             log.slots = <Slot*>calloc(self.layout.g.ring_slot_count, sizeof(Slot))
             log.held = <uint64_t*>calloc(self.held_words, 8)
             if log.slots == NULL or log.held == NULL:
                 raise MemoryError
-        self.memory.invalidate(self.layout.topic(topic), 64)
-        self.memory.read_line(self.layout.topic(topic), &line)
         log.head = log.tail = log.delegated = log.written = log.written_bytes = 0
         log.cursor = log.end = 0
         log.order = line.order
         log.replication_factor = line.replication_factor
         log.message_bytes_max = line.message_bytes_max
+        self.wipe_ring(topic, 0, self.layout.g.ring_slot_count)
         # The whole line: our cache may still have it with the frontiers of an earlier topic.
         memset(&offset, 0, sizeof(offset))
         offset.headers_start = self.layout.ring(topic, self.broker, 0)
-        offset.generation = generation
         self.memory.write_line(at, &offset)
+        self.memory.flush(at, 64)
+        # Whoever sees the generation must see an empty ring.
+        self.memory.fence()
+        self.memory.store(at + 48, generation)
         self.memory.flush(at, 64)
         self.memory.fence()
         self.adopt_segments(topic, generation)
@@ -116,6 +118,14 @@ cdef class BrokerLog:
             self.segments[segment].end_position = line.end_position
             log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
             log.segment_count += 1
+
+    cdef void wipe_ring(self, uint64_t topic, uint64_t first, uint64_t last) noexcept nogil:
+        """Make the slots of these sequences empty: nothing in them is taken for complete."""
+        cdef uint64_t slot
+        for slot in range(first, last):
+            self.memory.store(self.layout.ring(topic, self.broker, slot), 0)
+            self.memory.flush(self.layout.ring(topic, self.broker, slot), 64)
+        self.memory.fence()
 
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil:
         """Take no more batches; True once none is being filled, which is then told to the head."""
@@ -150,8 +160,11 @@ cdef class BrokerLog:
 
     cdef void press(self, uint64_t nbytes) noexcept nogil:
         """Ask the reclaimer for room, once until it has answered."""
-        cdef uint64_t wish = self.layout.pool_wish(self.broker), answer = self.layout.reclaim_answer(self.broker)
+        cdef uint64_t wish = self.layout.pool_wish(self.broker), answer
         self.pressure_bytes = nbytes
+        if not self.head.begin():
+            return                          # nobody reclaims now
+        answer = self.head.layout.reclaim_answer(self.broker)
         self.memory.invalidate(answer, 64)
         if self.memory.load(answer) == self.pressure_sent:
             self.pressure_sent += 1

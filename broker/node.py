@@ -41,6 +41,7 @@ from typing import Any
 from broker.config import ClusterConfig, make_folder
 from broker.doorbell import Doorbell
 from broker.errors import CxlmqError, RegionForeign
+from broker.head import HeadView
 from broker.layout import BrokerState
 from broker.log import BrokerLog
 from broker.notifier import Notifier
@@ -100,6 +101,7 @@ class BrokerNode:
         self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
         self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.doorbells[HEAD])
         self.delivery_door = self._door(Role.ROLE_DELIVERY)
+        self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
         self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
         self.scanners: list[Scanner] = []
         self.order: OrderState | None = None

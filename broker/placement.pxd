@@ -35,10 +35,10 @@ cdef inline uint64_t replicas_of(uint64_t topic, uint64_t generation, uint64_t s
     return chosen
 
 cdef inline uint64_t live_brokers(Memory memory, Layout layout) noexcept nogil:
-    """The brokers that replicas are chosen from."""
+    """The brokers that replicas are chosen from, as the head says whose bank `layout` has."""
     cdef uint64_t live
-    memory.invalidate(layout.g.control, 64)
-    live = memory.load(layout.g.control + 40)
+    memory.invalidate(layout.head_line(), 64)
+    live = memory.load(layout.head_line() + 40)
     if live:
         return live
     return <uint64_t>-1 >> (64 - layout.g.broker_count)

@@ -3,6 +3,8 @@
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from broker.errors import BrokerUnavailable
+from broker.head cimport HeadView
 from broker.layout cimport LOST_BROKER, TOPIC_ACTIVE, Layout, OrderEntry, make_tag
 from broker.wire cimport BATCH_HEADER_BYTES, MESSAGE_HEADER_BYTES, write_batch_header
 from sim.cxl.memory cimport Memory
@@ -27,7 +29,8 @@ cdef class OrderReader:
 
     def __init__(self, Memory memory, Layout layout, uint64_t topic, uint64_t generation, uint64_t index=0):
         self.memory = memory
-        self.layout = layout
+        self.head = HeadView(memory, layout)
+        self.layout = self.head.layout
         self.topic = topic
         self.generation = generation
         self.index = index
@@ -46,7 +49,16 @@ cdef class OrderReader:
         return self.memory.load(self.layout.topic_reclaim(self.topic))
 
     cdef int peek(self, uint64_t index, OrderEntry* entry) noexcept nogil:
-        """Read entry `index` if it is committed; a ReadStatus. What is read is checked before it is followed."""
+        """Read entry `index` if it is committed; a ReadStatus. Nothing is there while no head serves."""
+        cdef int status
+        while self.head.begin():
+            status = self.look(index, entry)
+            if self.head.same():
+                return status
+        return READ_NOTHING
+
+    cdef int look(self, uint64_t index, OrderEntry* entry) noexcept nogil:
+        """As the head of now says. What is read is checked before it is followed."""
         cdef uint64_t at = self.layout.order_entry(self.topic, index)
         self.memory.invalidate(self.layout.topic(self.topic), 64)
         if self.memory.load(self.layout.topic(self.topic)) != (self.generation << 8 | TOPIC_ACTIVE):
@@ -73,7 +85,17 @@ cdef class OrderReader:
         self.next_position = <uint64_t>ANY_POSITION
 
     def frontiers(self) -> dict:
-        """committed_index, committed_position, reclaimed_index, reclaimed_position of the topic, now."""
+        """committed_index, committed_position, reclaimed_index, reclaimed_position of the topic, now.
+
+        Raises `BrokerUnavailable` while no head serves, as everything does that searches.
+        """
+        while self.head.begin():
+            found = self.frontiers_now()
+            if self.head.same():
+                return found
+        raise self.error(READ_NOTHING)
+
+    cdef dict frontiers_now(self):
         return {"committed_index": self.committed_index(), "committed_position": self.committed_position(),
                 "reclaimed_index": self.reclaimed_index(),
                 "reclaimed_position": self.memory.load(self.layout.topic_reclaim(self.topic) + 8)}
@@ -88,14 +110,15 @@ cdef class OrderReader:
 
         Raises ReadError when an entry on the way is damaged, or the topic is gone.
         """
-        cdef uint64_t low = self.reclaimed_index(), high = self.committed_index(), middle
+        frontiers = self.frontiers()
+        cdef uint64_t low = frontiers["reclaimed_index"], high = frontiers["committed_index"], middle
         cdef OrderEntry entry
         cdef int status
         while low < high:
             middle = (low + high) // 2
             status = self.peek(middle, &entry)
             if status == READ_LOST:
-                low = max(middle + 1, self.reclaimed_index())       # reclaimed while we looked
+                low = max(middle + 1, <uint64_t>self.frontiers()["reclaimed_index"])    # reclaimed while we looked
             elif status != READ_OK and status != READ_GONE:
                 raise self.error(status, middle)
             elif entry.position + entry.message_count <= position:
@@ -117,26 +140,36 @@ cdef class OrderReader:
 
     def find_time(self, uint64_t wall_ns) -> int:
         """Index of the first kept entry published at or after a time."""
-        cdef uint64_t at = self.reclaimed_index(), end = self.committed_index()
+        frontiers = self.frontiers()
+        cdef uint64_t at = frontiers["reclaimed_index"], end = frontiers["committed_index"]
         cdef OrderEntry entry
+        cdef int status
         while at < end:
-            if self.peek(at, &entry) == READ_OK and entry.wall_ns >= wall_ns:
+            status = self.peek(at, &entry)
+            if status == READ_NOTHING:
+                raise self.error(status)
+            if status == READ_OK and entry.wall_ns >= wall_ns:
                 return at
             at += 1
         return end
 
     def find_batch(self, uint64_t client, uint64_t session_epoch, uint64_t sequence):
         """(position, index) of a client's batch among the kept entries, searched from the end; None when not there."""
-        cdef uint64_t low = self.reclaimed_index(), at = self.committed_index()
+        frontiers = self.frontiers()
+        cdef uint64_t low = frontiers["reclaimed_index"], at = frontiers["committed_index"]
         cdef OrderEntry entry
         cdef bint found = False
+        cdef int status = READ_OK
         with nogil:
-            while at > low:
+            while at > low and status != READ_NOTHING:
                 at -= 1
-                if (self.peek(at, &entry) == READ_OK and entry.client_id == client
+                status = self.peek(at, &entry)
+                if (status == READ_OK and entry.client_id == client
                         and entry.session_epoch == session_epoch and entry.batch_sequence == sequence):
                     found = True
                     break
+        if status == READ_NOTHING:
+            raise self.error(status)            # it may be there: nobody serves now
         return (entry.position, at) if found else None
 
     def read_frame(self, uint64_t bytes_max):
@@ -175,11 +208,16 @@ cdef class OrderReader:
                 self.memory.copy_out(at + BATCH_HEADER_BYTES, entries[i].payload_offset, entries[i].payload_bytes)
                 at += BATCH_HEADER_BYTES + entries[i].payload_bytes
         # Segments are given back after a reclaim or a deletion is visible: what we copied before is what it was.
-        if self.index < self.reclaimed_index():
-            raise self.error(READ_LOST)
+        if not self.head.begin():
+            return b""
+        status = READ_LOST if self.index < self.reclaimed_index() else READ_OK
         self.memory.invalidate(self.layout.topic(self.topic), 64)
         if self.memory.load(self.layout.topic(self.topic)) != (self.generation << 8 | TOPIC_ACTIVE):
-            raise self.error(READ_CLOSED)
+            status = READ_CLOSED
+        if not self.head.same():
+            return b""                      # another head says what is reclaimed: read again
+        if status != READ_OK:
+            raise self.error(status)
         self.index += count
         self.next_position = position
         return frame
@@ -192,6 +230,8 @@ cdef class OrderReader:
             gone = entry.position, entry.position + entry.message_count
             return ReadError(status, index, f"messages {gone[0]} to {gone[1] - 1} were lost: at recovery no replica had "
                                             f"them; go on at position {gone[1]}", *gone)
+        if status == READ_NOTHING:
+            return BrokerUnavailable("a new head is taking over: try again", address="head")
         first = self.memory.load(self.layout.topic_reclaim(self.topic) + 8)
         text = {READ_LOST: f"this data was reclaimed; the first position kept is {first}",
                 READ_CLOSED: "the topic was deleted", READ_GONE: "these messages were lost and then reclaimed",

@@ -29,6 +29,7 @@ from broker.layout import (
     POOL_STRATEGIES,
     WRITERS,
     BrokerState,
+    ControlBits,
     CursorState,
     GroupState,
     HolderKind,
@@ -482,12 +483,12 @@ def region_statistics(region: Region) -> dict[str, Any]:
 
 def inspect_region(region: Region) -> dict[str, Any]:
     """What a region holds: brokers, topics with their frontiers, sessions, cursors, pool. Works on a dead one."""
-    memory, layout = region.memory(), region.layout
+    memory, layout = region.memory(), layout_of_head(region)
     topics = list(_inspect_topics(memory, layout))
     return {
         "name": region.name,
         "superblock": region.superblock,
-        "control": _one(memory, layout, "ControlLine", "control"),
+        "control": _inspect_head(memory, layout),
         "brokers": _inspect_brokers(memory, region),
         "topics": topics,
         "sessions": _inspect_sessions(memory, layout),
@@ -495,6 +496,25 @@ def inspect_region(region: Region) -> dict[str, Any]:
         "groups": _inspect_groups(memory, layout, topics),
         "pool": _inspect_pool(memory, layout, topics),
     }
+
+
+def layout_of_head(region: Region) -> Layout:
+    """The region's layout with the bank of the head that serves, or served last."""
+    control = region.memory().load_word(region.layout.offset_of("control"))
+    source = control >> ControlBits.CONTROL_SOURCE_SHIFT & 0xFF
+    bank = control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF
+    if not control & ControlBits.CONTROL_SERVING and source:
+        bank = source - 1
+    return region.layout.with_bank(min(bank, region.layout.numbers["bank_count"] - 1))
+
+
+def _inspect_head(memory: Memory, layout: Layout) -> dict[str, Any]:
+    control = memory.load_word(layout.offset_of("control"))
+    head = _one(memory, layout, "HeadLine", "head")
+    return {"epoch": control >> ControlBits.CONTROL_EPOCH_SHIFT,
+            "sequencer_broker": control & ControlBits.CONTROL_BROKER,
+            "serving": bool(control & ControlBits.CONTROL_SERVING), "bank": layout.numbers["bank"],
+            **{key: head[key] for key in ("scanners", "lock_mode", "source_epoch", "adopted", "live_brokers")}}
 
 
 def _inspect_brokers(memory: Memory, region: Region) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint64_t
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout
 from sim.cxl.memory cimport Memory
 
@@ -40,6 +41,7 @@ cdef class PartitionedPool(SegmentPool):
     pass
 
 cdef class LeaderPool(SegmentPool):
+    cdef HeadView head
     cdef uint64_t* mine             # segments granted to this broker and free, one bit each
     cdef uint64_t wanted
     cdef uint64_t collected         # granted segments taken from the grant ring

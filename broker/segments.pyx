@@ -11,6 +11,7 @@ Segment s belongs to part s // share of the bitmap; a broker looks in its own pa
 from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout, POOL_RING, PoolWishLine, PoolGrantLine
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_popcount
@@ -234,8 +235,10 @@ cdef class LeaderPool(SegmentPool):
         if self.mine == NULL:
             raise MemoryError
         # A restarted broker goes on counting where its lines stand.
-        self.wanted = memory.load(layout.pool_grant(broker))
-        self.collected = memory.load(layout.pool_grant(broker) + 8)
+        self.head = HeadView(memory, layout)
+        self.head.begin()
+        self.wanted = memory.load(self.head.layout.pool_grant(broker))
+        self.collected = memory.load(self.head.layout.pool_grant(broker) + 8)
         self.returned = memory.load(layout.pool_wish(broker) + 16)
 
     def __dealloc__(self):
@@ -271,8 +274,10 @@ cdef class LeaderPool(SegmentPool):
         cdef uint64_t words = self.layout.bitmap_words(), w, bit, segment, at, length = 0
         cdef uint64_t wish = self.layout.pool_wish(self.broker), answered
         # How many wishes were granted is read before the grants are: what we then still wish for is not on its way.
-        self.memory.invalidate(self.layout.pool_grant(self.broker), 64)
-        answered = self.memory.load(self.layout.pool_grant(self.broker))
+        if not self.head.begin():
+            return -1
+        self.memory.invalidate(self.head.layout.pool_grant(self.broker), 64)
+        answered = self.memory.load(self.head.layout.pool_grant(self.broker))
         self.poll()
         if run == 1:
             for w in range(words):
@@ -288,7 +293,7 @@ cdef class LeaderPool(SegmentPool):
                 if length == run and self.claim(at + 1 - run, run):
                     return <int64_t>(at + 1 - run)
         self.asked += 1
-        if self.wanted == answered:
+        if self.wanted == answered and self.head.same():
             # One wish at a time: run first, then the count that makes it visible.
             self.wanted += 1
             self.asked = 0
@@ -302,11 +307,12 @@ cdef class LeaderPool(SegmentPool):
         return self.asked <= ANSWER_TRIES
 
     cdef void release(self, uint64_t segment) noexcept nogil:
-        cdef uint64_t wish = self.layout.pool_wish(self.broker), slot
-        cdef uint64_t grant = self.layout.pool_grant(self.broker)
+        cdef uint64_t wish = self.layout.pool_wish(self.broker), slot, grant
+        cdef bint serving = self.head.begin()
         self.released += 1
+        grant = self.head.layout.pool_grant(self.broker)
         self.memory.invalidate(grant, 64)
-        if self.returned - self.memory.load(grant + 16) >= POOL_RING:
+        if not serving or self.returned - self.memory.load(grant + 16) >= POOL_RING or not self.head.same():
             self.give_bit(segment)          # the way back is full: keep it for our own use
             return
         slot = self.layout.pool_returns(self.broker) + self.returned % POOL_RING * 8
@@ -319,12 +325,19 @@ cdef class LeaderPool(SegmentPool):
         self.memory.fence()
 
     cdef void poll(self) noexcept nogil:
-        cdef uint64_t grant = self.layout.pool_grant(self.broker), ring = self.layout.pool_grants(self.broker), granted
+        cdef uint64_t grant, ring, granted, segment
+        if not self.head.begin():
+            return
+        grant = self.head.layout.pool_grant(self.broker)
+        ring = self.head.layout.pool_grants(self.broker)
         self.memory.invalidate(grant, 64)
         granted = self.memory.load(grant + 8)
         while self.collected < granted:
             self.memory.invalidate(ring + self.collected % POOL_RING * 8, 8)
-            self.give_bit(self.memory.load(ring + self.collected % POOL_RING * 8))
+            segment = self.memory.load(ring + self.collected % POOL_RING * 8)
+            if not self.head.same():
+                return
+            self.give_bit(segment)
             self.collected += 1
 
     def free_count(self) -> int:

@@ -32,10 +32,10 @@ from broker.errors import (
 )
 from broker.group_service import GroupService, start_index
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
+from broker.head import epoch_of
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
-from broker.records import unpack
 from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
@@ -382,13 +382,15 @@ class BrokerServer:
 
     def epoch(self) -> int:
         """The sequencer's epoch."""
-        return int(self.node.memory.load_word(self.node.layout.offset_of("control")))
+        return epoch_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
 
     def holder(self) -> str:
         """Who holds back what this broker would need, as the reclaimer said last."""
-        at = self.node.layout.offset_of("reclaim_answer", self.node.broker)
-        self.node.memory.invalidate_range(at, 64)
-        return holder_text(unpack("ReclaimAnswerLine", self.node.memory.read_line_bytes(at))["holder"])
+        try:
+            answer = self.node.head.read("ReclaimAnswerLine", "reclaim_answer", self.node.broker)
+        except BrokerUnavailable:
+            return "nobody: a new head is taking over"
+        return holder_text(answer["holder"])
 
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 
 from broker.errors import BrokerUnavailable, CursorTableFull, SessionFenced, SessionTableFull
+from broker.head import HeadView
 from broker.layout import CursorState, Layout, SessionState, record_dtypes
 from broker.records import pack, record_bytes, unpack
 from sim.cxl.memory import Memory
@@ -18,13 +19,20 @@ STEP_SECONDS = 0.0005
 
 async def _until(answered: Callable[[], bool], what: str) -> None:
     deadline = 0.0
-    while not answered():
+    while not _unless_recovering(answered):
         now = asyncio.get_running_loop().time()
         deadline = deadline or now + ANSWER_SECONDS
         if now > deadline:
             raise BrokerUnavailable(f"the head broker did not answer {what} within {ANSWER_SECONDS:.0f} s",
                                     address="head")
         await asyncio.sleep(STEP_SECONDS)
+
+
+def _unless_recovering(answered: Callable[[], bool]) -> bool:
+    try:
+        return answered()
+    except BrokerUnavailable:
+        return False                        # the next head answers
 
 
 class SessionTable:
@@ -39,6 +47,7 @@ class SessionTable:
         self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
         self._now = now
         share = layout.numbers["sessions_per_broker"]
+        self._head = HeadView(memory, layout)
         self._first, self._count = broker * share, share
         self._lines: dict[int, dict[str, int]] = {}
         self._idle_since: dict[int, float] = {}
@@ -119,8 +128,8 @@ class SessionTable:
         return self._read("SessionLine", self._layout.offset_of("session", slot))
 
     def progress(self, slot: int) -> dict[str, int]:
-        """What the sequencer says of a session."""
-        return self._read("SessionProgressLine", self._layout.offset_of("session_progress", slot))
+        """What the sequencer says of a session. Raises `BrokerUnavailable` while no head serves."""
+        return self._head.read("SessionProgressLine", "session_progress", slot)
 
     def is_mine(self, slot: int) -> bool:
         """Whether this broker opened the slot."""
@@ -166,6 +175,7 @@ class CursorTable:
     def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
         self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
         share = layout.numbers["cursors_per_broker"]
+        self._head = HeadView(memory, layout)
         self._free = set(range(broker * share, (broker + 1) * share))
         self._count = share
         self._request = 0
@@ -192,15 +202,13 @@ class CursorTable:
         except BaseException:               # also when the reader goes away while it waits
             self.close(cursor)
             raise
-        granted = self._memory.load_word(self._layout.offset_of("cursor_grant", cursor) + 8)
+        granted = self._head.read("CursorGrantLine", "cursor_grant", cursor)["index"]
         line.update(index=granted, state=request << 8 | CursorState.CURSOR_LIVE)
         self._write(at, line)
         return cursor, granted
 
     def _granted(self, cursor: int) -> int:
-        at = self._layout.offset_of("cursor_grant", cursor)
-        self._memory.invalidate_range(at, 64)
-        return self._memory.load_word(at)
+        return int(self._head.read("CursorGrantLine", "cursor_grant", cursor)["granted"])
 
     def _write(self, at: int, line: dict[str, int]) -> None:
         self._memory.write_line_bytes(at, pack("CursorLine", **line))

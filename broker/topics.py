@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from broker.config import TopicConfig, check_topic_name
 from broker.errors import BrokerUnavailable, DuplicateTopic, TopicTableFull, UnknownTopic
+from broker.head import HeadView
 from broker.layout import HolderKind, Layout, TopicState
 from broker.records import pack, record_bytes, unpack
 from sim.cxl.memory import Memory
@@ -33,14 +34,16 @@ class TopicEntry:
 
 
 class TopicTable:
-    """Reads the topic table; at the head, `create` and `delete` change it.
+    """Reads the topic table of the serving head; at the head, `create` and `delete` change it, in its own bank.
 
     `announce` wakes all brokers after a change. Names are resolved from memory each time the table's version changed.
     """
 
     def __init__(self, memory: Memory, layout: Layout, announce: Callable[[], None]) -> None:
         self._memory = memory
-        self._layout = layout
+        self._layout = layout               # its bank is ours when we are head (`lead`)
+        self._head = HeadView(memory, layout)
+        self._control = 0
         self._announce = announce
         self._numbers = layout.numbers
         self._lock = asyncio.Lock()
@@ -70,11 +73,13 @@ class TopicTable:
                 return entry
         raise LookupError(f"there is no topic {number} of generation {generation}")
 
+    def lead(self, layout: Layout) -> None:
+        """This broker is head from now on, and writes the bank of `layout`."""
+        self._layout = layout
+
     def version(self) -> int:
-        """Changes whenever a topic appears or goes."""
-        directory = self._layout.offset_of("directory")
-        self._memory.invalidate_range(directory, 64)
-        return self._memory.load_word(directory)
+        """Changes whenever a topic appears or goes. Raises `BrokerUnavailable` while no head serves, as `find` does."""
+        return int(self._head.read("DirectoryLine", "directory")["topics_version"])
 
     def is_open(self, entry: TopicEntry) -> bool:
         """Whether this very topic (not a later one of its name) is still active."""
@@ -82,8 +87,8 @@ class TopicTable:
 
     def frontiers(self, entry: TopicEntry) -> dict[str, int]:
         """first_position, end_position, committed_batches, committed_bytes of a topic now."""
-        order = self._read("TopicOrderLine", self._layout.offset_of("topic_order", entry.number))
-        reclaim = self._read("TopicReclaimLine", self._layout.offset_of("topic_reclaim", entry.number))
+        order = self._head.read("TopicOrderLine", "topic_order", entry.number)
+        reclaim = self._head.read("TopicReclaimLine", "topic_reclaim", entry.number)
         return {"first_position": reclaim["reclaimed_position"], "end_position": order["committed_position"],
                 "committed_batches": order["committed_index"], "committed_bytes": order["committed_bytes"]}
 
@@ -102,28 +107,30 @@ class TopicTable:
         return unpack(record, self._memory.read_line_bytes(offset))
 
     def _state(self, number: int) -> tuple[int, int]:
-        offset = self._layout.offset_of("topic", number)
-        self._memory.invalidate_range(offset, 64)
-        state = self._memory.load_word(offset)
+        state = self._head.read("TopicLine", "topic", number)["state"]
         return state >> 8, state & 0xFF
 
     def _refresh(self) -> None:
+        """Read the names anew when the table, or the head that writes it, has changed."""
         version = self.version()
-        if version == self._version:
+        if (version, self._head.control) == (self._version, self._control):
             return
-        found = {}
-        for number in range(self._numbers["topic_count_max"]):
-            line = self._read("TopicLine", self._layout.offset_of("topic", number))
-            if line["state"] & 0xFF != TopicState.TOPIC_ACTIVE:
-                continue
-            self._memory.invalidate_range(self._layout.offset_of("topic_name", number), 128)
-            name = unpack("TopicName", self._memory.read_bytes(self._layout.offset_of("topic_name", number), 128))
-            retention = line["retention_bytes"]
-            entry = TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
-                               line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
-                               line["created_wall_ns"])
-            found[entry.name] = entry
-        self._by_name, self._version = found, version
+        while True:
+            control, found = self._head.control, {}
+            for number in range(self._numbers["topic_count_max"]):
+                line = self._head.read("TopicLine", "topic", number)
+                if line["state"] & 0xFF != TopicState.TOPIC_ACTIVE:
+                    continue
+                name = self._head.read("TopicName", "topic_name", number)
+                retention = line["retention_bytes"]
+                entry = TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
+                                   line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
+                                   line["created_wall_ns"])
+                found[entry.name] = entry
+            if self._head.control == control:
+                self._by_name, self._version, self._control = found, version, control
+                return
+            version = self.version()
 
     # ---- changing (head only) ---------------------------------------------------------------------------------------
 
@@ -137,7 +144,7 @@ class TopicTable:
             self._refresh()
             if config.name in self._by_name:
                 raise DuplicateTopic(topic=config.name)
-            self._finish_deletions(live_brokers())
+            self.finish_deletions(live_brokers())
             number = self._free_number()
             generation = self._next_generation()
             self._wipe(number)
@@ -171,7 +178,7 @@ class TopicTable:
         line["state"] = line["state"] >> 8 << 8 | state
         self._publish(at, pack("TopicLine", **line))
 
-    def _finish_deletions(self, live_brokers: list[int]) -> None:
+    def finish_deletions(self, live_brokers: list[int]) -> None:
         """Free the numbers of topics whose deletion was given up before every broker had stopped."""
         for number in range(self._numbers["topic_count_max"]):
             if self._state(number)[1] == TopicState.TOPIC_DELETING and not any(
@@ -193,13 +200,11 @@ class TopicTable:
         return generation
 
     def _wipe(self, number: int) -> None:
-        """Clear every record of the topic. Nobody else writes them now: the topic is not active anywhere."""
+        """Clear what the head writes of the topic. The brokers wipe their rings themselves, when they open it."""
         brokers = self._numbers["broker_count"]
         slots, entries = self._numbers["ring_slot_count"], self._numbers["order_entry_count"]
-        self._zero(self._layout.offset_of("topic_order", number),
-                   self._layout.offset_of("offset_broker", number, 0) - self._layout.offset_of("topic_order", number)
-                   + brokers * self._numbers["offset_stride"])
-        self._zero(self._layout.offset_of("ring", number, 0, 0), brokers * slots * record_bytes("BatchHeader"))
+        first = self._layout.offset_of("topic_order", number)
+        self._zero(first, self._layout.offset_of("offset_sequencer", number, brokers - 1) + 64 - first)
         self._zero(self._layout.offset_of("result", number, 0, 0), brokers * slots * record_bytes("BatchResult"))
         self._zero(self._layout.offset_of("order_entry", number, 0), entries * record_bytes("OrderEntry"))
         self._memory.store_fence()

@@ -22,6 +22,7 @@ from broker.errors import (
     SessionFenced,
     UnknownTopic,
 )
+from broker.head import HeadView
 from broker.layout import BrokerState, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
@@ -197,9 +198,12 @@ class AttachedEngine(Engine):
         """When it is the region that has no room: who holds it."""
         if self.region is None or self.core is None or not self.core.lacks_leases():
             return None
-        memory, layout = self.region.memory(Role.ROLE_CLIENT), self.region.layout
+        head = HeadView(self.region.memory(Role.ROLE_CLIENT), self.region.layout)
         for broker in self.core.brokers_alive():
-            answer = unpack("ReclaimAnswerLine", memory.read_line_bytes(layout.offset_of("reclaim_answer", broker)))
+            try:
+                answer = head.read("ReclaimAnswerLine", "reclaim_answer", broker)
+            except BrokerUnavailable:
+                break                       # a new head is taking over: nobody can say
             if answer["holder"]:
                 return PoolFull(holder=holder_text(answer["holder"]))
         return None
@@ -296,7 +300,10 @@ class AttachedEngine(Engine):
             line = unpack("BrokerLine", memory.read_line_bytes(layout.offset_of("broker", broker)))
             if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
                 self.core.drop_channel(broker)
-        state = memory.load_word(layout.offset_of("topic", self.session.topic_number))
+        try:
+            state = HeadView(memory, layout).read("TopicLine", "topic", self.session.topic_number)["state"]
+        except BrokerUnavailable:
+            return                          # a new head is taking over, and the topic is what it was
         if state != self.session.topic_generation << 8 | TopicState.TOPIC_ACTIVE and not self.closed:
             self._fail_everything(UnknownTopic(topic=self.topic))
 

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from broker.config import TopicConfig
 from broker.doorbell import Doorbell
-from broker.layout import Layout, ResultStatus
+from broker.head import epoch_of
+from broker.layout import ControlBits, Layout, ResultStatus
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
@@ -35,6 +36,7 @@ from broker.stages.release import Release
 from broker.stages.replication import Replication
 from broker.stages.sequencer import OrderState, Scanner
 from broker.stages.stage import Stage
+from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
 from sim.cxl.clock import ManualClock
@@ -128,6 +130,24 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("nobody answered: this would have waited")
 
 
+@dataclass
+class Term:
+    """What a broker runs as head."""
+
+    broker: int
+    order: OrderState
+    scanners: list[Scanner]
+    reclaim: Reclaim
+
+    def stages(self) -> list[Stage]:
+        """Scanners first, then reclaim."""
+        return [*self.scanners, self.reclaim]
+
+    def step(self) -> int:
+        """Each of them once: also for a head that was replaced and does not know it yet."""
+        return sum(stage.step_once() for stage in self.stages())
+
+
 class ManualBroker:
     """The stages of one broker."""
 
@@ -142,9 +162,7 @@ class ManualBroker:
         self.receiver = Receiver(receiver_door, self.log, self.acks, cluster.doorbells[number], cluster.doorbells[0])
         self.delegation = Delegation(door(number, Role.ROLE_DELEGATION), self.log, cluster.doorbells[0])
         self.release = Release(door(number, Role.ROLE_RECLAIM), self.log)
-        is_head = number == 0
-        self.directory = Directory(door(number, Role.ROLE_BROKER), self.log, cluster.order if is_head else None,
-                                   cluster.scanners if is_head else [])
+        self.directory = Directory(door(number, Role.ROLE_BROKER), self.log)
         self.replication = Replication(door(number, Role.ROLE_REPLICATION), layout, number, self._folder(), cluster.clock,
                                        file_bytes=cluster.replica_file_bytes) if cluster.folder else None
         self.sessions = SessionTable(door(number, Role.ROLE_BROKER), layout, number,
@@ -162,7 +180,7 @@ class ManualBroker:
 
     def stages(self) -> list[Stage]:
         """In the order of the fused thread plan; replication last."""
-        head: list[Stage] = [*self.cluster.scanners, self.cluster.reclaim] if self.number == 0 else []
+        head = self.cluster.term.stages() if self.number == self.cluster.term.broker else []
         disk: list[Stage] = [self.replication] if self.replication else []
         return [self.directory, self.delegation, *head, self.acks, self.watch, self.release, *disk]
 
@@ -182,18 +200,86 @@ class ManualCluster:
         self.memory = MappedMemory(self.mapping)
         self.doorbells = [self._bell(b, 0) for b in range(brokers)]
         self.replication_bells = [self._bell(b, 1) for b in range(brokers)]
-        self.order = OrderState(self.door(0, Role.ROLE_SEQUENCER), self.layout, 0, LOCK_MODES[lock], scanners,
-                                semaphore_name=semaphore)
-        self.scanners = [
-            Scanner(self.order, self.door(0, Role.ROLE_SEQUENCER), self.clock, number,
-                    [b for b in range(brokers) if b % scanners == number], self.doorbells, self.replication_bells)
-            for number in range(scanners)]
-        leader = PoolLeader(self.door(0, Role.ROLE_SEQUENCER), self.layout, 0) if pool == "leader" else None
-        self.reclaim = Reclaim(self.door(0, Role.ROLE_RECLAIM), self.order, self.doorbells, leader)
+        self._lock, self._scanners, self._semaphore = LOCK_MODES[lock], scanners, semaphore
+        self.term = self._term(OrderState(self.door(0, Role.ROLE_SEQUENCER), self.layout, 0, self._lock, scanners,
+                                          semaphore_name=semaphore))
         self.brokers = [ManualBroker(self, number) for number in range(brokers)]
         self.table = TopicTable(self.door(0, Role.ROLE_ADMIN), self.layout, self.step)
-        self.stages = [stage for broker in self.brokers for stage in broker.stages()]
+        self.dead: set[int] = set()         # brokers that run no longer
+        self.replaced: list[Term] = []      # heads that were; nothing steps them
+        self._lead()
         self._highest: dict[tuple[Any, ...], int] = {}
+
+    # ---- heads ------------------------------------------------------------------------------------------------------
+
+    @property
+    def order(self) -> OrderState:
+        """The serving head's."""
+        return self.term.order
+
+    @property
+    def scanners(self) -> list[Scanner]:
+        """The serving head's."""
+        return self.term.scanners
+
+    @property
+    def reclaim(self) -> Reclaim:
+        """The serving head's."""
+        return self.term.reclaim
+
+    @property
+    def control(self) -> int:
+        """The control word."""
+        return self.memory.load_word(self.layout.offset_of("control"))
+
+    def _term(self, order: OrderState) -> Term:
+        head = order.head_broker
+        scanners = [
+            Scanner(order, self.door(head, Role.ROLE_SEQUENCER), self.clock, number,
+                    [b for b in range(self.count) if b % self._scanners == number], self.doorbells,
+                    self.replication_bells)
+            for number in range(self._scanners)]
+        leader = PoolLeader(self.door(head, Role.ROLE_SEQUENCER), order.layout, head) \
+            if self.layout.pool_strategy == "leader" else None
+        return Term(head, order, scanners, Reclaim(self.door(head, Role.ROLE_RECLAIM), order, self.doorbells, leader))
+
+    def _lead(self) -> None:
+        """Let the brokers' parts know who is head, and put the stages together."""
+        for broker in self.brokers:
+            head = broker.number == self.term.broker
+            broker.directory.lead(self.order if head else None, self.scanners if head else [])
+        self.table.lead(self.order.layout)
+        self.stages = [stage for broker in self.brokers if broker.number not in self.dead
+                       for stage in broker.stages()]
+
+    def takeover(self, broker: int) -> Takeover:
+        """A takeover by a broker that has raised the epoch and done nothing else."""
+        found = Takeover(self.door(broker, Role.ROLE_SEQUENCER), self.layout, self.clock, broker, self._lock,
+                         self._scanners, self._semaphore)
+        control = self.control
+        used = {control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF}
+        if not control & ControlBits.CONTROL_SERVING:
+            used = {(control >> ControlBits.CONTROL_SOURCE_SHIFT & 0xFF) - 1}
+        bank = next(bank for bank in range(self.layout.numbers["bank_count"]) if bank not in used)
+        assert found.begin(control, bank)
+        return found
+
+    def finish(self, takeover: Takeover) -> None:
+        """Step a takeover to its end; its broker is head."""
+        while not takeover.done:
+            assert not takeover.lost
+            takeover.step_once()
+        self.replaced.append(self.term)
+        self.term = self._term(takeover.order)
+        for scanner in self.scanners:
+            takeover.prepare(scanner)
+        self._lead()
+
+    def take_over(self, broker: int) -> Takeover:
+        """Let a broker become head."""
+        takeover = self.takeover(broker)
+        self.finish(takeover)
+        return takeover
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 
@@ -211,12 +297,12 @@ class ManualCluster:
         self.step()
 
     def record(self, record: str, place: str, *index: int) -> dict[str, Any]:
-        """A one-line record, as it lies in memory."""
-        return unpack(record, self.memory.read_line_bytes(self.layout.offset_of(place, *index)))
+        """A one-line record, as it lies in memory: what heads write, in the bank of the one that serves."""
+        return unpack(record, self.memory.read_line_bytes(self.order.layout.offset_of(place, *index)))
 
     def poke(self, record: str, place: str, *index: int, **changes: int) -> None:
         """Overwrite fields of a one-line record: damage, on purpose."""
-        at = self.layout.offset_of(place, *index)
+        at = self.order.layout.offset_of(place, *index)
         self.memory.write_line_bytes(at, pack(record, **{**unpack(record, self.memory.read_line_bytes(at)), **changes}))
 
     def counters(self) -> dict[str, int]:
@@ -305,7 +391,7 @@ class ManualCluster:
 
     def take_acks(self, session: Session, broker: int = 0) -> list[Ack]:
         """The acks that came since the last call."""
-        epoch = self.memory.load_word(self.layout.offset_of("control"))
+        epoch = epoch_of(self.memory.load_word(self.layout.offset_of("control")))
         response = pb.PublishResponse.FromString(self.brokers[broker].acks.take_acks(session.streams[broker], epoch))
         return [Ack(*each[:2], ResultStatus(each[2])) for each in
                 zip(response.batch_sequences, response.positions, response.statuses, strict=True)]

@@ -45,7 +45,7 @@ MAY_REACH_POINTERS = {
 
 FILE_LINES, TEST_LINES, FUNCTION_LINES, TRACKED_BYTES = 600, 800, 70, 1 << 20
 LONG_FILES = {
-    "broker/stages/sequencer.pyx": (800, "one protocol, whose parts share every structure"),
+    "broker/stages/sequencer.pyx": (840, "one protocol, whose parts share every structure"),
     "broker/region.py": (750, "creation, attaching, inspection and removal judge one superblock"),
     "client/attached.pyx": (1100, "the attached publisher: one structure that packing, submitting and settling share"),
     "client/cluster.py": (750, "starting, watching and stopping processes is one story"),
@@ -165,6 +165,7 @@ def test_stages_do_not_know_each_other() -> None:
         others = {name.split(".")[2] for name in imports(file) if re.match(r"broker\.stages\.\w+", name)}
         allowed = {"stage", Path(file).stem} | {
             "receiver": {"ack"}, "attach": {"ack"}, "reclaim": {"sequencer"}, "directory": {"sequencer"},
+            "takeover": {"sequencer"},
         }.get(Path(file).stem, set())
         assert others <= allowed, f"{file} knows {others - allowed}: stages meet only in memory (DESIGN.md, decision 4)"
 

@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout
 from broker.log cimport BrokerLog
 from broker.notifier cimport Notifier
@@ -44,6 +45,7 @@ cdef class AckStage(Stage):
     cdef Memory memory
     cdef Layout layout
     cdef BrokerLog log
+    cdef HeadView head
     cdef Notifier notifier
     cdef int broker
     cdef AckStream* streams

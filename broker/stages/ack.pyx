@@ -3,12 +3,14 @@
 Level 1 is reached when the batch lies below the topic's committed frontier; level 2 when the durable frontier of every
 replica of the topic has passed it as well; where one of them has failed, level 2 is refused. A stream's batches are settled in the order in which they came: only the first waiting
 one is polled, so a step costs one look per stream, not per batch. A result is taken from its slot as soon as it is
-there, whatever the level still waits for: the slot is free for the next batch only then.
+committed, whatever the level still waits for: the slot is free for the next batch only then. A result counts only when
+the frontier has passed it, under the same head: what a replaced head wrote is looked for anew in the bank of the next.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
@@ -35,7 +37,8 @@ cdef class AckStage(Stage):
 
     def __init__(self, Memory memory, BrokerLog log, Notifier notifier):
         self.memory = memory
-        self.layout = log.layout
+        self.head = HeadView(memory, log.layout)
+        self.layout = self.head.layout
         self.log = log
         self.broker = log.broker
         self.notifier = notifier
@@ -118,22 +121,36 @@ cdef class AckStage(Stage):
         return done
 
     cdef void take_results(self, AckStream* stream) noexcept nogil:
-        """Take the results that are there from their slots."""
+        """Take the results that are there, and can no longer change, from their slots."""
         cdef uint64_t head = cxl_load_acquire(&stream.waiting_head), mask = self.layout.g.ring_slot_count - 1, at, state
+        cdef uint64_t order, status, position, end
         cdef TopicLog* log = &self.log.topics[stream.topic]
         cdef Waiting* waiting
+        cdef bint serving = self.head.begin()
+        order = self.layout.topic_order(stream.topic)
         while stream.taken < head:
             waiting = &stream.waiting[stream.taken % STREAM_BATCHES]
             if cxl_load_acquire(&log.opened) != stream.generation:
                 waiting.status = RESULT_FENCED          # its topic is gone, and the session with it
+            elif not serving:
+                break
             else:
                 at = self.layout.result(stream.topic, self.broker, waiting.slot)
                 self.memory.invalidate(at, 16)
                 state = self.memory.load(at)
                 if state & ~STATUS_MASK != make_tag(stream.generation, waiting.slot):
                     break
-                waiting.status = state >> 40 & 0xFF
-                waiting.position = self.memory.load(at + 8)
+                status = state >> 40 & 0xFF
+                position = self.memory.load(at + 8)
+                if status == RESULT_COMMITTED or status == RESULT_DUPLICATE:
+                    end = position + (waiting.messages if status == RESULT_COMMITTED else 0)
+                    self.memory.invalidate(order, 64)
+                    if self.memory.load(order + 8) < end and not planted(PLANT_ACK_EARLY):
+                        break
+                if not self.head.same():
+                    break
+                waiting.status = status
+                waiting.position = position
                 cxl_store_release(&log.slots[waiting.slot & mask].awaited, 0)
             stream.taken += 1
 
@@ -149,7 +166,7 @@ cdef class AckStage(Stage):
 
     cdef bint settled(self, AckStream* stream, Waiting* waiting, Ack* ack) noexcept nogil:
         """Whether a batch whose result was taken has reached the stream's level; then `ack` says what it is."""
-        cdef uint64_t end, order = self.layout.topic_order(stream.topic), failure = 0
+        cdef uint64_t end, failure = 0
         ack.sequence = waiting.sequence
         ack.status = waiting.status
         ack.position = waiting.position
@@ -159,10 +176,8 @@ cdef class AckStage(Stage):
             ack.status = RESULT_FENCED
             return True
         end = ack.position + (waiting.messages if ack.status == RESULT_COMMITTED else 0)
-        self.memory.invalidate(order, 64)
-        if self.memory.load(order + 8) < end and not planted(PLANT_ACK_EARLY):
-            return False
-        if stream.level != 2 or planted(PLANT_LEVEL_IGNORED) or self.is_durable(stream, end, &failure):
+        if stream.level != 2 or planted(PLANT_LEVEL_IGNORED) or (
+                self.head.begin() and self.is_durable(stream, end, &failure)):
             return True
         if failure:
             ack.status = RESULT_UNDURABLE

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from broker.doorbell cimport Doorbell
+from broker.head cimport HeadView
 from broker.layout cimport Descriptor, Layout
 from broker.log cimport BrokerLog
 from broker.stages.ack cimport AckStage
@@ -38,6 +39,7 @@ cdef struct AttachSlot:
 cdef class AttachStage(Stage):
     cdef Memory memory
     cdef Layout layout
+    cdef HeadView head
     cdef BrokerLog log
     cdef AckStage acks
     cdef Clock clock

@@ -12,6 +12,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.doorbell cimport Doorbell
+from broker.head cimport HeadView
 from broker.layout cimport (
     ATTACH_CLOSING, ATTACH_FENCED, ATTACH_FREE, ATTACH_OPEN, ATTACH_RING, AttachClientLine, AttachLine, BATCH_FENCE,
     BATCH_VOID, BatchHeader, Descriptor, LEASE_RING, Layout, make_tag,
@@ -39,6 +40,7 @@ cdef class AttachStage(Stage):
     def __init__(self, Memory memory, BrokerLog log, AckStage acks, Clock clock, int64_t lease_ns):
         self.memory = memory
         self.layout = log.layout
+        self.head = HeadView(memory, log.layout)
         self.log = log
         self.acks = acks
         self.clock = clock
@@ -77,10 +79,15 @@ cdef class AttachStage(Stage):
     cdef int64_t follow(self, uint64_t i) noexcept nogil:
         """Move a subscriber's cursor over what it released, and wake it when there is more."""
         cdef AttachSlot* slot = &self.slots[i]
-        cdef uint64_t order = self.layout.topic_order(slot.topic), at = self.layout.attach_client(self.first + i)
+        cdef uint64_t order, at = self.layout.attach_client(self.first + i)
         cdef uint64_t committed, released
+        if not self.head.begin():
+            return 0
+        order = self.head.layout.topic_order(slot.topic)
         self.memory.invalidate(order, 64)
         committed = self.memory.load(order)
+        if not self.head.same():
+            return 0
         self.memory.invalidate(at, 64)
         released = self.memory.load(at + 40)
         if released < slot.released or released > committed:

@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout, TOPIC_ACTIVE, TOPIC_DELETING, TopicLine
 from broker.log cimport BrokerLog
 from broker.stages.sequencer cimport OrderState, Scanner
@@ -11,7 +12,9 @@ from sim.cxl.primitives cimport cxl_full_fence, cxl_load_acquire
 
 
 cdef class Directory(Stage):
-    """Follows the topic table. At the head (`order` given) it opens and closes the sequencer's topics as well.
+    """Follows the topic table of the serving head. At the head it opens and closes the sequencer's topics as well.
+
+    `order` and `scanners` are given at the start of a new region; later, by `lead`.
 
     Deleting a topic takes two rounds: every broker stops and says so (quiesced), then segments are given back.
     """
@@ -19,6 +22,8 @@ cdef class Directory(Stage):
     cdef Memory memory
     cdef Layout layout
     cdef BrokerLog log
+    cdef HeadView head
+    cdef uint64_t control_seen
     cdef OrderState order
     cdef list scanners
     cdef uint64_t version_seen
@@ -27,59 +32,77 @@ cdef class Directory(Stage):
 
     def __init__(self, Memory memory, BrokerLog log, OrderState order=None, scanners=(), on_open=None):
         self.memory = memory
-        self.layout = log.layout
+        self.head = HeadView(memory, log.layout)
+        self.layout = self.head.layout
         self.log = log
         self.order = order
         self.scanners = list(scanners)
         self.on_open = on_open
 
+    def lead(self, OrderState order, scanners) -> None:
+        """This broker is head from now on; None: it no longer is."""
+        self.scanners = list(scanners)
+        self.order = order
+
     cdef int64_t step(self) noexcept nogil:
         cdef uint64_t version
         cdef int64_t work
+        if not self.head.begin():
+            return 0
         self.memory.invalidate(self.layout.directory(), 64)
         version = self.memory.load(self.layout.directory())
-        if version == self.version_seen and not self.unfinished:
+        if version == self.version_seen and self.head.control == self.control_seen and not self.unfinished:
             return 0
+        if not self.head.same():
+            return 1
         self.version_seen = version
+        self.control_seen = self.head.control
         with gil:
             work = self.look()
         return work
 
     cdef int64_t look(self):
         cdef uint64_t topic, generation, state
+        cdef OrderState order = self.order
         cdef TopicLine line
         cdef int64_t work = 0
         self.unfinished = False
+        if order is not None and order.control != self.head.control:
+            order = None                        # it serves no longer
         for topic in range(self.layout.g.topic_count_max):
             self.memory.invalidate(self.layout.topic(topic), 64)
             self.memory.read_line(self.layout.topic(topic), &line)
+            if not self.head.same():
+                self.unfinished = True          # the next step reads what another head says
+                return work
             generation = line.state >> 8
             state = line.state & 0xFF
+            if state == TOPIC_ACTIVE and order is not None and order.topics[topic].generation != generation:
+                order.open_topic(topic, &line)
+                work += 1
             if state == TOPIC_ACTIVE and self.log.topics[topic].opened != generation:
                 if self.log.topics[topic].opened:
                     self.close(topic)
-                self.open(topic, generation)
+                self.open(topic, generation, &line)
                 work += 1
             elif state == TOPIC_DELETING and self.log.topics[topic].opened == generation:
-                if not self.quiesce(topic):
+                if not self.quiesce(topic, order):
                     self.unfinished = True
             elif state != TOPIC_ACTIVE and state != TOPIC_DELETING and self.log.topics[topic].opened:
                 self.close(topic)
                 work += 1
         return work
 
-    cdef open(self, uint64_t topic, uint64_t generation):
-        if self.order is not None:
-            self.order.open_topic(topic, generation)
-        self.log.open_topic(topic, generation)
+    cdef open(self, uint64_t topic, uint64_t generation, TopicLine* line):
+        self.log.open_topic(topic, line)
         if self.on_open is not None:
             self.on_open(topic, generation)
 
-    cdef bint quiesce(self, uint64_t topic):
+    cdef bint quiesce(self, uint64_t topic, OrderState order):
         """Stop taking batches of the topic and ordering them; True once both have stopped."""
         cdef Scanner scanner
-        if self.order is not None:
-            self.order.close_topic(topic)
+        if order is not None:
+            order.close_topic(topic)
             cxl_full_fence()
             for scanner in self.scanners:
                 # A scanner that is in a step now may still be writing for this topic.

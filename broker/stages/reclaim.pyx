@@ -52,6 +52,8 @@ cdef class Reclaim(Stage):
         for b in range(brokers):
             self.doorbells[b] = <void*>self.doorbell_objects[b]
             self.answered[b] = memory.load(self.layout.reclaim_answer(b))
+            self.cursors_seen[b] = ~memory.load(self.layout.broker(b) + 48)     # look at every wish
+        self.reclaims = memory.load(self.layout.reclaim_answer(0) + 32)
 
     def __dealloc__(self):
         free(self.cursors_seen)
@@ -98,7 +100,8 @@ cdef class Reclaim(Stage):
             self.memory.read_line(self.layout.topic(topic), &line)
             self.retention[topic] = line.retention_bytes
             self.replication[topic] = line.replication_factor
-            self.memory.read_line(self.layout.topic_reclaim(topic), &reclaimed)     # of a restored topic not zero
+            # Zero for a new topic; otherwise where the last head, or recovery, stood.
+            self.memory.read_line(self.layout.topic_reclaim(topic), &reclaimed)
             self.reclaimed_bytes[topic] = reclaimed.reclaimed_bytes
             self.reclaimed_position[topic] = reclaimed.reclaimed_position
             self.generations[topic] = generation

@@ -1,5 +1,6 @@
 from libc.stdint cimport int64_t, uint64_t
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout
 from broker.log cimport BrokerLog
 from broker.stages.stage cimport Stage
@@ -9,6 +10,8 @@ cdef class Release(Stage):
     cdef Memory memory
     cdef Layout layout
     cdef BrokerLog log
+    cdef HeadView head
+    cdef uint64_t control_seen
     cdef int broker
     cdef uint64_t reclaims_seen
 

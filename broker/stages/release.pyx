@@ -2,7 +2,8 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
-from broker.layout cimport Layout, RESULT_COMMITTED, make_tag
+from broker.head cimport HeadView
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, make_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
 from broker.planted cimport PLANT_HELD_FREED, PLANT_RESULT_NOT_AWAITED, PLANT_SEGMENT_EARLY, planted
 from broker.stages.stage cimport Stage
@@ -20,13 +21,20 @@ cdef class Release(Stage):
 
     def __init__(self, Memory memory, BrokerLog log):
         self.memory = memory
-        self.layout = log.layout
+        self.head = HeadView(memory, log.layout)
+        self.layout = self.head.layout
         self.log = log
         self.broker = log.broker
 
     cdef int64_t step(self) noexcept nogil:
-        cdef uint64_t word, bits, topic, answer = self.layout.reclaim_answer(self.broker), reclaims
+        cdef uint64_t word, bits, topic, answer, reclaims
         cdef int64_t work = 0
+        if not self.head.begin():
+            return 0
+        if self.head.control != self.control_seen:
+            self.control_seen = self.head.control
+            self.prepare_to_sleep()
+        answer = self.layout.reclaim_answer(self.broker)
         self.memory.invalidate(answer, 64)
         reclaims = self.memory.load(answer + 32)
         if reclaims != self.reclaims_seen:
@@ -50,9 +58,11 @@ cdef class Release(Stage):
 
     cdef int64_t release_slots(self, uint64_t topic) noexcept nogil:
         cdef TopicLog* log = &self.log.topics[topic]
-        cdef uint64_t tail = log.tail, at, state, end, number
+        cdef uint64_t tail = log.tail, at, state, end, number, status, committed
         cdef Slot* slot
         cdef OpenSegment* segment
+        self.memory.invalidate(self.layout.topic_order(topic), 64)
+        committed = self.memory.load(self.layout.topic_order(topic) + 8)
         while tail < log.delegated and tail - log.tail < STEP_SLOTS:
             at = self.layout.result(topic, self.broker, tail)
             self.memory.invalidate(at, 16)
@@ -64,8 +74,13 @@ cdef class Release(Stage):
             slot = &log.slots[tail & (self.layout.g.ring_slot_count - 1)]
             if cxl_load_acquire(&slot.awaited) and not planted(PLANT_RESULT_NOT_AWAITED) and not planted(PLANT_HELD_FREED):
                 break                           # the next batch in this slot would overwrite its result
-            if state >> 40 & 0xFF == RESULT_COMMITTED:
-                end = self.memory.load(at + 8) + slot.messages
+            status = state >> 40 & 0xFF
+            end = self.memory.load(at + 8) + (slot.messages if status == RESULT_COMMITTED else 0)
+            if (status == RESULT_COMMITTED or status == RESULT_DUPLICATE) and end > committed:
+                break                           # the next head may say something else
+            if not self.head.same():
+                break
+            if status == RESULT_COMMITTED:
                 for number in range(slot.first_segment, slot.last_segment + 1):
                     segment = &self.log.segments[number]
                     segment.end_position = max(segment.end_position, end)
@@ -92,6 +107,8 @@ cdef class Release(Stage):
             return 0
         self.memory.invalidate(self.layout.topic_reclaim(topic), 64)
         reclaimed = self.memory.load(self.layout.topic_reclaim(topic) + 8)
+        if not self.head.same():
+            return 0
         if reclaimed == log.release_seen and not log.release_again:
             return 0
         self.log.lock()

@@ -15,6 +15,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from broker.head cimport HeadView
 from broker.layout cimport BrokerCounters, Layout, OrderEntry, ReplicaLine, TOPIC_ACTIVE, TopicLine
 from broker.doorbell cimport Doorbell
 from broker.placement cimport live_brokers, replicas_of
@@ -81,6 +82,8 @@ cdef class Replication(Stage):
 
     cdef Memory memory
     cdef Layout layout
+    cdef HeadView head
+    cdef uint64_t control_seen
     cdef Clock clock
     cdef int broker
     cdef object folder
@@ -114,7 +117,8 @@ cdef class Replication(Stage):
     def __init__(self, Memory memory, Layout layout, int broker, folder, Clock clock, doorbells=(),
                  uint64_t file_bytes=64 << 20):
         self.memory = memory
-        self.layout = layout
+        self.head = HeadView(memory, layout)
+        self.layout = self.head.layout
         self.clock = clock
         self.broker = broker
         self.folder = folder
@@ -154,11 +158,16 @@ cdef class Replication(Stage):
         cdef uint64_t version, live, i
         cdef int64_t work = 0
         cdef ReplicaFile* file
+        if not self.head.begin():
+            return 0
         self.memory.invalidate(self.layout.directory(), 64)
         version = self.memory.load(self.layout.directory())
         live = live_brokers(self.memory, self.layout)
-        if version != self.version_seen or live != self.live_seen:
+        if not self.head.same():
+            return 1
+        if version != self.version_seen or live != self.live_seen or self.head.control != self.control_seen:
             self.version_seen = version
+            self.control_seen = self.head.control
             self.live_seen = live
             with gil:
                 self.look()
@@ -362,6 +371,9 @@ cdef class Replication(Stage):
         for t in range(self.topic_count):
             self.memory.invalidate(self.layout.topic(t), 64)
             self.memory.read_line(self.layout.topic(t), &line)
+            if not self.head.same():
+                self.control_seen = 0       # look again, at what the next head says
+                return
             generation = line.state >> 8 if line.state & 0xFF == TOPIC_ACTIVE else 0
             if self.topics[t].generation and self.topics[t].generation != generation:
                 self.close_topic(t)

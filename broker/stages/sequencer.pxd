@@ -1,13 +1,14 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from broker.doorbell cimport Doorbell
-from broker.layout cimport BatchHeader, Layout, SequencerCounters
+from broker.layout cimport BatchHeader, Layout, SequencerCounters, TopicLine
 from broker.order_lock cimport OrderLock
 from broker.stages.stage cimport Stage
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
 
 cdef enum:
+    POSITION_BITS = 48          # of a word that has an index above and a position below
     WINDOW = 256                # batches a session may have in flight beyond the one expected next
 
 cdef struct Held:
@@ -49,6 +50,7 @@ cdef struct TopicOrder:
 
 cdef struct ScanPlace:
     uint64_t scanned
+    uint64_t rescan_to          # slots below it may have a result that was taken over from an earlier head
     uint64_t generation
 
 cdef struct Ordered:
@@ -62,6 +64,7 @@ cdef class OrderState:
     cdef Memory memory
     cdef readonly OrderLock lock
     cdef readonly int head_broker
+    cdef readonly uint64_t control      # the word under which this sequencer serves
     cdef TopicOrder* topics
     cdef Session* sessions
     cdef uint64_t topic_count           # for __dealloc__: by then the collector may have taken `layout` away
@@ -78,7 +81,7 @@ cdef class OrderState:
     cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
 
     cdef void load_sessions(self)
-    cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil
+    cdef void open_topic(self, uint64_t topic, TopicLine* line) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil
     cdef void add(self, uint64_t* counter, uint64_t value) noexcept nogil
@@ -142,4 +145,5 @@ cdef class Scanner(Stage):
     cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil
     cdef int64_t check_gaps(self) noexcept nogil
     cdef int64_t retry_stalled(self) noexcept nogil
+    cdef bint is_answered(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t generation) noexcept nogil
     cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil

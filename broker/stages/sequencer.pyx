@@ -10,9 +10,14 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from broker.crash cimport (
+    CRASH_BEFORE_NUMBER, CRASH_COMMITTED, CRASH_ENTRY_WRITTEN, CRASH_MID_ENTRY, CRASH_NUMBER_TAKEN,
+    CRASH_PROGRESS_WRITTEN, crash_point, crash_point_armed,
+)
 from broker.doorbell cimport Doorbell
+from broker.head cimport make_control
 from broker.layout cimport (
-    BATCH_FENCE, BATCH_VOID, BatchHeader, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
+    BATCH_FENCE, BATCH_VOID, BatchHeader, CONTROL_SERVING, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
     RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
     SequencerCounters, SessionLine, SessionProgressLine, TopicLine, make_tag,
 )
@@ -32,17 +37,19 @@ from sim.cxl.primitives cimport (
 
 cdef enum:
     STEP_BATCHES = 64               # a scanner looks at so many batches of one topic and broker at a time
-    POSITION_BITS = 48
     GAP_CHECK_NS = 1000000
     RELIEF_NS = 20000000            # a session that is stuck for longer may not fill up rings that others use
 
+cdef uint64_t RESULT_STATUS = <uint64_t>0xFF << 40
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
 
 
 cdef class OrderState:
     """What the scanners of one sequencer share: counters of order, sessions, the lock.
 
-    `memory` is the sequencer's door. All of it can be rebuilt from memory; nothing here is the only copy.
+    `memory` is the sequencer's door; `layout` has the bank that this head writes. All of it can be rebuilt from memory;
+    nothing here is the only copy. Without `control` it is the first head of a new region, and serves at once;
+    otherwise `Takeover` fills it.
     """
 
     def __cinit__(self):
@@ -50,7 +57,7 @@ cdef class OrderState:
         self.sessions = NULL
 
     def __init__(self, Memory memory, Layout layout, int head_broker, int lock_mode, int scanners, uint64_t epoch=1,
-                 semaphore_name=None):
+                 semaphore_name=None, uint64_t control=0):
         self.memory = memory
         self.layout = layout
         self.head_broker = head_broker
@@ -67,13 +74,18 @@ cdef class OrderState:
         self.counters = <SequencerCounters*>memory.coherent_area(layout.sequencer_counters())
         self.lock = OrderLock.make(lock_mode, memory.coherent_area(layout.order_lock()), self.counters,
                                    semaphore_name, True)
-        memory.store(layout.g.control + 8, head_broker)
-        memory.store(layout.g.control + 24, scanners)
-        memory.store(layout.g.control + 32, lock_mode)
-        memory.store(layout.g.control, epoch)
-        memory.flush(layout.g.control, 64)
+        memory.store(layout.head_line() + 8, head_broker)
+        memory.store(layout.head_line() + 16, scanners)
+        memory.store(layout.head_line() + 24, lock_mode)
+        memory.store(layout.head_line(), epoch)
+        memory.flush(layout.head_line(), 64)
         memory.fence()
-        self.load_sessions()
+        self.control = control
+        if control == 0:
+            self.control = make_control(epoch, head_broker, layout.g.bank, 0, CONTROL_SERVING)
+            if not memory.compare_and_swap(layout.control(), 0, self.control):
+                raise RuntimeError("this region has a head: take it over")
+            self.load_sessions()
 
     cdef void load_sessions(self):
         """Know the sessions that were restored; a new region has none."""
@@ -110,16 +122,13 @@ cdef class OrderState:
         free(self.ordered)
         free(self.ordered_news)
 
-    cdef void open_topic(self, uint64_t topic, uint64_t generation) noexcept nogil:
+    cdef void open_topic(self, uint64_t topic, TopicLine* line) noexcept nogil:
         cdef TopicOrder* order = &self.topics[topic]
-        cdef TopicLine line
         cdef uint64_t entries = self.layout.g.order_entry_count
         if order.done == NULL:
             order.done = <uint64_t*>calloc(entries, 8)
             order.done_batch = <uint64_t*>calloc(entries, 8)
         memset(order.done, 0, entries * 8)
-        self.memory.invalidate(self.layout.topic(topic), 64)
-        self.memory.read_line(self.layout.topic(topic), &line)
         order.order = line.order
         order.lease_ns = line.lease_ns
         order.replicated = line.replication_factor > 1
@@ -133,7 +142,7 @@ cdef class OrderState:
         order.advancing = order.stalled = 0
         memset(&self.ordered[topic * self.layout.g.broker_count], 0, self.layout.g.broker_count * sizeof(Ordered))
         self.topics_open += 1
-        cxl_store_release(&order.generation, generation)
+        cxl_store_release(&order.generation, line.state >> 8)
 
     cdef void close_topic(self, uint64_t topic) noexcept nogil:
         if self.topics[topic].generation:
@@ -294,11 +303,16 @@ cdef class Scanner(Stage):
             self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
             return 0
         self.memory.invalidate(line, 64)
-        delegated = self.memory.load(line)
+        # Its broker may not have opened this topic yet: then the line speaks of an earlier one.
+        delegated = self.memory.load(line) if self.memory.load(line + 48) == generation else 0
         if delegated > place.scanned + self.layout.g.ring_slot_count:
             self.state.add(&self.state.counters.damaged, 1)
             delegated = 0                   # a ring cannot hold that much: a damaged frontier is not followed
         while place.scanned < delegated and done < STEP_BATCHES:
+            if place.scanned < place.rescan_to and self.is_answered(topic, broker, place.scanned, generation):
+                place.scanned += 1
+                done += 1
+                continue
             at = self.layout.ring(topic, broker, place.scanned)
             self.memory.invalidate(at, 64)
             if not self.memory.read_line(at, &header) or header.complete != make_tag(generation, place.scanned):
@@ -315,7 +329,7 @@ cdef class Scanner(Stage):
             self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
         if done:
             self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
-            self.memory.store(self.layout.offset_sequencer(topic, broker), place.scanned)
+            self.memory.store(self.layout.offset_sequencer(topic, broker), max(place.scanned, place.rescan_to))
             self.write_ordered(topic, broker)
         return done
 
@@ -329,6 +343,10 @@ cdef class Scanner(Stage):
         self.memory.store(at + 16, cxl_load_relaxed(&ordered.nbytes))
         self.memory.store(at + 24, cxl_load_relaxed(&ordered.address))
         self.memory.flush(at, 64)
+
+    cdef bint is_answered(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t generation) noexcept nogil:
+        """Whether the takeover found a result that stands."""
+        return self.memory.load(self.layout.result(topic, broker, slot)) & ~RESULT_STATUS == make_tag(generation, slot)
 
     cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil:
         cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
@@ -364,6 +382,9 @@ cdef class Scanner(Stage):
         session = &self.state.sessions[header.session_slot]
         self.claim(session)
         done = self.classify_session(order, topic, broker, slot, header, session)
+        if self.state.scanners > 1:
+            # Another scanner may write the session's progress as soon as we let go: its entries must be there first.
+            self.memory.fence()
         self.unclaim(session)
         return done
 
@@ -456,6 +477,7 @@ cdef class Scanner(Stage):
         if self.fresh_count >= 65536 or not self.state.has_room(order):
             self.state.add(&self.state.counters.order_full, 1)
             return False
+        crash_point(CRASH_BEFORE_NUMBER)
         taken = (<uint64_t>1 << POSITION_BITS) + header.message_count
         if self.state.lock.mode == LOCK_ATOMIC:
             taken = cxl_fetch_add(&order.assigned, taken)
@@ -477,6 +499,11 @@ cdef class Scanner(Stage):
         entry.epoch = self.state.epoch
         entry.wall_ns = header.received_wall_ns
         at = self.layout.order_entry(topic, index)
+        crash_point(CRASH_NUMBER_TAKEN)
+        if crash_point_armed(CRASH_MID_ENTRY):
+            self.memory.store(at + 8, entry.position)
+            self.memory.store(at + 16, entry.payload_offset)
+            crash_point(CRASH_MID_ENTRY)
         self.memory.write_line(at, &entry)
         self.memory.flush(at, 64)
         order.done_batch[index & (self.layout.g.order_entry_count - 1)] = (
@@ -543,7 +570,11 @@ cdef class Scanner(Stage):
     # ---- the end of a step -----------------------------------------------------------------------------------------
 
     cdef void finish(self) noexcept nogil:
-        """Fence what was written, then move the committed frontiers, then wake whom it concerns."""
+        """Fence what was written, then the sessions, then move the committed frontiers, then wake whom it concerns.
+
+        Progress says no more than entries, and the frontier no more than progress: so a next head finds every entry
+        that a session counts, and counts every entry that is committed, wherever this one ends.
+        """
         cdef uint64_t i, word, bits, b, interested = self.answered
         if self.fresh_count and self.state.scanners > 1:
             interested = <uint64_t>-1       # our entries may let those pass that other scanners answered before
@@ -553,6 +584,14 @@ cdef class Scanner(Stage):
             self.result_line = 0
         if not planted(PLANT_DONE_BEFORE_FENCE):
             self.memory.fence()
+        crash_point(CRASH_ENTRY_WRITTEN)
+        if self.touched_count:
+            for i in range(self.touched_count):
+                self.write_progress(self.touched_sessions[i])
+            self.touched_count = 0
+            if not planted(PLANT_DONE_BEFORE_FENCE):
+                self.memory.fence()
+        crash_point(CRASH_PROGRESS_WRITTEN)
         # Entries and results are in memory: now, and not before, the frontier may pass them.
         for i in range(self.fresh_count):
             order = &self.state.topics[self.fresh[i].topic]
@@ -565,10 +604,8 @@ cdef class Scanner(Stage):
             while bits:
                 self.advance(word * 64 + cxl_count_trailing_zeros(bits))
                 bits &= bits - 1
-        for i in range(self.touched_count):
-            self.write_progress(self.touched_sessions[i])
-        self.touched_count = 0
         self.memory.full_fence()
+        crash_point(CRASH_COMMITTED)
         for b in range(self.layout.g.broker_count):
             if interested >> b & 1 or self.memory.load(self.layout.broker(b) + 32):
                 (<Doorbell>self.doorbells[b]).ring_fenced()
@@ -682,6 +719,7 @@ cdef class Scanner(Stage):
                 if other.epoch >= session.predecessor_epoch:
                     session.predecessor_epoch = other.epoch
                     session.predecessor_expected = other.expected
+        self.memory.fence()
         self.write_progress(number)
         self.answered |= <uint64_t>1 << (number // self.layout.g.sessions_per_broker)
 
@@ -700,6 +738,7 @@ cdef class Scanner(Stage):
         session.state = (session.state & ~<uint64_t>0xFF) | new_state
         if new_state == SESSION_FENCED:
             self.state.add(&self.state.counters.fenced_sessions, 1)
+        self.memory.fence()                     # its entries come before what counts them
         self.put_progress(number)
         self.memory.fence()
         self.drop_held(session, RESULT_FENCED)

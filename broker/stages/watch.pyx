@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint64_t
 
+from broker.head cimport HeadView
 from broker.layout cimport Layout
 from broker.notifier cimport Notifier
 from broker.stages.stage cimport Stage
@@ -16,6 +17,8 @@ cdef class Watch(Stage):
 
     cdef Memory memory
     cdef Layout layout
+    cdef HeadView head
+    cdef uint64_t control_seen
     cdef Notifier notifier
     cdef uint64_t activity_words
     cdef uint64_t seen[128]
@@ -24,13 +27,20 @@ cdef class Watch(Stage):
 
     def __init__(self, Memory memory, Layout layout, Notifier notifier):
         self.memory = memory
-        self.layout = layout
+        self.head = HeadView(memory, layout)
+        self.layout = self.head.layout
         self.notifier = notifier
         self.activity_words = (layout.g.topic_count_max + 7) // 8
 
     cdef int64_t step(self) noexcept nogil:
-        cdef uint64_t line = self.layout.sequencer_activity(), word, now, changed, i, topic, bit
+        cdef uint64_t line, word, now, changed, i, topic, bit
         cdef int64_t work = 0
+        if not self.head.begin():
+            return 0
+        if self.head.control != self.control_seen:
+            self.control_seen = self.head.control
+            self.prepare_to_sleep()             # another head: whoever waits looks anew
+        line = self.layout.sequencer_activity()
         self.memory.invalidate(line, self.activity_words * 8)
         for word in range(self.activity_words):
             now = self.memory.load(line + word * 8)

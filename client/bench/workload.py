@@ -39,6 +39,9 @@ VARIABLES = {
 }
 
 
+TOPICS_MAX = 8                          # there is one; the rest of the region is for its batches
+
+
 @dataclass(frozen=True)
 class Workload:
     """One configuration to measure. `Workload.parse` gives only ones that can be run."""
@@ -98,7 +101,7 @@ class Workload:
         if batch_bytes_max <= USUAL_BATCH_BYTES_MAX:
             batch_bytes_max = 0
         return load_config(name=name, brokers=self.brokers, region_bytes=self.region_bytes,
-                           batch_bytes_max=batch_bytes_max,
+                           batch_bytes_max=batch_bytes_max, topic_count_max=TOPICS_MAX,
                            attach_slot_count=max(64, 2 * self.brokers * (self.publishers + 1)),
                            sequencer_lock=self.sequencer_lock, scanners=self.scanners, waiting=self.waiting,
                            thread_plan=self.thread_plan)

@@ -17,6 +17,7 @@ from zlib import crc32
 
 from broker.config import TopicConfig
 from broker.doorbell import Doorbell
+from broker.head import epoch_of
 from broker.layout import BrokerState, Layout
 from broker.log import BrokerLog
 from broker.notifier import Notifier
@@ -152,9 +153,7 @@ class Host:
 
     def sequencer_epoch(self) -> int:
         """The epoch that acks are sent under."""
-        at = self.world.layout.offset_of("control")
-        self.memory.invalidate_range(at, 64)
-        return int(self.memory.load_word(at))
+        return epoch_of(self.memory.load_word(self.world.layout.offset_of("control")))
 
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a service's coroutine on this host's event loop; a task whose end the caller looks for."""

@@ -158,10 +158,10 @@ def test_too_few_live_brokers_promise_nothing_at_level_2() -> None:
     session = cluster.open_session(cluster.create(ack=2, replication_factor=3), ack=2)
     cluster.publish_all(session, [0])
     replicate_by_hand(cluster, 1)
-    cluster.poke("ControlLine", "control", live_brokers=0b011)
+    cluster.poke("HeadLine", "head", live_brokers=0b011)
     cluster.settle()
     assert acked(cluster, session) == []
-    cluster.poke("ControlLine", "control", live_brokers=0b111)
+    cluster.poke("HeadLine", "head", live_brokers=0b111)
     cluster.settle()
     assert acked(cluster, session) == [0]
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from broker.layout import Layout, LayoutError
+from broker.layout import ControlBits, Layout, LayoutError
 from broker.segments import PoolLeader, SegmentPool, make_pool
 from sim.cxl.memory import MappedMemory
 from sim.cxl.region import private_mapping
@@ -25,6 +25,7 @@ class Pools:
         self.layout = Layout.compute(pool_strategy=strategy, **{**NUMBERS, **changes})
         self.memory = MappedMemory(private_mapping(self.layout.numbers["region_bytes"]))
         self.count = self.layout.numbers["segment_count"]
+        self.memory.store_word(self.layout.offset_of("control"), 1 << 32 | ControlBits.CONTROL_SERVING)
         self.leader = PoolLeader(self.memory, self.layout, 0) if strategy == "leader" else None
         self.brokers: list[SegmentPool] = [
             make_pool(self.memory, self.layout, broker) for broker in range(self.layout.numbers["broker_count"])]
@@ -157,7 +158,7 @@ def test_a_lone_wish_is_granted_once_however_often_it_is_repeated() -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_brokers_with_any_pool_carry_traffic_many_times_the_region(strategy: str) -> None:
-    cluster = ManualCluster(pool=strategy, region_bytes=256 * KIB, order_entry_count=256)
+    cluster = ManualCluster(pool=strategy, region_bytes=328 * KIB, order_entry_count=256)
     session = cluster.open_session(cluster.create())
     received = 0
     for _ in range(3000):

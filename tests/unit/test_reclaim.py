@@ -6,9 +6,9 @@ import pytest
 
 from broker.layout import CursorState, HolderKind, ResultStatus
 from broker.stages.receiver import POOL_EMPTY, RECEIVED
-from tests.manual_cluster import KIB, MIB, ManualCluster, Session
+from tests.manual_cluster import KIB, ManualCluster, Session
 
-SMALL = {"region_bytes": 192 * KIB, "order_entry_count": 256}
+SMALL = {"region_bytes": 264 * KIB, "order_entry_count": 256}
 
 
 def fill(cluster: ManualCluster, session: Session, batches: int, nbytes: int = 2000, first: int = 0) -> int:
@@ -147,7 +147,7 @@ def test_a_reader_of_one_topic_does_not_hold_another() -> None:
 
 
 def test_a_replica_that_is_behind_holds_the_data_and_is_named() -> None:
-    cluster = ManualCluster(brokers=3, **{**SMALL, "region_bytes": 256 * KIB})
+    cluster = ManualCluster(brokers=3, **{**SMALL, "region_bytes": 408 * KIB})
     topic = cluster.create(replication_factor=2)
     session = cluster.open_session(topic)
     received = fill(cluster, session, 400)
@@ -176,7 +176,7 @@ def test_a_topic_that_never_drops_pushes_back_and_is_named() -> None:
 
 
 def test_batches_that_wait_for_their_order_are_named_when_they_fill_the_region() -> None:
-    cluster = ManualCluster(**{**SMALL, "region_bytes": 160 * KIB}, message_bytes_max=4096, batch_bytes_max=8192)
+    cluster = ManualCluster(**{**SMALL, "region_bytes": 232 * KIB}, message_bytes_max=4096, batch_bytes_max=8192)
     topic = cluster.create()
     session = cluster.open_session(topic)
     cluster.publish_all(session, [0])
@@ -191,7 +191,7 @@ def test_batches_that_wait_for_their_order_are_named_when_they_fill_the_region()
 
 @pytest.mark.parametrize("nbytes", [1, 64, 100, 1000])
 def test_retention_keeps_at_least_its_bytes_and_not_much_more(nbytes: int) -> None:
-    cluster = ManualCluster(region_bytes=2 * MIB, order_entry_count=4096)
+    cluster = ManualCluster(region_bytes=2560 * KIB, order_entry_count=4096)
     payload = 8 + (nbytes + 7) // 8 * 8
     retention = 50 * payload
     session = cluster.open_session(cluster.create(retention_bytes=retention))

@@ -206,7 +206,7 @@ def test_when_a_replica_dies_another_goes_on_where_it_ended(tmp_path: Path) -> N
     cluster.stages = [stage for stage in cluster.stages if stage is not dead]
     cluster.publish_all(session, range(10, 13))         # ordered, and on no disk
     assert replica_line(cluster, 0, first)["replicated_index"] == 10
-    cluster.poke("ControlLine", "control", live_brokers=0b111 & ~(1 << first))
+    cluster.poke("HeadLine", "head", live_brokers=0b111 & ~(1 << first))
     cluster.settle()
     assert cluster.replicas(topic, 0) == [second]
     assert replica_line(cluster, 0, second)["replicated_index"] == 13

@@ -1,0 +1,463 @@
+"""Takeover: makes this broker head. It raises the epoch, rebuilds all that the last head knew in a bank of its own, and serves.
+
+    raise the epoch ─► reclaimed, committed frontiers ─► sessions ─► entries, results, topic by topic ─► serve
+
+The source is read in the opposite order of how a head writes it (entries, progress, frontier): whatever a frontier covers
+is found, and whatever a session counts. Entries beyond the frontier that a session counts are adopted: they get the
+next numbers, without a hole. All others are void: their batches lie in the rings and are classified anew.
+It may be killed at any point: until it serves, the next one starts from the same source.
+"""
+
+from libc.stdint cimport int64_t, uint16_t, uint64_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from broker.crash cimport CRASH_EPOCH_RAISED, CRASH_HALF_RECOVERED, CRASH_RECOVERED, crash_point
+from broker.head cimport make_control
+from broker.layout cimport (
+    BatchHeader, BatchResult, CONTROL_BANK_SHIFT, CONTROL_EPOCH_SHIFT, CONTROL_SERVING, CONTROL_SOURCE_SHIFT, HeadLine, Layout,
+    OffsetSequencerLine, OrderEntry, RESULT_COMMITTED, RESULT_DUPLICATE, SESSION_CLOSED, SESSION_OPEN, SessionLine,
+    SessionProgressLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag,
+)
+from broker.stages.sequencer cimport OrderState, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, Held
+from broker.stages.stage cimport Stage
+from sim.cxl.clock cimport Clock
+from sim.cxl.memory cimport Memory
+
+cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
+
+cdef enum:
+    TAKE_NOTHING = 0
+    TAKE_TABLES = 1
+    TAKE_TOPICS = 2
+    TAKE_SESSIONS = 3
+    TAKE_SERVE = 4
+    TAKE_DONE = 5
+    TAKE_LOST = 6
+
+
+cdef class Takeover(Stage):
+    """One attempt of one broker. `begin` raises the epoch; then `step` until `done` or `lost`.
+
+    `memory` is the sequencer's door. When done, `order` is ready for scanners; `prepare` makes one continue.
+    """
+
+    cdef Memory memory
+    cdef Layout layout              # of our own bank
+    cdef Layout source              # of the last head that served; None for a new region
+    cdef Clock clock
+    cdef readonly int broker
+    cdef readonly OrderState order
+    cdef readonly uint64_t control
+    cdef readonly uint64_t adopted
+    cdef object make_order
+    cdef uint64_t source_epoch
+    cdef uint64_t topic_count       # for __dealloc__
+    cdef int phase
+    cdef uint64_t next_topic
+    cdef uint64_t* committed        # by topic: the source's frontier
+    cdef uint64_t* positions
+    cdef ScanPlace* places          # topic * brokers + broker
+    cdef uint64_t* sessions_by_key  # open addressing: session + 1
+    cdef uint64_t key_mask
+
+    def __init__(self, Memory memory, Layout layout, Clock clock, int broker, int lock_mode, int scanners,
+                 semaphore_name=None):
+        self.memory = memory
+        self.layout = layout.with_bank(0)
+        self.clock = clock
+        self.broker = broker
+        self.topic_count = layout.g.topic_count_max
+        self.committed = <uint64_t*>calloc(2 * self.topic_count, 8)
+        self.places = <ScanPlace*>calloc(self.topic_count * layout.g.broker_count, sizeof(ScanPlace))
+        self.key_mask = 1
+        while self.key_mask < 2 * layout.g.session_count_max:
+            self.key_mask *= 2
+        self.sessions_by_key = <uint64_t*>calloc(self.key_mask, 8)
+        self.key_mask -= 1
+        if self.committed == NULL or self.places == NULL or self.sessions_by_key == NULL:
+            raise MemoryError
+        self.positions = self.committed + self.topic_count
+        self.make_order = lambda epoch, control: OrderState(
+            memory, self.layout, broker, lock_mode, scanners, epoch, semaphore_name, control)
+
+    def __dealloc__(self):
+        free(self.committed)
+        free(self.places)
+        free(self.sessions_by_key)
+
+    @property
+    def done(self) -> bool:
+        """Whether this broker serves as head."""
+        return self.phase == TAKE_DONE
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else was faster."""
+        return self.phase == TAKE_LOST
+
+    def begin(self, uint64_t seen, uint64_t bank) -> bool:
+        """Raise the epoch above that of the control word `seen`; our bank is `bank`, which nobody else writes.
+
+        False when the word has changed meanwhile. From here on nothing that an earlier head writes counts.
+        """
+        cdef uint64_t epoch = (seen >> CONTROL_EPOCH_SHIFT) + 1, source
+        source = (seen >> CONTROL_BANK_SHIFT & 0xFF) + 1 if seen & CONTROL_SERVING else seen >> CONTROL_SOURCE_SHIFT & 0xFF
+        assert self.phase == TAKE_NOTHING and bank + 1 != source
+        self.control = make_control(epoch, self.broker, bank, source, 0)
+        if not self.memory.compare_and_swap(self.layout.control(), seen, self.control):
+            self.phase = TAKE_LOST
+            return False
+        crash_point(CRASH_EPOCH_RAISED)
+        self.layout.use_bank(bank)
+        if source:
+            self.source = self.layout.with_bank(source - 1)
+            self.memory.invalidate(self.source.head_line(), 64)
+            self.source_epoch = self.memory.load(self.source.head_line())
+        self.order = self.make_order(epoch, self.control ^ CONTROL_SERVING)
+        self.phase = TAKE_TABLES
+        return True
+
+    cdef int64_t step(self) noexcept nogil:
+        if self.phase == TAKE_NOTHING or self.phase >= TAKE_DONE:
+            return 0
+        if self.memory.load(self.layout.control()) != self.control:
+            self.phase = TAKE_LOST
+        elif self.phase == TAKE_TABLES:
+            if self.source is not None:
+                self.take_tables()
+                self.read_sessions()
+            else:
+                self.wipe_tables()
+            self.phase = TAKE_TOPICS
+        elif self.phase == TAKE_TOPICS:
+            if self.source is None or self.next_topic == self.topic_count:
+                self.phase = TAKE_SESSIONS
+            else:
+                self.take_topic(self.next_topic)
+                self.next_topic += 1
+                if self.next_topic == self.topic_count // 2:
+                    crash_point(CRASH_HALF_RECOVERED)
+        elif self.phase == TAKE_SESSIONS:
+            self.write_sessions()
+            self.phase = TAKE_SERVE
+        else:
+            self.serve()
+        return 1
+
+    # ---- tables ------------------------------------------------------------------------------------------------------
+
+    cdef void copy(self, uint64_t target, uint64_t source, uint64_t nbytes) noexcept nogil:
+        """Copy lines of one bank to the other, word by word."""
+        cdef uint64_t i
+        self.memory.invalidate(source, nbytes)
+        for i in range(0, nbytes, 8):
+            self.memory.store(target + i, self.memory.load(source + i))
+        self.memory.flush(target, nbytes)
+
+    cdef void zero(self, uint64_t target, uint64_t nbytes) noexcept nogil:
+        cdef uint64_t i
+        for i in range(0, nbytes, 8):
+            self.memory.store(target + i, 0)
+        self.memory.flush(target, nbytes)
+
+    cdef void wipe_tables(self) noexcept nogil:
+        """A new region: nothing was there before us, but a head that died before it served."""
+        self.zero(self.layout.directory(), self.layout.g.results - self.layout.directory())
+
+    cdef void take_tables(self) noexcept nogil:
+        """Topics, reclaimed and then committed frontiers, grants and answers."""
+        cdef uint64_t t, line
+        cdef TopicLine topic
+        # The reclaimed frontier is read before the committed one: it is never beyond.
+        self.copy(self.layout.directory(), self.source.directory(), self.source.g.results - self.source.directory())
+        for t in range(self.topic_count):
+            line = self.source.topic_order(t)
+            self.memory.invalidate(line, 64)
+            self.committed[t] = self.memory.load(line)
+            self.memory.read_line(self.layout.topic(t), &topic)
+            if topic.state & 0xFF == TOPIC_ACTIVE:
+                self.order.open_topic(t, &topic)
+
+    # ---- sessions ------------------------------------------------------------------------------------------------------
+
+    cdef void read_sessions(self) noexcept nogil:
+        """What the source counts of every session. A slot that its broker has given to a new one is opened later."""
+        cdef uint64_t number
+        cdef SessionLine line
+        cdef SessionProgressLine progress
+        cdef Session* session
+        for number in range(self.layout.g.session_count_max):
+            session = &self.order.sessions[number]
+            self.memory.invalidate(self.source.session_progress(number), 64)
+            self.memory.read_line(self.source.session_progress(number), &progress)
+            if progress.state == 0:
+                continue
+            self.memory.invalidate(self.layout.session(number), 64)
+            self.memory.read_line(self.layout.session(number), &line)
+            session.state = progress.state
+            session.expected = progress.expected
+            session.messages = progress.committed_messages
+            session.position = progress.committed_position
+            session.predecessor_expected = progress.predecessor_expected
+            session.predecessor_epoch = progress.predecessor_epoch
+            if line.state >> 8 != progress.state >> 8:
+                session.state = (progress.state & ~<uint64_t>0xFF) | SESSION_CLOSED
+                continue
+            session.client_id = line.client_id
+            session.epoch = line.session_epoch
+            session.topic = line.topic
+            session.held = <Held*>calloc(WINDOW, sizeof(Held))
+            self.remember(number)
+
+    cdef uint64_t key_of(self, uint64_t client, uint64_t epoch, uint64_t topic) noexcept nogil:
+        return ((client ^ epoch << 17 ^ topic << 5) * <uint64_t>0x9E3779B97F4A7C15) >> 20
+
+    cdef void remember(self, uint64_t number) noexcept nogil:
+        cdef Session* session = &self.order.sessions[number]
+        cdef uint64_t at = self.key_of(session.client_id, session.epoch, session.topic)
+        while self.sessions_by_key[at & self.key_mask]:
+            at += 1
+        self.sessions_by_key[at & self.key_mask] = number + 1
+
+    cdef Session* session_of(self, OrderEntry* entry, uint64_t topic) noexcept nogil:
+        """The session that an entry belongs to; NULL when its slot has another one by now."""
+        cdef uint64_t at = self.key_of(entry.client_id, entry.session_epoch, topic), number
+        cdef Session* session
+        while True:
+            number = self.sessions_by_key[at & self.key_mask]
+            if number == 0:
+                return NULL
+            session = &self.order.sessions[number - 1]
+            if session.client_id == entry.client_id and session.epoch == entry.session_epoch and session.topic == topic:
+                return session
+            at += 1
+
+    cdef void write_sessions(self) noexcept nogil:
+        """Everything that the next head, and the brokers, have to know of the sessions."""
+        cdef uint64_t number
+        cdef SessionProgressLine line
+        cdef Session* session
+        for number in range(self.layout.g.session_count_max):
+            session = &self.order.sessions[number]
+            memset(&line, 0, sizeof(line))
+            line.state = session.state
+            line.expected = session.expected
+            line.committed_messages = session.messages
+            line.committed_position = session.position
+            line.predecessor_expected = session.predecessor_expected
+            line.predecessor_epoch = session.predecessor_epoch
+            self.memory.write_line(self.layout.session_progress(number), &line)
+            self.memory.flush(self.layout.session_progress(number), 64)
+        self.memory.fence()
+
+    # ---- topics --------------------------------------------------------------------------------------------------------
+
+    cdef void take_topic(self, uint64_t topic) noexcept nogil:
+        """Entries and results of one topic."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef TopicReclaimLine reclaim
+        cdef uint64_t index, position, first_adopted, b
+        cdef OrderEntry entry
+        if order.generation == 0:
+            return
+        self.memory.read_line(self.layout.topic_reclaim(topic), &reclaim)
+        if reclaim.reclaimed_index < self.committed[topic]:
+            # Its position is that of the first entry kept, whatever the rest of the line says meanwhile.
+            self.memory.read_line(self.source.order_entry(topic, reclaim.reclaimed_index), &entry)
+            if entry.commit == make_tag(order.generation, reclaim.reclaimed_index):
+                reclaim.reclaimed_position = entry.position
+                self.memory.write_line(self.layout.topic_reclaim(topic), &reclaim)
+                self.memory.flush(self.layout.topic_reclaim(topic), 64)
+        order.reclaimed_index = reclaim.reclaimed_index
+        order.committed_position = reclaim.reclaimed_position
+        order.committed_bytes = reclaim.reclaimed_bytes
+        for index in range(reclaim.reclaimed_index, self.committed[topic]):
+            self.take_entry(topic, index)
+        order.committed_index = self.committed[topic]
+        self.positions[topic] = position = order.committed_position
+        for b in range(self.layout.g.broker_count):
+            self.take_ordered(topic, b)
+        self.adopt(topic)
+        order.assigned = order.committed_index << POSITION_BITS | order.committed_position
+        for b in range(self.layout.g.broker_count):
+            self.take_results(topic, b)
+        self.write_frontier(topic)
+        self.memory.fence()
+
+    cdef void take_entry(self, uint64_t topic, uint64_t index) noexcept nogil:
+        """Copy a committed entry as it is: also a damaged one, which its readers are told of."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t at = self.source.order_entry(topic, index)
+        cdef OrderEntry entry
+        cdef Session* session
+        self.memory.invalidate(at, 64)
+        self.memory.read_line(at, &entry)
+        self.memory.write_line(self.layout.order_entry(topic, index), &entry)
+        self.memory.flush(self.layout.order_entry(topic, index), 64)
+        if entry.commit != make_tag(order.generation, index):
+            return
+        order.committed_position = entry.position + entry.message_count
+        order.committed_bytes += entry.payload_bytes
+        session = self.session_of(&entry, order.generation << 16 | topic)
+        if session != NULL:
+            self.count_in(order, session, &entry)
+
+    cdef void count_in(self, TopicOrder* order, Session* session, OrderEntry* entry) noexcept nogil:
+        """Make sure that a session counts an entry which is in the log."""
+        cdef Held* held
+        if order.order == 5:
+            session.expected = max(session.expected, entry.batch_sequence + 1)
+            return
+        if entry.batch_sequence >= session.expected and entry.batch_sequence - session.expected < WINDOW:
+            session.held[entry.batch_sequence % WINDOW].sequence_and_one = entry.batch_sequence + 1
+        while session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1:
+            session.expected += 1
+
+    cdef void take_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        cdef uint64_t at = self.layout.offset_sequencer(topic, broker), i = topic * self.layout.g.broker_count + broker
+        cdef OffsetSequencerLine line
+        self.memory.read_line(at, &line)
+        self.order.ordered[i].messages = line.ordered
+        self.order.ordered[i].nbytes = line.ordered_bytes
+        self.order.ordered[i].address = line.ordered_address
+
+    cdef void adopt(self, uint64_t topic) noexcept nogil:
+        """Give the next numbers to what the last head had written and not committed, as far as its session is whole."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t index, at, key = order.generation << 16 | topic
+        cdef OrderEntry entry
+        cdef Session* session
+        for index in range(self.committed[topic], order.reclaimed_index + self.layout.g.order_entry_count):
+            at = self.source.order_entry(topic, index)
+            self.memory.invalidate(at, 64)
+            if not self.memory.read_line(at, &entry) or entry.commit != make_tag(order.generation, index):
+                continue
+            if entry.epoch != <uint16_t>self.source_epoch or not self.is_sound(&entry):
+                continue                        # left by an earlier head that had this bank
+            session = self.session_of(&entry, key)
+            if session != NULL:
+                if order.order == 5 and entry.batch_sequence > session.expected:
+                    continue                    # what comes before it is not there: it lies in a ring, and waits for it
+                if order.order == 5 and entry.batch_sequence == session.expected and (
+                        session.state & 0xFF != SESSION_OPEN):
+                    continue                    # its high-water mark is final
+                self.count_in(order, session, &entry)
+            self.renumber(topic, &entry)
+            if session != NULL:
+                session.position = max(session.position, order.committed_position)
+
+    cdef bint is_sound(self, OrderEntry* entry) noexcept nogil:
+        return (entry.message_count > 0 and entry.broker < self.layout.g.broker_count and entry.payload_offset % 64 == 0
+                and entry.payload_offset >= self.layout.g.segments
+                and entry.payload_bytes <= self.layout.g.batch_bytes_max
+                and entry.payload_offset <= self.layout.g.region_bytes - entry.payload_bytes)
+
+    cdef void renumber(self, uint64_t topic, OrderEntry* entry) noexcept nogil:
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t at = self.layout.order_entry(topic, order.committed_index)
+        entry.commit = make_tag(order.generation, order.committed_index)
+        entry.position = order.committed_position
+        entry.epoch = <uint16_t>self.order.epoch
+        self.memory.write_line(at, entry)
+        self.memory.flush(at, 64)
+        order.committed_index += 1
+        order.committed_position += entry.message_count
+        order.committed_bytes += entry.payload_bytes
+        self.adopted += 1
+
+    # ---- results -------------------------------------------------------------------------------------------------------
+
+    cdef void take_results(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        """Results that stand, for what is not released; the rest of the ring is empty, and what lies there classified anew."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t line = self.layout.offset_broker(topic, broker), slots = self.layout.g.ring_slot_count, slot, at
+        cdef uint64_t tail, delegated
+        cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
+        cdef BatchHeader header
+        cdef BatchResult result
+        self.zero(self.layout.result(topic, broker, 0), slots * sizeof(BatchResult))
+        place.generation = order.generation
+        place.scanned = place.rescan_to = 0
+        self.memory.invalidate(line, 64)
+        if self.memory.load(line + 48) != order.generation:
+            return
+        # Read before the frontier that it must not pass: a broker releases while we look.
+        tail = self.memory.load(line + 56)
+        delegated = self.memory.load(line)
+        if delegated < tail or delegated - tail > slots:
+            return                              # damaged: the scanner counts it
+        place.scanned = tail
+        place.rescan_to = delegated
+        for slot in range(tail, delegated):
+            at = self.layout.ring(topic, broker, slot)
+            self.memory.invalidate(at, 64)
+            if not self.memory.read_line(at, &header) or header.complete != make_tag(order.generation, slot):
+                continue
+            if self.standing(topic, broker, slot, &header, &result):
+                at = self.layout.result(topic, broker, slot)
+                self.memory.store(at + 8, result.position)
+                self.memory.store(at, result.state)
+                self.memory.flush(at, 16)
+
+    cdef bint standing(self, uint64_t topic, uint64_t broker, uint64_t slot, BatchHeader* header,
+                       BatchResult* result) noexcept nogil:
+        """Whether the source's result of a slot stands, or follows from what was adopted."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t at = self.source.result(topic, broker, slot), tag = make_tag(order.generation, slot), status, index, k
+        cdef OrderEntry entry
+        self.memory.invalidate(at, 16)
+        result.state = self.memory.load(at)
+        result.position = self.memory.load(at + 8)
+        if result.state & ~STATUS_MASK != tag:
+            return False
+        status = result.state >> 40 & 0xFF
+        if status == RESULT_COMMITTED:
+            if result.position + header.message_count <= self.positions[topic]:
+                return True
+            for index in range(self.committed[topic], order.committed_index):
+                k = self.layout.order_entry(topic, index)
+                self.memory.read_line(k, &entry)
+                if entry.payload_offset == header.payload_offset and entry.broker == broker:
+                    result.position = entry.position
+                    return True
+            return False
+        return status != RESULT_DUPLICATE or result.position <= self.positions[topic]
+
+    cdef void write_frontier(self, uint64_t topic) noexcept nogil:
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef uint64_t line = self.layout.topic_order(topic)
+        self.memory.fence()
+        self.memory.store(line + 16, self.order.epoch)
+        self.memory.store(line + 24, order.committed_bytes)
+        self.memory.store(line, order.committed_index)
+        self.memory.store(line + 8, order.committed_position)
+        self.memory.flush(line, 64)
+
+    # ---- the end -------------------------------------------------------------------------------------------------------
+
+    cdef void serve(self) noexcept nogil:
+        cdef HeadLine line
+        self.memory.read_line(self.layout.head_line(), &line)
+        line.source_epoch = self.source_epoch
+        line.live_brokers = self.memory.load(self.source.head_line() + 40) if self.source is not None else 0
+        line.adopted = self.adopted
+        line.served_ns = self.clock.now_ns()
+        self.memory.write_line(self.layout.head_line(), &line)
+        self.memory.flush(self.layout.head_line(), 64)
+        self.memory.fence()
+        self.memory.full_fence()
+        crash_point(CRASH_RECOVERED)
+        if self.memory.compare_and_swap(self.layout.control(), self.control, self.order.control):
+            self.phase = TAKE_DONE
+        else:
+            self.phase = TAKE_LOST
+
+    def prepare(self, Scanner scanner) -> None:
+        """Let a scanner of `order` go on where the rings were released, and look everywhere."""
+        cdef uint64_t i, b
+        for i in range(self.topic_count * self.layout.g.broker_count):
+            scanner.places[i] = self.places[i]
+        for b in range(self.layout.g.broker_count):
+            scanner.sessions_seen[b] = ~self.memory.load(self.layout.broker(b) + 40)
+        scanner.prepare_to_sleep()
