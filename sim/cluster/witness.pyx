@@ -300,7 +300,8 @@ cdef class Witness:
         cdef TopicLog* log
         for b in range(brokers):
             line = self.layout.offset_broker(topic, b)
-            delegated = self.truth.load(line)
+            # Until its broker has opened the topic, the line speaks of an earlier one.
+            delegated = self.truth.load(line) if self.truth.load(line + 48) == self.topics[topic].generation else 0
             scanned = self.truth.load(self.layout.offset_sequencer(topic, b))
             if delegated > self.delegated[topic * brokers + b] and self.check_headers(topic, b, delegated):
                 return self.breach
