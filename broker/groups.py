@@ -14,6 +14,7 @@ import numpy
 
 from broker.errors import CommitRefused, GroupBusy, GroupFenced, GroupTableFull, PositionLost, UnknownGroup
 from broker.group_files import GroupRecord
+from broker.head import HeadView
 from broker.layout import GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
@@ -53,14 +54,19 @@ class Group:
 
 
 class GroupTable:
-    """Reads the group table; at the head, everything else as well. `now` is the monotonic clock, `wall` the other."""
+    """Reads the group table of the serving head; at the head, everything else as well, in its own bank. `now` is the monotonic clock, `wall` the other."""
 
     def __init__(self, memory: Memory, layout: Layout, now: Callable[[], int], wall: Callable[[], int],
                  cursors: CursorTable, pid: int) -> None:
         self._memory, self._layout, self._now, self._wall = memory, layout, now, wall
+        self._head = HeadView(memory, layout)
         self._cursors, self._pid = cursors, pid
         self._count = layout.numbers["group_count_max"]
         self._lock = asyncio.Lock()
+
+    def lead(self, layout: Layout) -> None:
+        """This broker is head from now on, and writes the bank of `layout`."""
+        self._layout = layout
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -68,9 +74,7 @@ class GroupTable:
         """The state words of all groups."""
         first, stride = self._layout.offset_of("group", 0), self._layout.offset_of("group", 1) - (
             self._layout.offset_of("group", 0))
-        nbytes = (self._count - 1) * stride + 64
-        self._memory.invalidate_range(first, nbytes)
-        data = self._memory.read_bytes(first, nbytes)
+        data = self._head.read_bytes((self._count - 1) * stride + 64, "group", 0)
         return numpy.ndarray((self._count,), record_dtypes()["GroupLine"], data, strides=(stride,))["state"]
 
     def entries(self, topics: Collection[int] | None = None) -> list[Group]:
@@ -79,11 +83,9 @@ class GroupTable:
         return [each for each in found if topics is None or each.topic in topics]
 
     def _read(self, number: int) -> Group:
-        at = self._layout.offset_of("group", number)
-        self._memory.invalidate_range(at, 192)
-        line = unpack("GroupLine", self._memory.read_line_bytes(at))
-        name = unpack("GroupName", self._memory.read_line_bytes(at + 64))["text"]
-        holder = unpack("GroupHolder", self._memory.read_line_bytes(at + 128))["text"]
+        data = self._head.read_bytes(3 * 64, "group", number)
+        line = unpack("GroupLine", data[:64])
+        name, holder = unpack("GroupName", data[64:128])["text"], unpack("GroupHolder", data[128:])["text"]
         state = line.pop("state")
         return Group(number=number, name=name, version=state >> 8, holder=holder if line["member"] else "",
                      protected=state & 0xFF == GroupState.GROUP_PROTECTED, **line)

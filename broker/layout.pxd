@@ -1,10 +1,10 @@
 """The records in shared memory and where they lie. The only definition: sizes, dtypes, the printed map derive from it.
 
     superblock | brokers | offsets (brokers' and replicas' parts of the TInodes) | batch-header rings | sessions
-    | cursors | groups | attached-client slots | segment table | coherent area | statistics | banks | segments
+    | cursors | attached-client slots | segment table | coherent area | statistics | banks | segments
 
 What a head writes lies in a bank of its own: head line, directory, topics (the heads' part of the TInodes), results,
-order indexes, progress of sessions, grants, answers. The control word says whose bank counts: readers look at it before
+order indexes, progress of sessions, grants, groups, answers. The control word says whose bank counts: readers look at it before
 and after (`broker/head.pyx`). So a head that was replaced may store whatever it wants: nobody reads it.
 
 Every record is made of whole 64-byte lines (results: four to a line) with one writer role each; word 0 of a line is its
@@ -439,7 +439,6 @@ cdef packed struct Geometry:
     uint64_t rings
     uint64_t sessions
     uint64_t cursors
-    uint64_t groups
     uint64_t attach
     uint64_t attach_stride
     uint64_t segment_table
@@ -454,6 +453,7 @@ cdef packed struct Geometry:
     uint64_t answers
     uint64_t progress
     uint64_t grants
+    uint64_t groups
     uint64_t results
     uint64_t order
     uint64_t segments

@@ -202,7 +202,6 @@ cdef class Layout:
         g.rings = section("batch-header rings", slots * sizeof(BatchHeader))
         g.sessions = section("sessions", g.session_count_max * LINE_BYTES)
         g.cursors = section("cursors", g.cursor_count_max * 2 * LINE_BYTES)
-        g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
         # A page that the broker writes, one with the client's line and doorbell, one with its descriptors.
         g.attach_stride = 3 * ATTACH_PAGE
         at = _round_up(at, ATTACH_PAGE)
@@ -225,6 +224,7 @@ cdef class Layout:
         g.answers = section("answers", g.broker_count * (2 * LINE_BYTES + sizeof(PoolRing)))
         g.progress = section("progress of sessions", g.session_count_max * LINE_BYTES)
         g.grants = section("grants", g.cursor_count_max * LINE_BYTES)
+        g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
         g.results = section("results", slots * sizeof(BatchResult))
         g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
         at = _round_up(at, ATTACH_PAGE)
@@ -263,6 +263,7 @@ cdef class Layout:
         self.g.answers += shift
         self.g.progress += shift
         self.g.grants += shift
+        self.g.groups += shift
         self.g.results += shift
         self.g.order += shift
 

@@ -85,16 +85,14 @@ def _to_reclaim_line(layout: Layout, host: int) -> int:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    Mutant("wrong-line-flushed", 1, "the sequencer flushes the line beside the committed frontier",
-           Astray(Role.ROLE_SEQUENCER, MOVE, FLUSH, topic_line("topic_order")), needs=CALM),
+    Mutant("wrong-line-flushed", 1, "the sequencer flushes the line behind an order entry",
+           Astray(Role.ROLE_SEQUENCER, MOVE, FLUSH, section("order indexes")), needs=CALM),
     Mutant("topic-not-flushed", 2, "the line of a new topic is never flushed",
            Astray(Role.ROLE_ADMIN, DROP, FLUSH, topic_line("topic")), needs=CALM),
     Mutant("offsets-not-flushed", 3, "a broker does not flush the line that says it serves a topic",
            Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM),
     Mutant("seldom-invalidated", 4, "the sequencer invalidates a batch header one time in eight",
            Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings"))),
-    Mutant("committed-not-invalidated", 4, "acks look at the committed frontier in their own cache",
-           Astray(Role.ROLE_ACK, DROP, INVALIDATE, topic_line("topic_order")), needs=CALM),
     Mutant("header-prefetched", 5, "the sequencer takes a batch header that was prefetched before it was written",
            Astray(Role.ROLE_SEQUENCER, DROP, INVALIDATE, section("batch-header rings"))),
     Mutant("entry-prefetched", 5, "a reader takes an order entry that was prefetched before it was written",
@@ -107,8 +105,6 @@ MUTANTS: tuple[Mutant, ...] = (
            Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("order indexes"))),
     Mutant("header-fence-weak", 7, "no fence between headers and the frontier that covers them",
            Astray(Role.ROLE_DELEGATION, FENCE_AFTER, FLUSH, section("batch-header rings"))),
-    Mutant("entry-fence-weak", 7, "no fence between order entries and the frontier that covers them",
-           Astray(Role.ROLE_SEQUENCER, FENCE_AFTER, FLUSH, section("order indexes"))),
     Mutant("payload-fence-missing", 7, "no fence between a payload and its header",
            Astray(Role.ROLE_RECEIVER, FENCE_AFTER, COPY_IN, section("segments"))),
     Mutant("done-before-fence", 7, "entries count as done before they are fenced",
@@ -197,8 +193,9 @@ def planted_bugs_markdown() -> str:
     """memory-bank/planted_bugs.md."""
     lines = ["# Planted bugs", "",
              "Written by `cxlmq sim --mutants --output memory-bank/planted_bugs.md`. `cxlmq sim --mutants` runs them",
-             "all and says which invariant sees each, and within how many seeds; tests/simulation/test_mutants.py fails",
-             "when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of the door",
+             "all and says which invariant sees each, and within how many seeds; tests/simulation/test_mutants.py",
+             "fails when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of "
+             "the door",
              "leaves out or misdirects one operation of one role; a switch makes one mistake in a stage",
              "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.", "",
              "| class | planted bug | what is wrong | where | seen by the simulation | tests that see it too |",

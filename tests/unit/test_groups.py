@@ -16,7 +16,7 @@ from sim.cxl.memory import Role
 from tests.manual_cluster import SECOND, ManualCluster, drive
 
 LEASE_NS = 10 * SECOND
-SMALL = {"region_bytes": 192 << 10, "order_entry_count": 256}
+SMALL = {"region_bytes": 272 << 10, "order_entry_count": 256}
 
 
 class Setting:
