@@ -54,7 +54,9 @@ class Group:
 
 
 class GroupTable:
-    """Reads the group table of the serving head; at the head, everything else as well, in its own bank. `now` is the monotonic clock, `wall` the other."""
+    """Reads the group table of the serving head; at the head, everything else as well, in its own bank.
+
+    `now` is the monotonic clock, `wall` the other."""
 
     def __init__(self, memory: Memory, layout: Layout, now: Callable[[], int], wall: Callable[[], int],
                  cursors: CursorTable, pid: int) -> None:
@@ -72,8 +74,7 @@ class GroupTable:
 
     def _states(self) -> Any:
         """The state words of all groups."""
-        first, stride = self._layout.offset_of("group", 0), self._layout.offset_of("group", 1) - (
-            self._layout.offset_of("group", 0))
+        stride = self._layout.offset_of("group", 1) - self._layout.offset_of("group", 0)
         data = self._head.read_bytes((self._count - 1) * stride + 64, "group", 0)
         return numpy.ndarray((self._count,), record_dtypes()["GroupLine"], data, strides=(stride,))["state"]
 

@@ -44,7 +44,7 @@ def test_the_page_of_planted_bugs_is_current() -> None:
 
 
 def test_a_failing_run_is_made_smaller_and_still_fails_to_the_byte() -> None:
-    scenario = draw(0, steps=6_000, mutant="done-before-fence")
+    scenario = draw(1, steps=6_000, mutant="entry-not-flushed")
     verdict = run_scenario(scenario)
     smallest, found = shrink(scenario, verdict)
     assert found.invariant == verdict.invariant == "T"
