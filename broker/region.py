@@ -132,7 +132,7 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
     `PermissionDenied`. Nothing is left behind when it raises.
     """
     layout = layout or layout_of(config)
-    if _layout_from(_numbers_of(layout)).hash() != layout.hash():
+    if layout_from(_numbers_of(layout)).hash() != layout.hash():
         raise RegionError("the layout is not settled: take it from layout_of(config)", region=config.name)
     mapping = _create_file(config, layout.numbers["region_bytes"])
     superblock = _new_superblock(config, layout)
@@ -209,7 +209,7 @@ def _attach_once(name: str, writable: bool, run_id: int | None, folder_root: Pat
 
 
 def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict[str, Any], Layout]:
-    superblock = _read_superblock(mapping)
+    superblock = read_superblock(mapping)
     if _is_blank(superblock):
         raise RegionMissing(f"region {name} is not ready: its creator has not written it yet", region=name)
     if superblock.get("magic") != LAYOUT_MAGIC:
@@ -224,7 +224,7 @@ def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict
         raise RegionForeign(region=name, reason=f"the file has {len(mapping)} bytes, its superblock says "
                                                 f"{superblock['region_bytes']}: truncated")
     try:
-        layout = _layout_from(superblock)
+        layout = layout_from(superblock)
     except (LayoutError, IndexError, OverflowError, ZeroDivisionError) as error:
         raise RegionStale(region=name, reason=f"its superblock is damaged: {error}") from error
     if layout.hash() != superblock["layout_hash"]:
@@ -236,7 +236,7 @@ def _numbers_of(layout: Layout) -> dict[str, int]:
     return {key: int(value) for key, value in layout.numbers.items()}
 
 
-def _layout_from(numbers: dict[str, Any]) -> Layout:
+def layout_from(numbers: dict[str, Any]) -> Layout:
     """The layout that a superblock's numbers describe."""
     strategy = POOL_STRATEGIES[numbers["pool_strategy"]]
     return Layout.compute(pool_strategy=strategy, **{key: numbers[key] for key in _LAYOUT_NUMBERS})
@@ -274,7 +274,7 @@ def _store_ready(memory: Memory) -> None:
     memory.store_fence()
 
 
-def _read_superblock(mapping: Any) -> dict[str, Any]:
+def read_superblock(mapping: Any) -> dict[str, Any]:
     """The superblock as Python values; empty for a file too short to have one."""
     if len(mapping) < SUPERBLOCK_BYTES:
         return {}
@@ -288,7 +288,7 @@ def _superblock_of(file_name: str) -> dict[str, Any]:
     except files.RegionFileError:
         return {}
     try:
-        return _read_superblock(mapping)
+        return read_superblock(mapping)
     finally:
         mapping.close()
 
@@ -413,7 +413,7 @@ def _is_unwritten(file: files.RegionFile) -> bool:
 def _broker_owners(file: files.RegionFile, superblock: dict[str, Any]) -> list[tuple[int, int]] | None:
     """(pid, start time) of every broker that ever registered; None when the layout is not ours to read."""
     try:
-        layout = _layout_from(superblock)
+        layout = layout_from(superblock)
         if layout.hash() != superblock["layout_hash"] or file.bytes != superblock["region_bytes"]:
             return None
         mapping = files.map_region_file(file.file_name, writable=False)

@@ -332,12 +332,15 @@ cdef class LeaderPool(SegmentPool):
         ring = self.head.layout.pool_grants(self.broker)
         self.memory.invalidate(grant, 64)
         granted = self.memory.load(grant + 8)
+        if granted - self.collected > POOL_RING:
+            return                              # no ring holds that: a damaged count is not followed
         while self.collected < granted:
             self.memory.invalidate(ring + self.collected % POOL_RING * 8, 8)
             segment = self.memory.load(ring + self.collected % POOL_RING * 8)
             if not self.head.same():
                 return
-            self.give_bit(segment)
+            if self.valid(segment):
+                self.give_bit(segment)
             self.collected += 1
 
     def free_count(self) -> int:
@@ -376,10 +379,13 @@ cdef class PoolLeader:
             grant = self.layout.pool_grant(b)
             self.memory.invalidate(wish, 64)
             returned = self.memory.load(wish + 16)
+            if returned - self.taken[b] > POOL_RING:
+                returned = self.taken[b]        # no ring holds that: a damaged count is not followed
             while self.taken[b] < returned:
                 slot = self.layout.pool_returns(b) + self.taken[b] % POOL_RING * 8
                 self.memory.invalidate(slot, 8)
-                self.pool.release(self.memory.load(slot))
+                if self.pool.valid(self.memory.load(slot)):
+                    self.pool.release(self.memory.load(slot))
                 self.taken[b] += 1
                 self.memory.store(grant + 16, self.taken[b])
                 work += 1

@@ -134,6 +134,11 @@ cdef int64_t check_messages(const uint8_t* payload, uint64_t nbytes, uint64_t co
     return 0 if at == nbytes and count > 0 else -1
 
 
+def payload_status(bytes payload, uint64_t count, uint64_t bytes_max) -> int:
+    """0 when a payload holds exactly `count` well-formed messages; -1 malformed; else the size that is too big."""
+    return check_messages(<const uint8_t*>PyBytes_AS_STRING(payload), len(payload), count, bytes_max)
+
+
 cdef struct _Ack:
     uint64_t sequence
     uint64_t position

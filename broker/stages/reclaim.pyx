@@ -121,6 +121,8 @@ cdef class Reclaim(Stage):
             if self.memory.load(self.layout.cursor_grant(c)) == line.state >> 8:
                 continue
             topic = line.topic & 0xFFFF
+            if topic >= self.layout.g.topic_count_max:
+                continue                        # damaged: its reader is told after a while that nobody answers
             grant.index = max(line.index, self.state.topics[topic].reclaimed_index)
             grant.granted = line.state >> 8
             self.memory.write_line(self.layout.cursor_grant(c), &grant)

@@ -98,6 +98,8 @@ cdef class OrderState:
             if progress.state == 0:
                 continue
             self.memory.read_line(self.layout.session(number), &line)
+            if line.topic & 0xFFFF >= self.topic_count:
+                continue                        # damaged
             session = &self.sessions[number]
             session.held = <Held*>calloc(WINDOW, sizeof(Held))
             session.client_id = line.client_id
@@ -693,6 +695,8 @@ cdef class Scanner(Stage):
         cdef SessionLine line
         cdef uint64_t i
         self.memory.read_line(self.layout.session(number), &line)
+        if line.topic & 0xFFFF >= self.layout.g.topic_count_max:
+            line.topic = 0                      # damaged: a session of no topic
         # The slot may be taken over from a session that nobody closed: what that one held gets its answer.
         self.fence_session(number, SESSION_CLOSED)
         self.claim(session)

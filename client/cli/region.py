@@ -1,4 +1,4 @@
-"""`cxlmq region inspect|gc|layout`."""
+"""`cxlmq region inspect|verify|gc|layout`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +7,15 @@ from typing import Any
 import click
 
 from client.cli import common
-from client.cli.common import common_options, config_options, default_cluster, print_json, settings
+from client.cli.common import (
+    EXIT_FAILED,
+    CommandExit,
+    common_options,
+    config_options,
+    default_cluster,
+    print_json,
+    settings,
+)
 
 
 @click.group()
@@ -86,6 +94,72 @@ def _accesses(statistics: dict[str, Any]) -> Any:
     rows = [(role, *(f"{counters[key]:,}" for key in keys)) for role, counters in statistics["roles"].items()
             if any(counters.values())]
     return common.make_table("accesses to memory, by role", ("role", *(">" + key for key in keys)), rows)
+
+
+# ---- verify ------------------------------------------------------------------------------------------------------
+
+
+@region.command()
+@click.argument("what", required=False, metavar="[NAME|PATH]")
+@click.option("--replicas", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="Check the replica files below this data directory, too.")
+@common_options
+def verify(what: str | None, replicas: Path | None) -> None:
+    """Check every record of a region, live or dead, and of replica files, and name each damaged range.
+
+    Nothing is changed or removed. Without a name or path, --replicas checks files alone. The exit code is 1 when
+    something is damaged; what an interrupted write left at the end of a file, and was never promised, is a "tail".
+
+    \b
+    Examples:
+      cxlmq region verify
+      cxlmq region verify /dev/shm/cxlmq-lab --json
+      cxlmq region verify --replicas /srv/frames
+    """
+    from broker.verify import verify_region, verify_replicas
+
+    found = []
+    if what is not None or replicas is None:
+        mapping, where, live = _mapped(what or default_cluster())
+        found += verify_region(mapping, where, live)
+    if replicas is not None:
+        found += verify_replicas(replicas)
+    damaged = [each for each in found if each.kind == "damage"]
+    if settings().as_json:
+        print_json({"damaged": bool(damaged), "findings": [asdict(each) for each in found]})
+    else:
+        for each in found:
+            click.echo(each.text())
+        click.echo(f"{len(damaged)} damaged ranges" if damaged else "nothing is damaged")
+    if damaged:
+        raise CommandExit(EXIT_FAILED)
+
+
+def _mapped(what: str) -> tuple[Any, str, bool]:
+    """The mapping of a region by name or path, where it is, and whether somebody may be writing to it."""
+    from broker.errors import PermissionDenied, RegionForeign, RegionMissing
+    from broker.region import find_regions
+    from sim.cxl.region import (
+        REGION_PREFIX,
+        SHARED_MEMORY_FOLDER,
+        RegionFileDenied,
+        RegionFileError,
+        RegionFileMissing,
+        map_path,
+    )
+
+    path = Path(what) if "/" in what else Path(SHARED_MEMORY_FOLDER) / (REGION_PREFIX + what)
+    name = path.name.removeprefix(REGION_PREFIX)
+    try:
+        mapping = map_path(path)
+    except RegionFileMissing as error:
+        raise RegionMissing(region=what) from error
+    except RegionFileDenied as error:
+        raise PermissionDenied(what=f"region {what}") from error
+    except (RegionFileError, OSError) as error:
+        raise RegionForeign(region=what, reason=str(error)) from error
+    live = path.parent == Path(SHARED_MEMORY_FOLDER) and any(each.live for each in find_regions() if each.name == name)
+    return mapping, str(path), live
 
 
 # ---- gc ----------------------------------------------------------------------------------------------------------

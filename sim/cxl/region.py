@@ -105,6 +105,19 @@ def map_region_file(file_name: str, writable: bool = True) -> mmap.mmap:
         os.close(descriptor)
 
 
+def map_path(path: Path) -> mmap.mmap:
+    """Map a region file wherever it lies, a copy for instance, read-only. Raises as `map_region_file`."""
+    with _translated(str(path)):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise RegionFileError(f"{path} is empty")
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+    finally:
+        os.close(descriptor)
+
+
 def private_mapping(nbytes: int) -> mmap.mmap:
     """Memory of this process alone (and of what it forks), aligned as a region is, for tests and simulations."""
     return mmap.mmap(-1, nbytes)
