@@ -500,12 +500,17 @@ def inspect_region(region: Region) -> dict[str, Any]:
 
 def layout_of_head(region: Region) -> Layout:
     """The region's layout with the bank of the head that serves, or served last."""
-    control = region.memory().load_word(region.layout.offset_of("control"))
+    return with_head_bank(region.memory(), region.layout)
+
+
+def with_head_bank(memory: Memory, layout: Layout) -> Layout:
+    """The layout with the bank that the control word names; a damaged one names the last bank."""
+    control = memory.load_word(layout.offset_of("control"))
     source = control >> ControlBits.CONTROL_SOURCE_SHIFT & 0xFF
     bank = control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF
     if not control & ControlBits.CONTROL_SERVING and source:
         bank = source - 1
-    return region.layout.with_bank(min(bank, region.layout.numbers["bank_count"] - 1))
+    return layout.with_bank(min(bank, layout.numbers["bank_count"] - 1))
 
 
 def _inspect_head(memory: Memory, layout: Layout) -> dict[str, Any]:

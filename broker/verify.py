@@ -20,14 +20,16 @@ from broker.layout import (
     LOST_BROKER_NUMBER,
     AttachState,
     BrokerState,
+    ControlBits,
     CursorState,
+    GroupState,
     Layout,
     SessionState,
     TopicState,
 )
 from broker.records import record_bytes, unpack
 from broker.recovery import make_plan
-from broker.region import layout_from, read_superblock
+from broker.region import layout_from, read_superblock, with_head_bank
 from broker.wire import payload_status
 from sim.cxl.memory import MappedMemory, Memory, MemoryAccessError
 
@@ -86,7 +88,8 @@ def _check_region(mapping: Any, where: str) -> list[Finding]:
     if problem is not None:
         field, what = problem
         return [Finding("damage", where, "Superblock", field, 0, record_bytes("Superblock"), what)]
-    checks = RegionChecks(MappedMemory(mapping), layout_from(superblock), where)
+    memory = MappedMemory(mapping)
+    checks = RegionChecks(memory, with_head_bank(memory, layout_from(superblock)), where)
     try:
         checks.everything()
     except MemoryAccessError as error:
@@ -127,6 +130,7 @@ class RegionChecks:
 
     def everything(self) -> None:
         """All records."""
+        self._head()
         self._brokers()
         self._segments()
         topics = {}
@@ -136,6 +140,7 @@ class RegionChecks:
                 topics[number] = topic
         self._sessions(topics)
         self._cursors(topics)
+        self._groups(topics)
         self._attached()
 
     def _read(self, record: str, place: str, *index: int) -> tuple[dict[str, Any], int]:
@@ -153,6 +158,21 @@ class RegionChecks:
                 self.add(record, field, at, record_bytes(record), f"it is {line.get(field)}, and should be {wanted}",
                          **{key[1:]: value for key, value in details.items()})
         return well
+
+    def _head(self) -> None:
+        """The control word names a broker and a bank that there are, and that bank is of the same epoch."""
+        line, at = self._read("ControlLine", "control")
+        control = line["control"]
+        bank = control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF
+        broker, epoch = control & ControlBits.CONTROL_BROKER, control >> ControlBits.CONTROL_EPOCH_SHIFT
+        well = broker < self._numbers["broker_count"] and bank < self._numbers["bank_count"]
+        if not well:
+            self.add("ControlLine", "control", at, record_bytes("ControlLine"),
+                     f"it is {control:#x}: there is no broker {broker} or no bank {bank}")
+        head, at = self._read("HeadLine", "head")
+        if control & ControlBits.CONTROL_SERVING and well:
+            self._expect("HeadLine", at, {**head, "_broker": broker}, epoch=(head["epoch"] == epoch, f"{epoch}"),
+                         broker=(head["broker"] == broker, f"{broker}, the head"))
 
     # ---- brokers and segments -------------------------------------------------------------------------------------
 
@@ -361,6 +381,15 @@ class RegionChecks:
                 state=(line["state"] & 0xFF in list(CursorState), "a state of a cursor"),
                 topic=(line["topic"] & 0xFFFF < self._numbers["topic_count_max"], "a topic of the table"),
                 index=(topic is None or not live or line["index"] <= topic["committed"], "at most what is committed"))
+
+    def _groups(self, topics: dict[int, dict[str, Any]]) -> None:
+        for number in range(self._numbers["group_count_max"]):
+            line, at = self._read("GroupLine", "group", number)
+            topic = self._of_topic(line["topic"], topics)
+            if line["state"] & 0xFF and topic is not None:
+                self._expect("GroupLine", at, {**line, "_topic": topic["name"]},
+                             state=(line["state"] & 0xFF in list(GroupState), "a state of a group"),
+                             position=(line["position"] <= topic["committed_position"], "at most what is committed"))
 
     def _attached(self) -> None:
         for slot in range(self._numbers["attach_slot_count"]):

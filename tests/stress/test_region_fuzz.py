@@ -28,7 +28,7 @@ BROKERS = 3
 FIELD_BYTES = {"B": 1, "c": 1, "s": 1, "H": 2, "I": 4, "Q": 8}
 # place -> (record, how many of each index there are, as numbers of the layout or counts)
 PLACES: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    "control": ("ControlLine", ()), "directory": ("DirectoryLine", ()), "broker": ("BrokerLine", ("broker_count",)),
+    "control": ("ControlLine", ()), "head": ("HeadLine", ()), "directory": ("DirectoryLine", ()), "broker": ("BrokerLine", ("broker_count",)),
     "broker_activity": ("ActivityLine", ("broker_count",)), "pool_wish": ("PoolWishLine", ("broker_count",)),
     "pool_grant": ("PoolGrantLine", ("broker_count",)), "reclaim_answer": ("ReclaimAnswerLine", ("broker_count",)),
     "topic": ("TopicLine", (2,)), "topic_name": ("TopicName", (2,)), "topic_order": ("TopicOrderLine", (2,)),
@@ -37,6 +37,7 @@ PLACES: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "replica": ("ReplicaLine", (2, "broker_count", "broker_count")), "ring": ("BatchHeader", (2, "broker_count", 16)),
     "result": ("BatchResult", (2, "broker_count", 16)), "order_entry": ("OrderEntry", (2, 40)),
     "session": ("SessionLine", (6,)), "session_progress": ("SessionProgressLine", (6,)), "cursor": ("CursorLine", (6,)),
+    "group": ("GroupLine", (3,)), "group_name": ("GroupName", (3,)), "group_holder": ("GroupHolder", (3,)),
     "cursor_grant": ("CursorGrantLine", (6,)), "cursor_name": ("CursorName", (6,)), "segment_line": ("SegmentLine", (12,)),
     "pool_grants": ("PoolRing", ("broker_count",)), "pool_returns": ("PoolRing", ("broker_count",)),
     "broker_counters": ("BrokerCounters", ("broker_count",)), "sequencer_counters": ("SequencerCounters", ()),
@@ -206,6 +207,6 @@ def test_every_record_is_fuzzed() -> None:
     left_out = {
         "Superblock": "tests/unit/test_region.py", "BrokerAddress": "text",
         "AttachLine": "descriptors are fuzzed by the attached clients' tests", "Lease": "", "AttachClientLine": "",
-        "Descriptor": "", "DoorbellLine": "a hint", "LockLine": "the system's mutex", "AccessStatistics": "counters",
+        "Descriptor": "", "DoorbellLine": "a hint", "BankLine": "changed by compare-and-swap alone", "LockLine": "the system's mutex", "AccessStatistics": "counters",
     }
     assert there | set(left_out) >= set(RECORDS)
