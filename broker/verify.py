@@ -375,7 +375,7 @@ class RegionChecks:
                 continue
             broker = number // self._numbers["cursors_per_broker"]
             topic = self._of_topic(line["topic"], topics)
-            live = line["state"] & 0xFF in (CursorState.CURSOR_LIVE, CursorState.CURSOR_PROTECTED)
+            live = line["state"] & 0xFF == CursorState.CURSOR_LIVE
             self._expect(
                 "CursorLine", at, {**line, "_broker": broker, "_topic": topic["name"] if topic else ""},
                 state=(line["state"] & 0xFF in list(CursorState), "a state of a cursor"),

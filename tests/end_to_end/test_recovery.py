@@ -286,7 +286,7 @@ def test_damage_of_what_was_durable_is_named_and_the_rest_is_kept(damaged: Path,
         there = read_with_positions(cluster.name, "log")
         assert there == {position: message for position, message in enumerate(numbered(400, 250)) if position not in gone}
         assert there == read_with_positions(cluster.name, "log", transport="attached")
-        with Subscriber("log", cluster=cluster.name, start=first) as subscriber, pytest.raises(RangeLost) as lost:
+        with pytest.raises(RangeLost) as lost, Subscriber("log", cluster=cluster.name, start=first) as subscriber:
             subscriber.get_next(timeout=10.0)
         assert (lost.value.first, lost.value.topic) == (min(gone), "log")
     assert {path: path.read_bytes() for path in before} == before, "nothing of what was there is changed"

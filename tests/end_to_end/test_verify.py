@@ -81,6 +81,7 @@ def test_a_sound_dead_region_has_no_finding_and_shows_its_counters(dead: dict[st
     values = json.loads(inspected.stdout)
     assert values["statistics"]["sequencer"]["messages_ordered"] == 400
     assert all(not each["alive"] for each in values["brokers"])
+    assert verify.stdout, verify.stderr
     assert (verify.returncode, json.loads(verify.stdout)) == (0, {"damaged": False, "findings": []}), verify.stdout
 
 
