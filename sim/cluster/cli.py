@@ -8,10 +8,22 @@ from typing import Any
 import click
 
 from broker.errors import ConfigError
-from client.cli.common import EXIT_FAILED, CommandExit, common_options, console, make_table, print_json, say, settings
+from client.cli.common import (
+    EXIT_FAILED,
+    SIZE,
+    CommandExit,
+    common_options,
+    console,
+    make_table,
+    print_json,
+    say,
+    settings,
+)
+from sim.cluster.devices import find_device
 from sim.cluster.diagram import describe, explain
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
+from sim.cluster.plan_report import show_plan
 from sim.cluster.run import Verdict, hunt, run_scenario, run_seeds
 from sim.cluster.scenario import FAULT_KINDS, STEPS, Scenario, draw
 from sim.cluster.shrink import shrink
@@ -52,10 +64,18 @@ def _faults(text: str) -> frozenset[str]:
 @click.option("--output", type=click.Path(dir_okay=False), metavar="FILE",
               help="With --mutants: write the page of planted bugs there, without running anything.")
 @click.option("--shrink/--no-shrink", "shrinks", default=True, help="Make a failing run small and draw it [shrink].")
+@click.option("--profile", metavar="DEVICE", default="", help="Latencies and bandwidths of a device; see --plan.")
+@click.option("--plan", is_flag=True, help="Predict throughput and latency for 1 to 64 hosts.")
+@click.option("--message-bytes", type=SIZE, default=1024, metavar="SIZE", help="With --plan: size of a message [1KiB].")
+@click.option("--batch-bytes", type=SIZE, default=1 << 20, metavar="SIZE", help="With --plan: size of a batch [1MiB].")
+@click.option("--compare/--no-compare", "compares", default=True,
+              help="With --plan: beside real runs of 4 brokers on this machine, for three message sizes [compare].")
+@click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png", help="With --plan: a picture of it.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes for --seeds [one a core].")
 @common_options
 def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str, memory: str, mutant: str | None,
-        mutants: bool, output: str | None, shrinks: bool, jobs: int | None) -> None:
+        mutants: bool, output: str | None, shrinks: bool, profile: str, plan: bool, message_bytes: int,
+        batch_bytes: int, compares: bool, plot: str | None, jobs: int | None) -> None:
     """Run a whole cluster in one process: deterministic, with faults, checked after every step.
 
     The stages are those of the broker processes. Clients publish, retry, reopen and read; a seed decides who steps next
@@ -68,16 +88,22 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
       cxlmq sim --seeds 0..999
       cxlmq sim --seed 1 --mutant entry-not-flushed
       cxlmq sim --mutants
+      cxlmq sim --plan --profile cxl-switch-xconn --plot curve.png
 
     Exit code 1 when an invariant does not hold.
     """
     if mutants:
         _all_mutants(output)
         return
+    if profile:
+        find_device(profile)
+    if plan:
+        show_plan(profile, message_bytes, batch_bytes, compares, plot)
+        return
     options: dict[str, Any] = {"hosts": hosts, "steps": steps, "kinds": _faults(faults), "memory": memory,
-                               "mutant": _known_mutant(mutant)}
+                               "mutant": _known_mutant(mutant), "profile": profile}
     if (seed is None) == (seeds is None):
-        raise click.UsageError("give --seed, --seeds or --mutants")
+        raise click.UsageError("give --seed, --seeds, --mutants or --plan")
     if seed is not None:
         _one(draw(seed, **options), shrinks)
     else:

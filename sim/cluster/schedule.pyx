@@ -119,6 +119,10 @@ cdef class Schedule:
             why = self.go(until, idle_limit)
         return why
 
+    def stages(self) -> list:
+        """All stages, by unit number."""
+        return list(self.stage_objects)
+
     def host_of(self, int unit) -> int:
         """The host whose stage this is."""
         return self.units[unit].host

@@ -38,6 +38,7 @@ from broker.stages.stage import Stage
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
+from sim.cluster.devices import costs_of
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.ending import drain, judge
 from sim.cluster.hardware import HARDWARE
@@ -137,6 +138,8 @@ class Host:
     def door(self, role: int) -> Memory:
         """This host's door for a role, with the planted bug if there is one."""
         inner = self.world.hardware.door(self.number, int(role))
+        if self.world.bare:
+            return inner
         door = SimDoor(inner, self.control)
         self.world.plant(door, self.number, int(role))
         return door
@@ -191,15 +194,16 @@ class World:
     """One run of one scenario. `run` raises `Violation`; `steps` and `trace_hash` say what happened."""
 
     def __init__(self, scenario: Scenario, plant: Callable[[SimDoor, Layout, int, int], None] | None = None,
-                 costs: tuple[tuple[int, ...], int] | None = None, tracing: bool = False) -> None:
+                 tracing: bool = False, bare: bool = False) -> None:
         self.scenario, self._plant = scenario, plant
+        self.bare = bare                    # doors that nothing stands before, for measuring
         self.tracing = tracing
         self.events: list[tuple[int, str, str]] = []        # step, column, text
         self._frontiers: dict[str, int] = {}
         self.layout = Layout.compute(**scenario.region())
         self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts, scenario.random("hardware"),
                                                   "evict" in scenario.kinds)
-        self.costs = costs or ((), 10_000)
+        self.costs = costs_of(scenario.profile)
         self.clock = ManualClock(SECOND)
         self.network = scenario.random("network")
         self.weights = scenario.random(f"weights {scenario.schedule}")
