@@ -26,11 +26,12 @@ def section(name: str) -> Callable[[Layout, int], Target]:
     return target
 
 
-def topic_line(place: str, nbytes: int = 64, first: int = 0) -> Callable[[Layout, int], Target]:
+def topic_line(place: str, nbytes: int = 64) -> Callable[[Layout, int], Target]:
     """One of a topic's own lines, of all topics."""
     def target(layout: Layout, _: int) -> Target:
-        start, stride = layout.offset_of(place, 0), layout.numbers["topic_stride"]
-        return start, start + stride * layout.numbers["topic_count_max"], stride, first, nbytes
+        start = layout.offset_of(place, 0)
+        stride = layout.offset_of(place, 1) - start
+        return start, start + stride * layout.numbers["topic_count_max"], stride, 0, nbytes
 
     return target
 
@@ -38,11 +39,22 @@ def topic_line(place: str, nbytes: int = 64, first: int = 0) -> Callable[[Layout
 def offset_line(place: str, first: int = 0, last: int = 64) -> Callable[[Layout, int], Target]:
     """A line of the offset entries, of all brokers and of topic 0."""
     def target(layout: Layout, _: int) -> Target:
-        numbers = layout.numbers
         start = layout.offset_of(place, 0, 0)
-        return start, start + numbers["offset_stride"] * numbers["broker_count"], numbers["offset_stride"], first, last
+        stride = layout.offset_of(place, 0, 1) - start
+        return start, start + stride * layout.numbers["broker_count"], stride, first, last
 
     return target
+
+
+def _ordered_of_broker_1(layout: Layout, _: int) -> Target:
+    """Where the sequencer notes what it ordered of broker 1."""
+    at = layout.offset_of("offset_sequencer", 0, 1) + 24
+    return at, at + 8, WHOLE, 0, WHOLE
+
+
+def _to_broker_line(layout: Layout, _: int) -> int:
+    """From there to a spare word of that broker's own line."""
+    return int(layout.offset_of("offset_broker", 0, 1) + 8 - layout.offset_of("offset_sequencer", 0, 1) - 24)
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,8 @@ MUTANTS: tuple[Mutant, ...] = (
            Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM),
     Mutant("seldom-invalidated", 4, "the sequencer invalidates a batch header one time in eight",
            Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings"))),
+    Mutant("frontier-stale", 4, "a reader looks at the committed frontier in its own cache",
+           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, topic_line("topic_order")), needs=CALM),
     Mutant("header-prefetched", 5, "the sequencer takes a batch header that was prefetched before it was written",
            Astray(Role.ROLE_SEQUENCER, DROP, INVALIDATE, section("batch-header rings"))),
     Mutant("entry-prefetched", 5, "a reader takes an order entry that was prefetched before it was written",
@@ -118,7 +132,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("leftovers-kept", 10, "a topic begins with the lines of the one that was there before",
            Astray(Role.ROLE_ADMIN, DROP, COPY_IN, topic_line("topic_order", WHOLE))),
     Mutant("two-writers", 11, "the sequencer writes into a broker's line",
-           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, offset_line("offset_sequencer", 24, 32), lambda *_: -64 + 8)),
+           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _ordered_of_broker_1, _to_broker_line)),
     Mutant("dirty-invalidated", 12, "a broker writes into the reclaimer's line before it invalidates it",
            Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line)),
     Mutant("tail-unflushed", 13, "delegation waits for a full group", switch=Planted.PLANT_TAIL_UNFLUSHED,
