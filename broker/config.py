@@ -34,7 +34,7 @@ POOLS = ("atomic", "partitioned", "leader")
 SEQUENCER_LOCKS = ("mutex", "semaphore", "atomic")
 THREAD_PLANS = ("fused", "staged")
 WAITINGS = ("latency", "balanced", "saver")
-MEMORIES = ("mapped",)
+MEMORIES = ("mapped", "noncoherent", "checked")
 
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB,
           "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -97,7 +97,8 @@ def _chosen(region_bytes: int) -> dict[str, int]:
 
 _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THREAD_PLANS, "waiting": WAITINGS,
             "memory": MEMORIES}
-_BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes")
+_BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes",
+          "coherent_bytes")
 _DURATIONS = ("session_lease_seconds", "group_lease_seconds")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
@@ -105,6 +106,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
     "cursor_count_max": (1, 1 << 20), "group_count_max": (1, 65536), "attach_slot_count": (0, 4096),
     "heartbeat_ms": (1, 60_000), "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
+    "eviction_period": (0, 1 << 40), "coherent_bytes": (0, 1 << 40), "memory_seed": (0, 1 << 50),
 }
 _POWERS_OF_TWO = ("ring_slot_count", "order_entry_count", "segment_bytes")
 
@@ -131,6 +133,10 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     thread_plan: str = "fused"
     waiting: str = "balanced"
     memory: str = "mapped"
+    hosts: str = ""                         # the host of each broker, as "0,0,1,1"; empty: every broker has its own
+    eviction_period: int = 1000             # accesses between two spontaneous events of a host's cache; 0: none
+    memory_seed: int = 1                    # of garbage and spontaneous events
+    coherent_bytes: int = 65536             # what the hardware keeps coherent, for the pool "atomic"
     session_lease_seconds: float = 30.0     # how long a gap in a session may last
     group_lease_seconds: float = 10.0       # how long a silent member keeps its consumer group
     heartbeat_ms: int = 500
@@ -179,6 +185,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         for setting in _DURATIONS:
             if getattr(self, setting) <= 0:
                 _refuse(setting, getattr(self, setting), "more than 0")
+        self.host_numbers()
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
         if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
@@ -188,6 +195,19 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if len(os.fsencode(self.folder)) > 90:
             _refuse("runtime_directory", self.runtime_directory,
                     "a short path: unix sockets below it may have 107 bytes, the cluster's folder 90")
+
+    def host_numbers(self) -> list[int]:
+        """The host of each broker. Raises `ConfigError`."""
+        if not self.hosts:
+            return list(range(self.brokers))
+        try:
+            hosts = [int(each) for each in self.hosts.split(",")]
+        except ValueError:
+            hosts = []
+        if len(hosts) != self.brokers or not all(0 <= host < self.brokers for host in hosts):
+            _refuse("hosts", self.hosts, f"one number below {self.brokers} for each of the {self.brokers} brokers, "
+                                         "with commas between them")
+        return hosts
 
     @property
     def folder(self) -> Path:

@@ -104,7 +104,8 @@ cdef packed struct Superblock:              # 8 lines, written once by the creat
     uint64_t owner_pid
     uint64_t owner_start
     uint64_t group_count_max
-    uint64_t reserved[2]
+    uint64_t memory                         # number in MEMORIES of broker.config | eviction_period << 8
+    uint64_t memory_seed                    # of garbage and of what caches do by themselves
     char boot_id[64]
     char name[128]
     char folder[128]

@@ -249,6 +249,20 @@ cdef class Layout:
         """Name of the segment pool's strategy."""
         return POOL_STRATEGIES[self.g.pool_strategy]
 
+    def coherent_area(self) -> tuple[list, list]:
+        """(offset, bytes) of what the hardware must keep coherent, and of instruments that no hardware needs to have.
+
+        Atomics work there and nowhere else. Doorbells, locks of one process and counters are instruments.
+        """
+        g = self.g
+        bitmaps = [(g.coherent, 2 * self._bitmap_bytes)]
+        needed = bitmaps if self.pool_strategy == "atomic" else []
+        instruments = [(self.doorbell(0, 0), g.segments - self.doorbell(0, 0))]
+        if self.pool_strategy == "leader":      # one host alone uses them, and its own cache makes atomics work
+            instruments += bitmaps
+        instruments += [(self.attach_doorbell(a), LINE_BYTES) for a in range(g.attach_slot_count)]
+        return needed, instruments
+
     def hash(self) -> int:
         """64 bits that change when any record, section or number changes."""
         parts = [LAYOUT_VERSION, sorted(self.numbers.items()), sorted(RECORDS.items())]

@@ -228,6 +228,8 @@ cdef class BrokerLog:
         memset(&line, 0, sizeof(line))
         self.memory.write_line(self.layout.segment_line(segment), &line)
         self.memory.flush(self.layout.segment_line(segment), 64)
+        # The next owner writes this line too: ours is in memory before he can take the segment.
+        self.memory.fence()
         self.pool.release(segment)
         cxl_count(&self.counters.segments_released, 1)
 

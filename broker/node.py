@@ -89,6 +89,7 @@ class BrokerNode:
         self.host = host_identity()
         self.clock = SystemClock()
         self.notifier = Notifier()
+        region.hardware.be_broker(broker, config.host_numbers())
         self.memory = self._door(Role.ROLE_BROKER)
         count = self.layout.numbers["broker_count"]
         self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
@@ -257,6 +258,8 @@ class BrokerNode:
         self.memory.invalidate_range(at, 64)
         line = unpack("BrokerLine", self.memory.read_line_bytes(at))
         address = self.layout.offset_of("broker_address", broker)
+        if line["state"] != BrokerState.BROKER_READY:       # it may be writing its addresses just now
+            return {**line, "tcp_address": "", "unix_address": ""}
         self.memory.invalidate_range(address, 256)
         return {**line, **unpack("BrokerAddress", self.memory.read_bytes(address, 256))}
 
@@ -294,7 +297,9 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
 def _others_alive(region: Region, broker: int) -> bool:
     memory, boot = region.memory(), host_identity()
     for other in range(region.layout.numbers["broker_count"]):
-        line = unpack("BrokerLine", memory.read_line_bytes(region.layout.offset_of("broker", other)))
+        at = region.layout.offset_of("broker", other)
+        memory.invalidate_range(at, 64)
+        line = unpack("BrokerLine", memory.read_line_bytes(at))
         if other != broker and line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
                 line["pid"], line["start_time"], boot):
             return True
@@ -303,7 +308,9 @@ def _others_alive(region: Region, broker: int) -> bool:
 
 def _check_place(region: Region, broker: int) -> None:
     memory = region.memory()
-    line = unpack("BrokerLine", memory.read_line_bytes(region.layout.offset_of("broker", broker)))
+    at = region.layout.offset_of("broker", broker)
+    memory.invalidate_range(at, 64)
+    line = unpack("BrokerLine", memory.read_line_bytes(at))
     if line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
             line["pid"], line["start_time"], host_identity()):
         raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {line['pid']}): "

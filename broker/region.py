@@ -21,8 +21,9 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
-from broker.config import ClusterConfig, layout_of, make_folder, runtime_root
+from broker.config import MEMORIES, ClusterConfig, layout_of, make_folder, runtime_root
 from broker.errors import PermissionDenied, RegionError, RegionForeign, RegionMissing, RegionStale, TmpfsTooSmall
+from broker.hardware import Hardware, check_hardware, remove_hardware
 from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
@@ -48,6 +49,7 @@ SUPERBLOCK_BYTES = DTYPES["Superblock"].itemsize
 # A creator writes the superblock within a millisecond. A file that is still blank after this long lost its creator.
 UNFINISHED_SECONDS = 60.0
 _POLL_SECONDS = 0.002
+_WIPED_LATER = ("superblock", "batch-header rings", "results", "order indexes", "segments")
 _LAYOUT_NUMBERS = ("broker_count", "region_bytes", "topic_count_max", "ring_slot_count", "order_entry_count",
                    "session_count_max", "cursor_count_max", "attach_slot_count", "segment_bytes", "message_bytes_max",
                    "batch_bytes_max", "group_count_max")
@@ -75,6 +77,7 @@ class Region:
         self.superblock = superblock
         self.writable = writable
         self._folder_root = folder_root
+        self.hardware = Hardware(name, mapping, layout, superblock, writable)
 
     @property
     def run_id(self) -> int:
@@ -98,7 +101,7 @@ class Region:
 
     def memory(self, role: int = Role.ROLE_ADMIN, statistics_offset: int = 0) -> Memory:
         """A door to the region for a role; 0 counts its accesses privately."""
-        return MappedMemory(self.mapping, int(role), True, statistics_offset)
+        return self.hardware.door(int(role), statistics_offset)
 
     def close(self) -> None:
         """Unmap, once no Memory of ours is left."""
@@ -134,11 +137,15 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
     layout = layout or layout_of(config)
     if layout_from(_numbers_of(layout)).hash() != layout.hash():
         raise RegionError("the layout is not settled: take it from layout_of(config)", region=config.name)
+    check_hardware(config, layout)
     mapping = _create_file(config, layout.numbers["region_bytes"])
     superblock = _new_superblock(config, layout)
     region = Region(config.name, mapping, layout, superblock, True, Path(config.folder.parent))
     try:
+        remove_hardware(config.name)        # of a cluster whose region is gone
         _write_superblock(region.memory(), superblock)
+        region.hardware.fill_garbage()
+        _clear_tables(region.memory(), layout)
         make_folder(config)
         if config.sequencer_lock == "semaphore":
             files.remove_semaphore(region.semaphore_name)
@@ -252,7 +259,8 @@ def _new_superblock(config: ClusterConfig, layout: Layout) -> dict[str, Any]:
         "run_id": secrets.randbits(62) + 1, "created_wall_ns": time.time_ns(),
         **{key: numbers[key] for key in (*_LAYOUT_NUMBERS, "segment_count", "pool_strategy")},
         "owner_pid": os.getpid(), "owner_start": files.process_start_time(), "boot_id": files.host_identity(),
-        "name": config.name, "folder": str(config.folder),
+        "name": config.name, "folder": str(config.folder), "memory": MEMORIES.index(config.memory) | config.eviction_period << 8,
+        "memory_seed": config.memory_seed,
     }
 
 
@@ -265,6 +273,17 @@ def _write_superblock(memory: Memory, superblock: dict[str, Any]) -> None:
     for start in range(SUPERBLOCK_BYTES - LINE_BYTES, -1, -LINE_BYTES):
         memory.write_line_bytes(start, raw[start:start + LINE_BYTES])
     memory.flush_range(0, SUPERBLOCK_BYTES)
+    memory.store_fence()
+
+
+def _clear_tables(memory: Memory, layout: Layout) -> None:
+    """Zero every table whose first state is read from it; memory need not come as zeroes.
+
+    Rings, results and order indexes are wiped when a topic is created, segments are read behind an order entry only.
+    """
+    for name, offset, nbytes in layout.sections:
+        if name not in _WIPED_LATER:
+            memory.write_bytes(offset, bytes(nbytes))
     memory.store_fence()
 
 
@@ -361,6 +380,7 @@ def _remove(file_name: str, superblock: dict[str, Any], folder_root: Path) -> No
                 and folder.stat().st_uid == os.geteuid()):
             shutil.rmtree(folder, ignore_errors=True)
     files.remove_semaphore(semaphore_name_of(file_name.removeprefix(files.REGION_PREFIX)))
+    remove_hardware(file_name.removeprefix(files.REGION_PREFIX))
     files.remove_region_file(file_name)
 
 

@@ -382,7 +382,9 @@ class BrokerServer:
 
     def epoch(self) -> int:
         """The sequencer's epoch."""
-        return epoch_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
+        control = self.node.layout.offset_of("control")
+        self.node.memory.invalidate_range(control, 64)
+        return epoch_of(self.node.memory.load_word(control))
 
     def holder(self) -> str:
         """Who holds back what this broker would need, as the reclaimer said last."""

@@ -323,6 +323,8 @@ cdef class AttachedCore:
         self.memory.store(at + 16, channel.retired)
         self.memory.store(at + 8, channel.using)
         self.memory.flush(at, 64)
+        # Fenced here: whoever told may now wait for what the broker answers to it.
+        self.memory.fence()
 
     cdef int64_t pick(self, uint64_t need) noexcept nogil:
         """The next channel in turn that takes a batch of `need` bytes; -1 when none does now."""

@@ -297,7 +297,9 @@ class AttachedEngine(Engine):
         assert self.core is not None
         memory, layout, boot = self.region.memory(Role.ROLE_CLIENT), self.region.layout, host_identity()
         for broker in self.core.brokers_alive():
-            line = unpack("BrokerLine", memory.read_line_bytes(layout.offset_of("broker", broker)))
+            at = layout.offset_of("broker", broker)
+            memory.invalidate_range(at, 64)
+            line = unpack("BrokerLine", memory.read_line_bytes(at))
             if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
                 self.core.drop_channel(broker)
         try:

@@ -116,6 +116,7 @@ cdef class AttachedReader:
 
     def is_open(self) -> bool:
         """Whether the broker still serves this slot."""
+        self.memory.invalidate(self.layout.attach_line(self.slot), 64)
         return self.memory.load(self.layout.attach_line(self.slot)) == (self.generation << 8 | ATTACH_OPEN)
 
     def wait(self, double seconds) -> bool:
@@ -145,6 +146,7 @@ cdef class AttachedReader:
         """Say that we are alive."""
         self.own.store(self.own_offset, cxl_now_ns())
         self.own.flush(self.own_offset, 8)
+        self.own.fence()
 
     def error(self, int status):
         """The ReadError for a status."""

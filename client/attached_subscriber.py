@@ -22,7 +22,7 @@ from client.connection import BrokerAddress, ClientLoop, Connection
 from client.group import Membership
 from client.received import Message, ReceivedBatch
 from client.start import Start, fill_start
-from sim.cxl.memory import MappedMemory, Role
+from sim.cxl.memory import MappedMemory, Memory, Role
 from sim.cxl.region import map_region_part, process_start_time
 
 TAKE_BATCHES = 64
@@ -81,9 +81,15 @@ class AttachedSubscriberEngine:
         each = self.attachment
         region = attach_region(each.region, writable=False, run_id=each.run_id)
         page = region.layout.offset_of("attach_client", each.slot)
-        part, offset = map_region_part(region.file_name, page, 4096)
+        if region.hardware.kind == "mapped":        # we may write our own page and nothing else
+            part, offset = map_region_part(region.file_name, page, 4096)
+            own: Memory = MappedMemory(part, int(Role.ROLE_CLIENT))
+        else:                                       # a host has one cache: all goes through one door
+            region.close()
+            region = attach_region(each.region, run_id=each.run_id)
+            own, offset = region.memory(Role.ROLE_CLIENT), page
         self.reader = AttachedReader(
-            region.memory(Role.ROLE_CLIENT), region.layout, MappedMemory(part, int(Role.ROLE_CLIENT)), offset,
+            region.memory(Role.ROLE_CLIENT), region.layout, own, offset,
             each.slot, each.generation, each.topic_number, each.topic_generation, each.index, self.topic)
         self.first_position, self.end_position = each.first_position, each.end_position
         if not isinstance(self.start, int) and self.next_position is None:

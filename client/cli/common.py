@@ -173,7 +173,13 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
                                     "[fused]."),
     ("waiting", "latency|balanced|saver", "What an idle thread does: yield for ever, yield a little then sleep, or "
                                           "sleep at once [balanced]."),
-    ("memory", "mapped", "What kind of memory the region is [mapped]."),
+    ("memory", "mapped|noncoherent|checked", "What kind of memory the region is: this machine's own, hosts with "
+                                             "private caches, or the same with every access checked [mapped]."),
+    ("hosts", "H,H,...", "Host of each broker, when memory is not mapped: brokers of one host share a cache [each its "
+                         "own]."),
+    ("eviction_period", "N", "Accesses between two things that a host's cache does by itself; 0 for none [1000]."),
+    ("memory_seed", "N", "Seed of garbage and of what caches do by themselves [1]."),
+    ("coherent_bytes", "SIZE", "Coherent area of the hardware, where atomics work [64KiB]."),
     ("session_lease_seconds", "TIME", "How long a gap in a publisher's batches may last [30s]."),
     ("group_lease_seconds", "TIME", "How long a silent member keeps its consumer group [10s]."),
     ("heartbeat_ms", "N", "How often a broker says that it is alive [500]."),

@@ -19,6 +19,8 @@ import posix_ipc
 
 SHARED_MEMORY_FOLDER = "/dev/shm"
 REGION_PREFIX = "cxlmq-"
+SIDE_PREFIX = "cxlmqside-"              # what the model of a memory keeps beside it
+HOST_PREFIX = "cxlmqhost"               # the cache of a host that is several processes: cxlmqhost<number>-<name>
 
 
 class RegionFileError(Exception):
@@ -227,6 +229,17 @@ def _translated(name: str) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise TmpfsFull(f"{SHARED_MEMORY_FOLDER} is full", 0, 0) from error
         raise
+
+
+def shared_file(file_name: str, nbytes: int) -> mmap.mmap:
+    """Map a file of the simulation that several processes share, made of zeros by whoever comes first."""
+    with _translated(file_name):
+        try:
+            shared = posix_ipc.SharedMemory(f"/{file_name}", posix_ipc.O_CREAT, mode=0o600, size=nbytes)
+            return mmap.mmap(shared.fd, nbytes)
+        finally:
+            with contextlib.suppress(NameError):
+                shared.close_fd()
 
 
 # ---- named semaphores --------------------------------------------------------------------------------------------

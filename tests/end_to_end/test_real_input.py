@@ -48,10 +48,11 @@ def frames(capture: Path) -> list[bytes]:
     return lines
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@pytest.fixture(scope="module", params=["mapped", "noncoherent"])
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Four brokers, whose order index keeps a whole capture also when every frame is a batch."""
-    with Cluster(small_config(brokers=4, order_entry_count=8192, topic_count_max=8)) as running:
+    config = small_config(brokers=4, order_entry_count=8192, topic_count_max=8, memory=request.param)
+    with Cluster(config) as running:
         yield running
         assert settles_to_nothing(running.name)
         assert eventually(lambda: segments_owned(running.name) == 0)
@@ -206,6 +207,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"waiting": "saver", "thread_plan": "staged"}, {"pool": "partitioned"}, {"pool": "leader"},
     {"pool": "partitioned", "brokers": 3}, {"pool": "leader", "brokers": 1},
     {"pool": "leader", "scanners": 2, "sequencer_lock": "mutex"},
+    *({"memory": "noncoherent", "pool": pool} for pool in ("partitioned", "leader")),
+    {"memory": "noncoherent", "hosts": "0,0,1,1", "eviction_period": 20},
+    {"memory": "noncoherent", "thread_plan": "staged", "scanners": 4, "coherent_bytes": 0, "pool": "partitioned"},
 ]
 
 

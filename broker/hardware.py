@@ -1,0 +1,106 @@
+"""What kind of memory a region is, and which host this process is.
+
+    mapped        this machine's own, coherent memory
+    noncoherent   a device; every host has a private cache, which the files beside the region may share
+    checked       the same, with every access checked
+
+The layout says where lines end and payload begins, and which lines are coherent.
+"""
+
+import os
+from typing import Any
+
+from broker.config import MEMORIES, ClusterConfig
+from broker.errors import ConfigError
+from broker.layout import Layout
+from sim.cxl import region as files
+from sim.cxl.host import Device, HostCache
+from sim.cxl.memory import MappedMemory, Memory
+from sim.cxl.noncoherent import NonCoherentMemory
+
+MAPPED = MEMORIES.index("mapped")
+HOSTS_MAX = 64
+CLIENT_HOST = HOSTS_MAX
+
+
+def side_name_of(name: str) -> str:
+    """The file beside a cluster's region in which the model of its memory keeps what hosts share."""
+    return f"{files.SIDE_PREFIX}{name}"
+
+
+def host_name_of(name: str, host: int) -> str:
+    """The file of the cache of one host."""
+    return f"{files.HOST_PREFIX}{host}-{name}"
+
+
+def check_hardware(config: ClusterConfig, layout: Layout) -> None:
+    """Raise `ConfigError` when the pool needs more coherent memory than the hardware has."""
+    needed = sum(nbytes for _, nbytes in layout.coherent_area()[0])
+    if config.memory != "mapped" and needed > config.coherent_bytes:
+        raise ConfigError(setting="pool", value=repr(config.pool),
+                          allowed=f"partitioned or leader: atomic needs {needed} bytes of coherent memory, and the "
+                                  f"hardware (coherent_bytes) has {config.coherent_bytes}")
+
+
+def remove_hardware(name: str) -> None:
+    """Remove the files beside a region."""
+    files.remove_region_file(side_name_of(name))
+    for host in range(HOSTS_MAX):
+        files.remove_region_file(host_name_of(name, host))
+
+
+class Hardware:
+    """The memory of one region, as one process sees it."""
+
+    def __init__(self, name: str, mapping: Any, layout: Layout, superblock: dict[str, Any], writable: bool) -> None:
+        self.kind = MEMORIES[superblock["memory"] & 0xFF]
+        self._name, self._mapping, self._layout, self._superblock = name, mapping, layout, superblock
+        # Who may only read is no host: it sees what is on the device.
+        self._simulated = self.kind != "mapped" and writable
+        self._device: Device | None = None
+        self._host: HostCache | None = None
+        self._place: tuple[int, bool] = CLIENT_HOST, False
+
+    def be_broker(self, broker: int, hosts: list[int]) -> None:
+        """This process is a broker: its host's cache is its own, or shared with the brokers of the same host."""
+        self._place = hosts[broker], hosts.count(hosts[broker]) > 1
+        self._host = None
+
+    @property
+    def device(self) -> Device:
+        """The device, with the file beside the region."""
+        if self._device is None:
+            line_bytes = self._layout.numbers["segments"]
+            side = files.shared_file(side_name_of(self._name), Device.side_bytes(len(self._mapping), line_bytes))
+            needed, instruments = self._layout.coherent_area()
+            self._device = Device(self._mapping, line_bytes, needed + instruments, side=side)
+        return self._device
+
+    @property
+    def host(self) -> HostCache:
+        """The cache of this process's host."""
+        if self._host is None:
+            number, shared = self._place
+            label = f"host {number}" if number < HOSTS_MAX else f"the host of process {os.getpid()}"
+            store = None
+            if shared:
+                store = files.shared_file(host_name_of(self._name, number), HostCache.store_bytes(self.device))
+            self._host = HostCache(self.device, label, (self._superblock["memory_seed"] << 8) + number,
+                                   self._superblock["memory"] >> 8, store, number=number)
+        return self._host
+
+    def door(self, role: int, statistics_offset: int = 0) -> Memory:
+        """A door for a role of this process."""
+        if not self._simulated:
+            return MappedMemory(self._mapping, role, True, statistics_offset)
+        return NonCoherentMemory(self.host, role, statistics_offset)
+
+    def fill_garbage(self) -> None:
+        """Hand the memory out as hardware does: full of whatever there was. All but the superblock, before its use."""
+        if not self._simulated:
+            return
+        numbers, seed = self._layout.numbers, self._superblock["memory_seed"]
+        start = self._layout.offset_of("control")
+        self.device.fill_garbage(seed, start, numbers["segments"] - start)
+        for segment in range(numbers["segment_count"]):
+            self.device.fill_garbage(seed + segment, self._layout.offset_of("segment", segment), 4096)
