@@ -102,6 +102,14 @@ class TmpfsTooSmall(RegionError):
                 "remove leftovers with `cxlmq region gc`, or enlarge /dev/shm")
 
 
+class MemoryLost(CxlmqError):
+    """A broker cannot reach the shared memory, or used it as its hardware does not allow; details: broker, reason."""
+
+    code = "memory-lost"
+    status = "UNAVAILABLE"
+    template = "broker {broker} ends: {reason}"
+
+
 class TopicError(CxlmqError):
     """Something is wrong with a topic; details: topic."""
 

@@ -8,12 +8,15 @@ The layout says where lines end and payload begins, and which lines are coherent
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
+from broker.coherence import LineMap, explain, save
 from broker.config import MEMORIES, ClusterConfig
 from broker.errors import ConfigError
 from broker.layout import Layout
 from sim.cxl import region as files
+from sim.cxl.checker import Checker
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, Memory
 from sim.cxl.noncoherent import NonCoherentMemory
@@ -42,11 +45,23 @@ def check_hardware(config: ClusterConfig, layout: Layout) -> None:
                                   f"hardware (coherent_bytes) has {config.coherent_bytes}")
 
 
+def check_name_of(name: str, host: int | None = None) -> str:
+    """The file of the checker of a region, or of what it keeps of one host's copies."""
+    return f"{files.CHECK_PREFIX}{'' if host is None else f'{host}-'}{name}"
+
+
 def remove_hardware(name: str) -> None:
     """Remove the files beside a region."""
     files.remove_region_file(side_name_of(name))
+    files.remove_region_file(check_name_of(name))
     for host in range(HOSTS_MAX):
         files.remove_region_file(host_name_of(name, host))
+        files.remove_region_file(check_name_of(name, host))
+
+
+def report_path(name: str, folder_root: Path) -> Path:
+    """Where the checker's report of a cluster is kept when the cluster is gone."""
+    return folder_root / f"{files.REGION_PREFIX}{name}.coherence.json"
 
 
 class Hardware:
@@ -59,6 +74,7 @@ class Hardware:
         self._simulated = self.kind != "mapped" and writable
         self._device: Device | None = None
         self._host: HostCache | None = None
+        self._checker: Checker | None = None
         self._place: tuple[int, bool] = CLIENT_HOST, False
 
     def be_broker(self, broker: int, hosts: list[int]) -> None:
@@ -77,17 +93,37 @@ class Hardware:
         return self._device
 
     @property
+    def checker(self) -> Checker | None:
+        """The checker, when the memory is checked."""
+        if self._checker is None and self._simulated and self.kind == "checked":
+            shared = files.shared_file(check_name_of(self._name), Checker.shared_bytes(self.device))
+            self._checker = Checker(self.device, *LineMap(self._layout).classes(), shared=shared)
+        return self._checker
+
+    @property
     def host(self) -> HostCache:
         """The cache of this process's host."""
         if self._host is None:
             number, shared = self._place
             label = f"host {number}" if number < HOSTS_MAX else f"the host of process {os.getpid()}"
-            store = None
+            store = observed = None
             if shared:
                 store = files.shared_file(host_name_of(self._name, number), HostCache.store_bytes(self.device))
-            self._host = HostCache(self.device, label, (self._superblock["memory_seed"] << 8) + number,
-                                   self._superblock["memory"] >> 8, store, number=number)
+            seed = (self._superblock["memory_seed"] << 8) + number
+            if self.checker is not None:
+                if number >= HOSTS_MAX:
+                    number = self.checker.new_host()
+                if shared:
+                    observed = files.shared_file(check_name_of(self._name, number), Checker.store_bytes(self.device))
+            self._host = HostCache(self.device, label, seed, self._superblock["memory"] >> 8, store,
+                                   observer=self.checker, number=number, observer_store=observed)
         return self._host
+
+    def save_report(self, folder_root: Path) -> None:
+        """Keep what the checker found, explained, where the cluster's end does not remove it."""
+        if self.checker is not None:
+            save(explain(self.checker.reports(), self.checker.wasted(), self._layout),
+                 report_path(self._name, folder_root))
 
     def door(self, role: int, statistics_offset: int = 0) -> Memory:
         """A door for a role of this process."""

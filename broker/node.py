@@ -40,7 +40,7 @@ from typing import Any
 
 from broker.config import ClusterConfig, make_folder
 from broker.doorbell import Doorbell
-from broker.errors import CxlmqError, RegionForeign
+from broker.errors import CxlmqError, MemoryLost, RegionForeign
 from broker.head import HeadView
 from broker.layout import BrokerState
 from broker.log import BrokerLog
@@ -64,11 +64,12 @@ from broker.stages.stage import Stage
 from broker.stages.watch import Watch
 from broker.topics import TopicTable
 from sim.cxl.clock import SystemClock
-from sim.cxl.memory import Memory, Role
+from sim.cxl.memory import Memory, MemoryFault, Role
 from sim.cxl.region import host_identity, process_alive, process_start_time
 
 HEAD = 0
 REGION_WAIT_SECONDS = 20.0
+STRANDED_NS = 500_000_000           # what was not flushed for so long when all threads had ended never would have been
 RECOVERY_SECONDS = 600.0            # for reading all replicas; a region comes when that is done
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
@@ -231,6 +232,16 @@ class BrokerNode:
         self.memory.store_fence()
         self.log.note_cpu(time.process_time_ns())
 
+    def look_after_memory(self, idle_ns: int | None = None) -> None:
+        """Let the checker look for what was stored and never flushed; raise `MemoryLost` when we are cut off."""
+        try:
+            self.memory.raise_fault()
+        except MemoryFault as fault:
+            raise MemoryLost(broker=self.broker, reason=str(fault)) from fault
+        checker = self.region.hardware.checker
+        if checker is not None:
+            checker.find_stranded(idle_ns)
+
     def gone_clients(self) -> list[tuple[int, int]]:
         """Slots (number, generation) of attached clients that left, never came, or whose process is dead."""
         return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
@@ -284,6 +295,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.start_warming()
         while not stop.is_set():
             node.beat()
+            node.look_after_memory()
             for slot, generation in node.gone_clients():
                 await server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):
@@ -292,6 +304,8 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.write_line(BrokerState.BROKER_STOPPED)
         await server.stop()
         node.stop()
+        with contextlib.suppress(MemoryLost):
+            node.look_after_memory(idle_ns=STRANDED_NS)
 
 
 def _others_alive(region: Region, broker: int) -> bool:

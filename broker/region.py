@@ -380,8 +380,19 @@ def _remove(file_name: str, superblock: dict[str, Any], folder_root: Path) -> No
                 and folder.stat().st_uid == os.geteuid()):
             shutil.rmtree(folder, ignore_errors=True)
     files.remove_semaphore(semaphore_name_of(file_name.removeprefix(files.REGION_PREFIX)))
+    _save_report(file_name, superblock, folder_root)
     remove_hardware(file_name.removeprefix(files.REGION_PREFIX))
     files.remove_region_file(file_name)
+
+
+def _save_report(file_name: str, superblock: dict[str, Any], folder_root: Path) -> None:
+    """What the checker found outlives the region."""
+    if not superblock.get("ready") or MEMORIES[superblock["memory"] & 0xFF] != "checked":
+        return
+    with contextlib.suppress(OSError, LayoutError, files.RegionFileError):
+        mapping = files.map_region_file(file_name)
+        name = file_name.removeprefix(files.REGION_PREFIX)
+        Hardware(name, mapping, _layout_from(superblock), superblock, True).save_report(folder_root)
 
 
 def _judge(file: files.RegionFile) -> RegionSummary:

@@ -88,6 +88,7 @@ cdef struct Access:             # who accesses, and from where in the code
     int agent
     int role
     uint64_t site
+    uint64_t offset
 
 cdef struct Host:
     uint8_t* base               # the device's bytes
@@ -98,7 +99,7 @@ cdef struct Host:
     uint64_t* device_header     # word 0: the device is lost
     uint8_t* lines              # the cache: as long as what it caches
     uint64_t* states            # one a line
-    uint8_t* payload_known      # the version of each payload line that is cached here, 0 none
+    uint8_t* payload_known      # version and one of each payload line that is cached here, 0 none
     uint64_t* header            # word 0: stores so far
     uint64_t control
     uint64_t operations
@@ -114,6 +115,7 @@ cdef struct Host:
     bint device_atomics
     void* observer              # a LineObserver, or NULL
     int number                  # the observer's number of this host
+    void* observed              # what the observer keeps of each line of this host
     uint64_t recent[RECENT_LINES]
     PendingList pending[AGENT_LISTS]
 
@@ -132,6 +134,8 @@ cdef class LineObserver:
     cdef void payload_written(self, Host* h, uint64_t offset, uint64_t count, Access* who) noexcept nogil
     cdef void payload_fenced(self, Host* h, uint64_t offset, uint64_t count) noexcept nogil
     cdef void payload_read(self, Host* h, uint64_t offset, uint64_t count, uint64_t stale, Access* who) noexcept nogil
+    cdef void called_from_python(self)
+    cdef void watch(self, Host* h, object store)
 
 
 # ---- lines: every function has the line locked unless it says otherwise ---------------------------------------------
@@ -281,7 +285,7 @@ cdef inline void publish_payload(Host* h, uint64_t line, uint64_t count) noexcep
     if h.observer != NULL:
         (<LineObserver>h.observer).payload_fenced(h, h.line_bytes + line * 64, count * 64)
     for i in range(count):
-        version[i] = version[i] + 1 + (version[i] == 255)
+        version[i] = 0 if version[i] == 254 else version[i] + 1
 
 
 # ---- what a thread has flushed and not fenced ------------------------------------------------------------------------

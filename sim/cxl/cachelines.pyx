@@ -16,3 +16,9 @@ cdef class LineObserver:
     cdef void payload_fenced(self, Host* h, uint64_t offset, uint64_t count) noexcept nogil: pass
     cdef void payload_read(self, Host* h, uint64_t offset, uint64_t count, uint64_t stale,
                            Access* who) noexcept nogil: pass
+
+    cdef void called_from_python(self):
+        """The next access comes from a Python function: which one, its frame says."""
+
+    cdef void watch(self, Host* h, object store):
+        """A host is about to be used; `store` is a buffer for what is kept of it, or None."""

@@ -106,7 +106,7 @@ cdef class HostCache:
         memset(&self.h, 0, sizeof(Host))
 
     def __init__(self, Device device, str name="host", uint64_t seed=0, uint64_t eviction_period=0, store=None,
-                 LineObserver observer=None, int number=0):
+                 LineObserver observer=None, int number=0, observer_store=None):
         cdef Host* h = &self.h
         self.device = device
         self.name = name
@@ -124,7 +124,9 @@ cdef class HostCache:
         h.device_atomics = device.device_atomics
         h.number = number
         self.observer = observer
-        h.observer = <void*>observer if observer is not None else NULL
+        if observer is not None:
+            h.observer = <void*>observer
+            observer.watch(h, observer_store)
         self.reset(seed, eviction_period)
         self._mark_coherent()
 

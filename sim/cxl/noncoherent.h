@@ -16,6 +16,7 @@ static inline int cxl_thread_number(void) {
 #define cxl_caller() ((uint64_t)(uintptr_t)__builtin_return_address(0))
 
 #define CXL_EXTENT ((uint64_t)1 << 63)
+#define CXL_HASH_PRIME 0x9E3779B97F4A7C15ull
 #define CXL_TRACE_PRIME 0x100000001b3ull                    /* FNV-1a */
 
 /* A device line's version: odd while the line is written. */

@@ -52,6 +52,10 @@ cdef class NonCoherentMemory(Memory):
     cpdef raise_fault(self):
         self.host.raise_fault()
 
+    cdef void note_caller(self):
+        if self.host.observer is not None:
+            self.host.observer.called_from_python()
+
     cdef int my_agent(self) noexcept nogil:
         return (cxl_thread_number() if self.agent < 0 else self.agent) % AGENT_LISTS
 
@@ -95,7 +99,7 @@ cdef class NonCoherentMemory(Memory):
                 ensure(h, offset >> 6)
             value = cxl_load_acquire(h.lines + offset)
             if h.observer != NULL:
-                who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+                who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
                 (<LineObserver>h.observer).loaded(h, offset >> 6, &who)
         if h.control & CONTROL_TRACE:
             h.trace_hash = (h.trace_hash ^ value) * CXL_TRACE_PRIME
@@ -115,7 +119,7 @@ cdef class NonCoherentMemory(Memory):
         state = present(h, line, lock_line(&h.states[line]))
         cxl_store_release(h.lines + offset, value)
         if h.observer != NULL:
-            who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+            who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
             (<LineObserver>h.observer).stored(h, line, &who)
         unlock_dirty(h, line, state)
 
@@ -134,7 +138,7 @@ cdef class NonCoherentMemory(Memory):
             state = fill(h, number)
         memcpy(line, h.lines + offset, 64)
         if h.observer != NULL:
-            who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+            who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
             (<LineObserver>h.observer).loaded(h, number, &who)
         cxl_store_release(&h.states[number], state)
         if h.control & CONTROL_TRACE:
@@ -153,9 +157,11 @@ cdef class NonCoherentMemory(Memory):
                 cxl_write_line(self.base + offset, line)
             return
         state = present(h, number, lock_line(&h.states[number]))
+        if state & STATE_MASK != LINE_DIRTY:        # all of it is replaced: nothing of an old copy can come back
+            state = <uint64_t>(h.versions[number] & ~<uint32_t>1) << VERSION_SHIFT
         cxl_write_line(h.lines + offset, line)
         if h.observer != NULL:
-            who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+            who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
             (<LineObserver>h.observer).stored(h, number, &who)
         unlock_dirty(h, number, state)
 
@@ -176,7 +182,7 @@ cdef class NonCoherentMemory(Memory):
             return True
         allowed = h.device_atomics
         if h.observer != NULL:
-            who.agent, who.role, who.site = self.my_agent(), self.role, site
+            who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, site, offset
             (<LineObserver>h.observer).atomic(h, offset, allowed, &who)
         if not allowed:
             if not h.fault:
@@ -239,7 +245,7 @@ cdef class NonCoherentMemory(Memory):
         cdef int agent = self.my_agent()
         cdef uint64_t line, state, start, here
         cdef Access who
-        who.agent, who.role, who.site = agent, self.role, site
+        who.agent, who.role, who.site, who.offset = agent, self.role, site, offset
         while count:
             line = offset >> 6
             start = offset & 63
@@ -275,7 +281,7 @@ cdef class NonCoherentMemory(Memory):
             return
         memset(h.payload_known + first, 0, lines)
         if h.observer != NULL:
-            who.agent, who.role, who.site = agent, self.role, site
+            who.agent, who.role, who.site, who.offset = agent, self.role, site, offset
             (<LineObserver>h.observer).payload_written(h, offset, count, &who)
         add_pending(&h.pending[agent], CXL_EXTENT | first, lines, 2)
 
@@ -321,11 +327,11 @@ cdef class NonCoherentMemory(Memory):
         cdef uint8_t* version = h.payload_versions + first
         cdef Access who
         for i in range(lines):
-            stale += known[i] != 0 and known[i] != version[i]
-            known[i] = version[i] if known[i] == 0 else known[i]
+            stale += known[i] != 0 and known[i] != version[i] + 1
+            known[i] = version[i] + 1 if known[i] == 0 else known[i]
         h.stale_payload += stale
         if h.observer != NULL:
-            who.agent, who.role, who.site = self.my_agent(), self.role, site
+            who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, site, offset
             (<LineObserver>h.observer).payload_read(h, offset, count, stale, &who)
         return stale
 
@@ -338,7 +344,7 @@ cdef class NonCoherentMemory(Memory):
         if h.control and not self.enter(OP_COPY_OUT, offset, count):
             memset(target, 0, count)
             return
-        who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+        who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
         while count and offset < h.line_bytes:
             line = offset >> 6
             here = min(64 - (offset & 63), count)
@@ -368,7 +374,7 @@ cdef class NonCoherentMemory(Memory):
         while count:
             line = (offset - h.line_bytes) >> 6
             here = min(64 - (offset & 63), count)
-            if h.payload_known[line] and h.payload_known[line] != h.payload_versions[line]:
+            if h.payload_known[line] and h.payload_known[line] != h.payload_versions[line] + 1:
                 memset(to, POISON, here)
             to += here
             offset += here
@@ -383,7 +389,7 @@ cdef class NonCoherentMemory(Memory):
         if offset >= h.line_bytes:
             self.read_payload(offset, count, cxl_caller())
             return self.base + offset
-        who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+        who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
         for line in range(offset >> 6, (offset + count + 63) >> 6):
             ensure(h, line)
             if h.observer != NULL:
@@ -399,7 +405,7 @@ cdef class NonCoherentMemory(Memory):
             self.enter(OP_POINTER, offset, count)
         if offset >= h.line_bytes:
             return self.base + offset
-        who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+        who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
         for line in range(offset >> 6, (offset + count + 63) >> 6):
             state = present(h, line, lock_line(&h.states[line]))
             if h.observer != NULL:
@@ -416,7 +422,7 @@ cdef class NonCoherentMemory(Memory):
         cxl_count(&self.statistics.flushes, (offset % 64 + count + 63) // 64)
         if h.control and not self.enter(OP_FLUSH, offset, count):
             return
-        who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+        who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
         for line in range(offset >> 6, min(end, h.line_bytes >> 6)):
             if cxl_load_relaxed(&h.states[line]) & STATE_MASK == LINE_COHERENT:
                 continue
@@ -437,7 +443,7 @@ cdef class NonCoherentMemory(Memory):
         cxl_count(&self.statistics.invalidates, (offset % 64 + count + 63) // 64)
         if h.control and not self.enter(OP_INVALIDATE, offset, count):
             return
-        who.agent, who.role, who.site = self.my_agent(), self.role, cxl_caller()
+        who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, cxl_caller(), offset
         for line in range(offset >> 6, min(end, h.line_bytes >> 6)):
             state = cxl_load_relaxed(&h.states[line])
             if h.observer != NULL:

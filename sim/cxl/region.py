@@ -20,6 +20,7 @@ import posix_ipc
 SHARED_MEMORY_FOLDER = "/dev/shm"
 REGION_PREFIX = "cxlmq-"
 SIDE_PREFIX = "cxlmqside-"              # what the model of a memory keeps beside it
+CHECK_PREFIX = "cxlmqcheck-"            # what the checker keeps of a region's lines
 HOST_PREFIX = "cxlmqhost"               # the cache of a host that is several processes: cxlmqhost<number>-<name>
 
 

@@ -1,0 +1,264 @@
+"""The checker names each kind of mistake when it is planted, and is silent without it."""
+
+from collections.abc import Callable
+
+import pytest
+
+from sim.cxl.checker import Checker, ClassFlag, Kind
+from sim.cxl.host import Device, HostCache
+from sim.cxl.memory import MappedMemory, MemoryFault, Role
+from sim.cxl.noncoherent import NonCoherentMemory
+
+DATA, FLAG, PAIR, OWNED, OTHER, COHERENT = 64, 128, 256, 512, 576, 640
+PAYLOAD = 4096
+REACHED, CONTINUES = int(ClassFlag.CLASS_REACHED), int(ClassFlag.CLASS_CONTINUES)
+# Polled, reached, first and second line of a reached record of two lines, owned by role 4.
+TABLE = [("flag", 0xFFFF, 0), ("data", 0xFFFF, REACHED), ("pair", 0xFFFF, REACHED),
+         ("pair", 0xFFFF, REACHED | CONTINUES), ("owned", 1 << 4, 0)]
+
+
+class Bench:
+    """A writer and a reader on different hosts, both checked."""
+
+    def __init__(self) -> None:
+        classes = bytearray(PAYLOAD // 64)
+        classes[DATA // 64] = 1
+        classes[PAIR // 64], classes[PAIR // 64 + 1] = 2, 3
+        classes[OWNED // 64] = 4
+        self.mapping = bytearray(3 * PAYLOAD)
+        self.device = Device(self.mapping, PAYLOAD, coherent=[(COHERENT, 64)])
+        self.checker = Checker(self.device, classes, TABLE)
+        hosts = [HostCache(self.device, f"host {n}", observer=self.checker, number=n) for n in range(2)]
+        self.writer = NonCoherentMemory(hosts[0], Role.ROLE_DELEGATION)
+        self.reader = NonCoherentMemory(hosts[1], Role.ROLE_SEQUENCER)
+
+    def put(self, offset: int, flush: bool = True, fence: bool = True, value: int = 1) -> None:
+        """Store a word, and publish it unless told otherwise."""
+        self.writer.store_word(offset, value)
+        if flush:
+            self.writer.flush_range(offset, 8)
+        if fence:
+            self.writer.store_fence()
+
+    def get(self, offset: int, invalidate: bool = True) -> int:
+        """Load a word as a reader does."""
+        if invalidate:
+            self.reader.invalidate_range(offset, 8)
+        return self.reader.load_word(offset)
+
+    def kinds(self) -> list[Kind]:
+        """What was found."""
+        return [Kind(each["kind"]) for each in self.checker.reports()]
+
+
+def correct(bench: Bench) -> None:
+    bench.put(DATA)
+    bench.put(FLAG)
+    assert bench.get(FLAG) == 1 and bench.get(DATA) == 1
+
+
+def unflushed(bench: Bench) -> None:
+    bench.put(DATA, flush=False)
+    bench.put(FLAG)
+    bench.get(FLAG)
+    bench.get(DATA)
+
+
+def unfenced(bench: Bench) -> None:
+    bench.writer.agent, other = 1, bench.writer.with_role(Role.ROLE_ACK)
+    other.agent = 2
+    bench.put(DATA, fence=False)
+    other.load_word(DATA)               # the other thread of the host knows of it, and tells
+    other.store_word(FLAG, 1)
+    other.flush_range(FLAG, 8)
+    other.store_fence()
+    bench.get(FLAG)
+    bench.get(DATA)
+
+
+def payload_unfenced(bench: Bench) -> None:
+    bench.writer.agent, other = 1, bench.writer.with_role(Role.ROLE_ACK)
+    other.agent = 2
+    bench.writer.write_bytes(PAYLOAD, b"x" * 256)
+    bench.writer.store_word(DATA, 1)
+    other.load_word(DATA)
+    other.flush_range(DATA, 8)
+    other.store_fence()
+    bench.get(DATA)
+    bench.reader.read_bytes(PAYLOAD, 256)
+
+
+def stale(bench: Bench) -> None:
+    bench.get(DATA)
+    correct_without_reading(bench)
+    bench.get(FLAG)
+    bench.get(DATA, invalidate=False)
+
+
+def stale_payload(bench: Bench) -> None:
+    bench.reader.read_bytes(PAYLOAD, 64)
+    bench.writer.write_bytes(PAYLOAD, b"x" * 64)
+    bench.writer.store_fence()
+    bench.put(FLAG)
+    bench.get(FLAG)
+    bench.reader.read_bytes(PAYLOAD, 64)
+
+
+def correct_without_reading(bench: Bench) -> None:
+    bench.put(DATA)
+    bench.put(FLAG)
+
+
+def polled_for_ever(bench: Bench) -> None:
+    bench.get(FLAG)
+    bench.put(FLAG)
+    for _ in range(5000):
+        bench.get(FLAG, invalidate=False)
+
+
+def wrong_role(bench: Bench) -> None:
+    bench.put(OWNED)
+
+
+def two_writers(bench: Bench) -> None:
+    bench.put(OTHER, flush=False, fence=False)
+    bench.reader.store_word(OTHER + 8, 1)
+
+
+def late_write_back(bench: Bench) -> None:
+    bench.writer.load_word(OTHER)
+    bench.reader.store_word(OTHER + 8, 1)
+    bench.reader.flush_range(OTHER, 8)
+    bench.reader.store_fence()
+    bench.put(OTHER)                    # of the copy from before
+
+
+def own_dirty(bench: Bench) -> None:
+    bench.put(OTHER, flush=False, fence=False)
+    bench.writer.invalidate_range(OTHER, 8)
+
+
+def wrong_flush(bench: Bench) -> None:
+    bench.writer.store_word(DATA, 1)
+    bench.writer.flush_range(OTHER, 8)
+    bench.writer.store_fence()
+    bench.put(FLAG)
+    bench.get(FLAG)
+    bench.get(DATA)
+
+
+def stranded(bench: Bench) -> None:
+    bench.put(FLAG, flush=False)
+    bench.get(FLAG)
+    assert bench.checker.find_stranded() == 0, "its writer may be about to flush it"
+    assert bench.checker.find_stranded(0) == 1
+
+
+def torn(bench: Bench) -> None:
+    """The second line is stored, the first tells of it, and only the first gets to memory."""
+    bench.put(PAIR + 64, flush=False, fence=False)
+    bench.put(PAIR)
+    bench.reader.invalidate_range(PAIR, 128)
+    bench.reader.read_bytes(PAIR, 128)
+
+
+def atomic_outside(bench: Bench) -> None:
+    with pytest.raises(MemoryFault):
+        bench.writer.fetch_add_word(OTHER, 1)
+
+
+def around_the_door(bench: Bench) -> None:
+    bench.put(OTHER)
+    MappedMemory(bench.mapping).store_word(OTHER, 99)
+    bench.get(OTHER)
+
+
+PLANTED: list[tuple[Callable[[Bench], None], Kind]] = [
+    (unflushed, Kind.KIND_UNFLUSHED), (unfenced, Kind.KIND_UNFENCED), (payload_unfenced, Kind.KIND_UNFENCED),
+    (stale, Kind.KIND_NO_INVALIDATE), (stale_payload, Kind.KIND_NO_INVALIDATE),
+    (polled_for_ever, Kind.KIND_NO_INVALIDATE), (wrong_role, Kind.KIND_WRONG_ROLE),
+    (two_writers, Kind.KIND_LOST_UPDATE), (late_write_back, Kind.KIND_LOST_UPDATE), (own_dirty, Kind.KIND_OWN_DIRTY),
+    (wrong_flush, Kind.KIND_WRONG_FLUSH), (stranded, Kind.KIND_STRANDED), (torn, Kind.KIND_TORN),
+    (atomic_outside, Kind.KIND_ATOMIC), (around_the_door, Kind.KIND_BYPASS),
+]
+
+
+@pytest.mark.parametrize(("mistake", "kind"), PLANTED, ids=lambda each: getattr(each, "__name__", ""))
+def test_a_planted_mistake_is_named_once(mistake: Callable[[Bench], None], kind: Kind) -> None:
+    bench = Bench()
+    mistake(bench)
+    assert set(bench.kinds()) == {kind}
+    report = bench.checker.reports()[0]
+    if kind not in (Kind.KIND_ATOMIC, Kind.KIND_BYPASS):
+        assert "tests/unit/test_checker.py" in report["writer"]["site"] + report["reader"]["site"]
+
+
+def test_every_kind_has_a_planted_mistake() -> None:
+    assert {kind for _, kind in PLANTED} == set(Kind)
+
+
+def ring(bench: Bench) -> None:
+    """Many rounds of data and flag, the reader polling in between, as stages do."""
+    for round_number in range(1, 200):
+        bench.put(DATA, fence=False, value=round_number)
+        bench.get(FLAG)                 # an old flag is no mistake
+        bench.writer.store_fence()
+        bench.put(FLAG, fence=False, value=round_number)
+        bench.get(FLAG)
+        bench.writer.store_fence()
+        assert bench.get(FLAG) == round_number
+        assert bench.get(DATA) == round_number
+
+
+def pairs(bench: Bench) -> None:
+    for value in range(1, 100):
+        bench.writer.write_bytes(PAIR, bytes([value]) * 128)
+        bench.writer.store_fence()
+        bench.put(FLAG, value=value)
+        assert bench.get(FLAG) == value
+        bench.reader.invalidate_range(PAIR, 128)
+        assert bench.reader.read_bytes(PAIR, 128) == bytes([value]) * 128
+
+
+def payloads(bench: Bench) -> None:
+    for value in range(1, 100):
+        bench.writer.write_bytes(PAYLOAD + 64 * value, bytes([value]) * 100)
+        bench.writer.store_fence()
+        bench.put(FLAG, value=value)
+        assert bench.get(FLAG) == value
+        bench.reader.invalidate_range(PAYLOAD + 64 * value, 100)
+        assert bench.reader.read_bytes(PAYLOAD + 64 * value, 100) == bytes([value]) * 100
+
+
+def handed_over(bench: Bench) -> None:
+    """Another host wipes a line that we still have; we write it whole, and read what we wrote."""
+    bench.get(DATA)
+    bench.put(DATA)
+    bench.put(FLAG)
+    bench.get(FLAG)
+    bench.reader.write_line_bytes(DATA, bytes(64))
+    assert bench.reader.load_word(DATA) == 0
+    bench.reader.flush_range(DATA, 64)
+    bench.reader.store_fence()
+
+
+def coherent(bench: Bench) -> None:
+    bench.writer.fetch_add_word(COHERENT, 1)
+    assert bench.reader.load_word(COHERENT) == 1
+
+
+@pytest.mark.parametrize("use", [correct, ring, pairs, payloads, handed_over, coherent], ids=lambda each: each.__name__)
+def test_correct_code_is_not_reported(use: Callable[[Bench], None]) -> None:
+    bench = Bench()
+    use(bench)
+    assert bench.checker.find_stranded(0) == 0
+    assert bench.kinds() == []
+
+
+def test_flushes_and_fences_in_vain_are_counted_by_place() -> None:
+    bench = Bench()
+    bench.writer.flush_range(DATA, 8)
+    bench.writer.store_fence()
+    wasted = bench.checker.wasted()
+    assert [(each["flushes"], each["fences"]) for each in wasted] == [(1, 0), (0, 1)]
+    assert all("test_checker.py" in each["site"] for each in wasted)
