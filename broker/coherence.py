@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from broker.errors import CxlmqError
 from broker.layout import RECORDS, Layout
 from broker.records import record_bytes
 from sim.cxl.checker import ClassFlag, Kind
@@ -43,7 +44,7 @@ class Owned:
 
 OWNED = (
     Owned("Superblock", "superblock", (), "", False),
-    Owned("ControlLine", "control", (), "sequencer"),
+    Owned("HeadLine", "head", (), "sequencer"),
     Owned("DirectoryLine", "directory", (), ""),
     Owned("BrokerLine", "broker", ("broker",), "broker"),
     Owned("BrokerAddress", "broker_address", ("broker",), "broker", False),
@@ -106,7 +107,7 @@ MISSING = {
 }
 
 
-# ---- classes of lines ----------------------------------------------------------------------------------------------------
+# ---- classes of lines -----------------------------------------------------------------------------------------------
 
 
 class LineMap:
@@ -120,7 +121,9 @@ class LineMap:
         """(first offset, (stride, count) of each index, bytes) of a record."""
         zero = [0] * len(owned.indexes)
         first = self.layout.offset_of(owned.place, *zero)
-        dimensions = []
+        numbers, dimensions = self.layout.numbers, []
+        if first >= numbers["head"]:            # what a head writes is there once for each bank
+            dimensions.append((numbers["bank_stride"], numbers["bank_count"]))
         for number, name in enumerate(owned.indexes):
             one = [*zero[:number], 1, *zero[number + 1:]]
             count = _FIXED_COUNTS.get(name) or self.layout.numbers[_COUNTS[name]]
@@ -155,7 +158,8 @@ class LineMap:
                 found.append(index)
                 rest -= index * stride
             if 0 <= rest < max(nbytes, LINE_BYTES if nbytes >= LINE_BYTES else nbytes):
-                where = ", ".join(f"{name} {index}" for name, index in zip(owned.indexes, found, strict=True))
+                names = owned.indexes if len(found) == len(owned.indexes) else ("bank", *owned.indexes)
+                where = ", ".join(f"{name} {index}" for name, index in zip(names, found, strict=True))
                 field = next((name for name, letter, count, at in reversed(RECORDS[owned.record]) if at <= rest), "")
                 return f"{owned.record}.{field}" + (f" of {where}" if where else "")
         numbers = self.layout.numbers
@@ -178,7 +182,7 @@ def _mark(lines: bytearray, start: int, stride: int, count: int, nbytes: int, he
         lines[line + 1:line + span] = bytes([head + 1]) * (span - 1)
 
 
-# ---- reports -----------------------------------------------------------------------------------------------------------------
+# ---- reports --------------------------------------------------------------------------------------------------------
 
 
 def resolve(sites: Iterable[str]) -> dict[str, str]:
@@ -258,6 +262,22 @@ def report_text(report: dict[str, Any], redundant_max: int = 12) -> str:
             price = "" if each["ns"] is None else f"{each['ns']:12,.0f} ns"
             out.append(f"  {each['flushes']:9,} flushes {each['fences']:9,} fences {price}  {each['place']}")
     return "\n".join(out)
+
+
+class CoherenceBroken(CxlmqError):
+    """The checker found mistakes; details: count, path (the whole report)."""
+
+    code = "coherence"
+    status = "FAILED_PRECONDITION"
+    template = "the coherence checker found {count} mistakes; the report is {path}"
+
+
+def load(path: Path) -> dict[str, Any] | None:
+    """A report that was kept, None when there is none."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except OSError:
+        return None
 
 
 def save(report: dict[str, Any], path: Path) -> None:

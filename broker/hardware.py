@@ -23,6 +23,7 @@ from sim.cxl.noncoherent import NonCoherentMemory
 
 MAPPED = MEMORIES.index("mapped")
 HOSTS_MAX = 64
+GARBAGE_BYTES_MAX = 256 << 20       # where tables take more, the banks of heads to come stay as the system gives them
 CLIENT_HOST = HOSTS_MAX
 
 
@@ -40,9 +41,8 @@ def check_hardware(config: ClusterConfig, layout: Layout) -> None:
     """Raise `ConfigError` when the pool needs more coherent memory than the hardware has."""
     needed = sum(nbytes for _, nbytes in layout.coherent_area()[0])
     if config.memory != "mapped" and needed > config.coherent_bytes:
-        raise ConfigError(setting="pool", value=repr(config.pool),
-                          allowed=f"partitioned or leader: atomic needs {needed} bytes of coherent memory, and the "
-                                  f"hardware (coherent_bytes) has {config.coherent_bytes}")
+        raise ConfigError(setting="coherent_bytes", value=config.coherent_bytes,
+                          allowed=f"at least {needed} with the pool {config.pool!r}; partitioned and leader need less")
 
 
 def check_name_of(name: str, host: int | None = None) -> str:
@@ -136,7 +136,8 @@ class Hardware:
         if not self._simulated:
             return
         numbers, seed = self._layout.numbers, self._superblock["memory_seed"]
-        start = self._layout.offset_of("control")
-        self.device.fill_garbage(seed, start, numbers["segments"] - start)
+        banks = next(start for name, start, _ in self._layout.sections if name == "further banks")
+        end = numbers["segments"] if numbers["segments"] <= GARBAGE_BYTES_MAX else banks
+        self.device.fill_garbage(seed, numbers["brokers"], end - numbers["brokers"])
         for segment in range(numbers["segment_count"]):
             self.device.fill_garbage(seed + segment, self._layout.offset_of("segment", segment), 4096)

@@ -255,9 +255,11 @@ cdef class Layout:
         Atomics work there and nowhere else. Doorbells, locks of one process and counters are instruments.
         """
         g = self.g
-        bitmaps = [(g.coherent, 2 * self._bitmap_bytes)]
-        needed = bitmaps if self.pool_strategy == "atomic" else []
-        instruments = [(self.doorbell(0, 0), g.segments - self.doorbell(0, 0))]
+        bitmaps = [(self.bitmap(), 2 * self._bitmap_bytes)]
+        control = (g.coherent, (1 + g.bank_count) * LINE_BYTES)
+        needed = [control, *bitmaps] if self.pool_strategy == "atomic" else [control]
+        instruments = [(control[0] + control[1], self.bitmap() - control[0] - control[1]),
+                       *((start, nbytes) for name, start, nbytes in self.sections if name == "statistics")]
         if self.pool_strategy == "leader":      # one host alone uses them, and its own cache makes atomics work
             instruments += bitmaps
         instruments += [(self.attach_doorbell(a), LINE_BYTES) for a in range(g.attach_slot_count)]

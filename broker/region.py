@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from broker.config import MEMORIES, ClusterConfig, layout_of, make_folder, runtime_root
 from broker.errors import PermissionDenied, RegionError, RegionForeign, RegionMissing, RegionStale, TmpfsTooSmall
-from broker.hardware import Hardware, check_hardware, remove_hardware
+from broker.hardware import Hardware, check_hardware, remove_hardware, report_path
 from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
@@ -49,7 +49,8 @@ SUPERBLOCK_BYTES = DTYPES["Superblock"].itemsize
 # A creator writes the superblock within a millisecond. A file that is still blank after this long lost its creator.
 UNFINISHED_SECONDS = 60.0
 _POLL_SECONDS = 0.002
-_WIPED_LATER = ("superblock", "batch-header rings", "results", "order indexes", "segments")
+_WIPED_LATER = ("superblock", "batch-header rings", "results", "order indexes", "further banks",
+                "segments")
 _LAYOUT_NUMBERS = ("broker_count", "region_bytes", "topic_count_max", "ring_slot_count", "order_entry_count",
                    "session_count_max", "cursor_count_max", "attach_slot_count", "segment_bytes", "message_bytes_max",
                    "batch_bytes_max", "group_count_max")
@@ -143,6 +144,7 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
     region = Region(config.name, mapping, layout, superblock, True, Path(config.folder.parent))
     try:
         remove_hardware(config.name)        # of a cluster whose region is gone
+        report_path(config.name, config.folder.parent).unlink(missing_ok=True)
         _write_superblock(region.memory(), superblock)
         region.hardware.fill_garbage()
         _clear_tables(region.memory(), layout)
@@ -259,7 +261,8 @@ def _new_superblock(config: ClusterConfig, layout: Layout) -> dict[str, Any]:
         "run_id": secrets.randbits(62) + 1, "created_wall_ns": time.time_ns(),
         **{key: numbers[key] for key in (*_LAYOUT_NUMBERS, "segment_count", "pool_strategy")},
         "owner_pid": os.getpid(), "owner_start": files.process_start_time(), "boot_id": files.host_identity(),
-        "name": config.name, "folder": str(config.folder), "memory": MEMORIES.index(config.memory) | config.eviction_period << 8,
+        "name": config.name, "folder": str(config.folder),
+        "memory": MEMORIES.index(config.memory) | config.eviction_period << 8,
         "memory_seed": config.memory_seed,
     }
 

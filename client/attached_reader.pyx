@@ -52,6 +52,7 @@ cdef class AttachedReader:
     cdef uint64_t generation
     cdef object topic
     cdef uint8_t live[32768]
+    cdef bint closed                        # the slot may be somebody else's: nothing more is written there
     cdef readonly uint64_t released         # entries below are viewed by nobody
     cdef readonly uint64_t next_index
 
@@ -75,7 +76,7 @@ cdef class AttachedReader:
         cdef uint64_t before = self.released
         while self.released < self.next_index and not self.live[self.released % LIVE_RING]:
             self.released += 1
-        if self.released != before:
+        if self.released != before and not self.closed:
             self.own.store(self.own_offset + 40, self.released)
             self.own.flush(self.own_offset + 40, 8)
             self.own.fence()
@@ -113,6 +114,10 @@ cdef class AttachedReader:
             batch.nbytes = entry.payload_bytes
             out.append(batch)
         return out
+
+    def close(self) -> None:
+        """Write nothing more: views that are still held protect nothing from now on."""
+        self.closed = True
 
     def is_open(self) -> bool:
         """Whether the broker still serves this slot."""

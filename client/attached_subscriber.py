@@ -88,6 +88,8 @@ class AttachedSubscriberEngine:
             region.close()
             region = attach_region(each.region, run_id=each.run_id)
             own, offset = region.memory(Role.ROLE_CLIENT), page
+        if self.reader is not None:
+            self.reader.close()
         self.reader = AttachedReader(
             region.memory(Role.ROLE_CLIENT), region.layout, own, offset,
             each.slot, each.generation, each.topic_number, each.topic_generation, each.index, self.topic)
@@ -205,6 +207,8 @@ class AttachedSubscriberEngine:
     async def close(self) -> None:
         """Let go of the place. Views that are still held are no longer protected."""
         self.closed = True
+        if self.reader is not None:
+            self.reader.close()
         self.batch = self.reader = None
         await self._detach()
         await self.connection.close()

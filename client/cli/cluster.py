@@ -70,6 +70,7 @@ def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
 def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> None:
     from client.cluster import Cluster, describe, interrupted_by_signals
 
+    stopped = False
     running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover)
     with interrupted_by_signals():
         with running:
@@ -78,8 +79,23 @@ def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> No
                 running.wait()
             except KeyboardInterrupt:       # the way to stop it: no failure
                 say("stopping ...")
-                return
-        raise CxlmqError("every broker has ended: see the notes above, and `cxlmq cluster up` to start again")
+                stopped = True
+        _tell_coherence(running.name, running.config.folder.parent)
+        if not stopped:
+            raise CxlmqError("every broker has ended: see the notes above, and `cxlmq cluster up` to start again")
+
+
+def _tell_coherence(name: str, folder_root: Path) -> None:
+    """Print what the checker found while a cluster ran on checked memory. Raises `CoherenceBroken` for mistakes."""
+    from broker.coherence import CoherenceBroken, load, report_text
+    from broker.hardware import report_path
+
+    path = report_path(name, folder_root)
+    report = load(path)
+    if report is not None:
+        say(report_text(report) + f"\nreport: {path}")
+        if report["reports"]:
+            raise CoherenceBroken(count=len(report["reports"]), path=str(path))
 
 
 def _print_cluster(values: dict[str, Any], detached: bool) -> None:
@@ -143,6 +159,7 @@ def down(name: str | None, every: bool) -> None:
     if every and name:
         raise click.UsageError("give a name or --all, not both")
     names = [each.name for each in find_regions() if each.live] if every else [name or default_cluster()]
+    roots = {each: _folder_of(each).parent for each in names}
     stopped = [{"name": each, "how": _stop(each)} for each in names]
     if settings().as_json:
         print_json({"stopped": stopped})
@@ -151,6 +168,8 @@ def down(name: str | None, every: bool) -> None:
         click.echo(f"cluster {each['name']!r} {each['how']}")
     if not stopped:
         click.echo("no cluster runs")
+    for cluster_name in names:
+        _tell_coherence(cluster_name, roots[cluster_name])
 
 
 def _stop(name: str) -> str:

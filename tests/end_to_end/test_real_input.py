@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from broker.coherence import load, report_text
+from broker.hardware import report_path
 from client import Admin, Publisher, Subscriber
 from client.cluster import Cluster
 from tests.end_to_end.conftest import small_config, unique
@@ -48,7 +50,7 @@ def frames(capture: Path) -> list[bytes]:
     return lines
 
 
-@pytest.fixture(scope="module", params=["mapped", "noncoherent"])
+@pytest.fixture(scope="module", params=["mapped", "noncoherent", "checked"])
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     """Four brokers, whose order index keeps a whole capture also when every frame is a batch."""
     config = small_config(brokers=4, order_entry_count=8192, topic_count_max=8, memory=request.param)
@@ -56,6 +58,17 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         yield running
         assert settles_to_nothing(running.name)
         assert eventually(lambda: segments_owned(running.name) == 0)
+    assert_coherent(running)
+
+
+def assert_coherent(cluster: Cluster) -> None:
+    """The checker has looked at every access, when memory was checked, and found nothing."""
+    path = report_path(cluster.name, cluster.config.folder.parent)
+    report = load(path)
+    assert (report is None) == (cluster.config.memory != "checked")
+    if report is not None:
+        path.unlink()
+        assert report["reports"] == [], report_text(report)
 
 
 @pytest.fixture
@@ -208,8 +221,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"pool": "partitioned", "brokers": 3}, {"pool": "leader", "brokers": 1},
     {"pool": "leader", "scanners": 2, "sequencer_lock": "mutex"},
     *({"memory": "noncoherent", "pool": pool} for pool in ("partitioned", "leader")),
-    {"memory": "noncoherent", "hosts": "0,0,1,1", "eviction_period": 20},
-    {"memory": "noncoherent", "thread_plan": "staged", "scanners": 4, "coherent_bytes": 0, "pool": "partitioned"},
+    *({"memory": memory, "hosts": "0,0,1,1", "eviction_period": 20} for memory in ("noncoherent", "checked")),
+    {"memory": "checked", "thread_plan": "staged", "scanners": 4, "pool": "leader"},
+    {"memory": "noncoherent", "thread_plan": "staged", "scanners": 4, "coherent_bytes": 512, "pool": "partitioned"},
 ]
 
 
@@ -238,6 +252,7 @@ def test_the_capture_goes_through_under_every_setting(settings: dict[str, Any], 
         assert eventually(lambda: segments_owned(cluster.name) == 0)
         pool = inspected(cluster.name)["pool"]
         assert pool["strategy"] == settings.get("pool", "atomic")
+    assert_coherent(cluster)
 
 
 @pytest.mark.parametrize("pool", ["atomic", "partitioned", "leader"])
