@@ -443,6 +443,46 @@ def _numbers(setting: str, text: str) -> list[int]:
     return found
 
 
+# ---- durability --------------------------------------------------------------------------------------------------
+
+
+@bench.command()
+@click.option("--bytes", "total_bytes", type=SIZE, default="512MiB", show_default=True, help="Payload of one round.")
+@click.option("--batch-bytes", type=SIZE, default="1MiB", show_default=True, help="Batch of the publisher.")
+@click.option("--brokers", type=click.IntRange(2, 64), default=4, show_default=True, help="Brokers, and bare files.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, help="Rounds; medians are given.")
+@click.option("--folder", type=click.Path(exists=True, file_okay=False), help="Where the files go.")
+@quiet_option
+@results_option
+@json_option
+@debug_option
+def durability(total_bytes: int, batch_bytes: int, brokers: int, runs: int, folder: str | None, quiet: bool,
+               results: str | None, json_target: str | None) -> None:
+    """Level 2 with replication factor 2, beside writing and fdatasyncing the same bytes with the same batching.
+
+    Both take turns on the same disk. The bar is 0.9 of the bare files.
+
+    \b
+    Examples:
+      cxlmq bench durability
+      cxlmq bench durability --folder /mnt/disk --bytes 2GiB --batch-bytes 256KiB
+    """
+    from client.bench.durability import measure_durability
+    from client.bench.report import table_text
+
+    with _measuring():
+        found = measure_durability(total_bytes, batch_bytes, brokers=brokers, runs=runs, folder=folder,
+                                   progress=_progress(quiet))
+    rows = [[number + 1, f"{each['gigabytes_per_second']:.3f}", f"{each['bare_gigabytes_per_second']:.3f}",
+             f"{each['ratio']:.2f}", f"{each['bytes_per_sync']:,}"] for number, each in enumerate(found["rounds"])]
+    rows.append(["median", f"{found['gigabytes_per_second']:.3f}", f"{found['bare_gigabytes_per_second']:.3f}",
+                 f"{found['ratio']:.2f}", f"{found['bytes_per_sync']:,.0f}"])
+    text = table_text("Level 2 and bare files", ["round", ">level 2 GB/s", ">bare GB/s", ">ratio", ">bytes a sync"],
+                      rows)
+    text += f"\n\nthe bar of {found['bar']} is {'reached' if found['reached'] else 'missed'}"
+    _finish(_about(found), text, json_target, results, "durability")
+
+
 # ---- idle ----------------------------------------------------------------------------------------------------------
 
 
