@@ -15,7 +15,7 @@ CODE = (".py", ".pyx", ".pxd")
 GENERATED = ("broker/proto/cxlmq_pb2.py", "broker/proto/cxlmq_pb2.pyi")
 
 # Lower layers know nothing of higher ones.
-LAYERS = ("sim/cxl", "broker", "client", "sim/cluster", "scripts", "tests")
+LAYERS = ("sim/cxl", "broker", "client", "sim/cluster", "sim/chaos", "scripts", "tests")
 
 # Who may use what. A new name here needs a reason as good as those that are there.
 MAY_MAP_MEMORY = {
@@ -31,6 +31,7 @@ MAY_IMPORT_GRPC = {
 MAY_READ_ENVIRONMENT = {
     "broker/config.py": "the settings", "broker/grpc_options.py": "gRPC reads its experiments from there",
     "client/bench/harness.py": "hands it on to the processes of a baseline",
+    "sim/chaos/disk.py": "preloads the faulty disk into brokers",
 }
 MAY_REACH_POINTERS = {
     "broker/log.pyx": "the broker's counters",

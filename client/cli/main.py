@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "security": ("client.cli.security", "security", "Certificates, tokens and rights for clusters with security."),
     "region": ("client.cli.region", "region", "Look into shared memory, and remove what dead clusters left."),
     "sim": ("sim.cluster.cli", "sim", "Run a whole cluster under a seed, with faults, in one process."),
+    "chaos": ("sim.chaos.cli", "chaos", "Run a cluster under load and faults, and judge every invariant."),
     "bench": ("client.cli.bench", "bench", "Measure this machine's limits and a cluster's speed."),
 }
 

@@ -16,10 +16,10 @@ from client.admin import Admin
 from client.cluster import Cluster
 from client.errors import ReplicaFailed
 from client.publisher import Publisher
+from sim.chaos.disk import SOURCE
 from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, inspected, numbered, read_topic
 
-SOURCE = Path(__file__).with_name("faulty_disk.c")
 SECONDS = 20.0
 
 

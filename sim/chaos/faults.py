@@ -1,0 +1,123 @@
+"""The faults of a chaos run: what is done to which process, when. A seed decides all of it.
+
+    kill         -9 of a broker, the head, a publisher, a reader
+    stop         SIGSTOP of one of them, for shorter or longer than any lease, then SIGCONT
+    disk         full, failing or slow, for a while, where the faulty disk is preloaded
+    garbage      random bytes to a random gRPC method
+"""
+
+import contextlib
+import os
+import random
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+DISK_RULES = ("write enospc 1 .replica", "sync eio 1 .replica", "sync delay=200 5 .replica", "write short 1 .replica")
+# What is done how often; kills of clients are cheap and many.
+WEIGHTS = {
+    "kill publisher": 30, "kill reader": 25, "kill broker": 17, "kill head": 10, "stop broker": 4, "stop head": 3,
+    "stop publisher": 3, "disk": 3, "garbage": 5,
+}
+STOP_SECONDS = (0.05, 4.0)
+
+
+class Target(Protocol):
+    """What faults are done to."""
+
+    def brokers(self) -> dict[int, int]: ...
+    def head(self) -> int | None: ...
+    def publishers(self) -> list[int]: ...
+    def readers(self) -> list[int]: ...
+    def fail_disks(self, rule: str) -> bool: ...
+    def send_garbage(self, chance: random.Random) -> None: ...
+
+
+@dataclass
+class Fault:
+    """One fault that was done."""
+
+    what: str
+    whom: str
+    at_ns: int
+    until_ns: int = 0
+
+
+@dataclass
+class Injector:
+    """Does faults to a target, one after the other, and keeps a list of them."""
+
+    target: Target
+    seed: int
+    weights: dict[str, int] = field(default_factory=lambda: dict(WEIGHTS))
+    done: list[Fault] = field(default_factory=list)
+    _stopped: dict[int, float] = field(default_factory=dict)        # pid: when it goes on
+
+    def __post_init__(self) -> None:
+        self._chance = random.Random(self.seed)
+
+    def next_pause(self, mean_seconds: float) -> float:
+        """Seconds until the next fault."""
+        return min(self._chance.expovariate(1 / mean_seconds), 5 * mean_seconds)
+
+    def inject(self) -> Fault | None:
+        """Do one fault; None when there is nobody to do it to just now."""
+        what = self._chance.choices(list(self.weights), list(self.weights.values()))[0]
+        done = self._do(what)
+        if done is not None:
+            self.done.append(done)
+        return done
+
+    def _do(self, what: str) -> Fault | None:
+        now = time.monotonic_ns()
+        if what == "garbage":
+            self.target.send_garbage(self._chance)
+            return Fault(what, "a broker", now)
+        if what == "disk":
+            rule = self._chance.choice(DISK_RULES)
+            return Fault(what, rule, now) if self.target.fail_disks(rule) else None
+        verb, kind = what.split()
+        found = self._find(kind)
+        if found is None:
+            return None
+        pid, name = found
+        if verb == "kill":
+            return Fault(what, name, now) if _send(pid, signal.SIGKILL) else None
+        seconds = self._chance.uniform(*STOP_SECONDS)
+        if not _send(pid, signal.SIGSTOP):
+            return None
+        self._stopped[pid] = time.monotonic() + seconds
+        return Fault(what, name, now, now + int(seconds * 1e9))
+
+    def _find(self, kind: str) -> tuple[int, str] | None:
+        brokers, head = self.target.brokers(), self.target.head()
+        if kind == "head":
+            return (brokers[head], f"broker {head}") if head in brokers else None
+        if kind == "broker":
+            others = [number for number in brokers if number != head]
+            number = self._chance.choice(others) if others else None
+            return None if number is None else (brokers[number], f"broker {number}")
+        pids = self.target.publishers() if kind == "publisher" else self.target.readers()
+        pids = [pid for pid in pids if pid not in self._stopped]
+        return (self._chance.choice(pids), f"{kind}") if pids else None
+
+    def let_go(self, all_of_them: bool = False) -> None:
+        """Continue whoever was stopped for long enough."""
+        for pid, until in list(self._stopped.items()):
+            if all_of_them or time.monotonic() >= until:
+                _send(pid, signal.SIGCONT)
+                del self._stopped[pid]
+
+    def kills(self) -> int:
+        """Processes that were killed."""
+        return sum(fault.what.startswith("kill") for fault in self.done)
+
+
+def _send(pid: int, number: int) -> bool:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+        return True
+    return False
+
+

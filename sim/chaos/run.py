@@ -1,0 +1,348 @@
+"""A chaos run: a real cluster under load and faults, and afterwards a verdict per invariant.
+
+    cluster (brokers come again) ◄── faults, by a seed
+       ▲ publish        │ read
+    publishers        readers, one of them undisturbed (the auditor)
+       └──── trails ────┴──► history ──► the simulation's checkers
+
+Two topics: `fast` at ack level 1, `durable` at level 2 with two copies. At the end everything that was acknowledged on
+`durable` has to come back from a copy of the disks alone.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from broker.config import ClusterConfig, load_config
+from broker.errors import CxlmqError
+from broker.head import head_of
+from broker.region import Region, attach_region, inspect_region
+from client.admin import Admin
+from client.cluster import Cluster
+from sim.chaos.disk import FaultyDisk
+from sim.chaos.faults import Fault, Injector
+from sim.chaos.trail import Kind, read_trail
+from sim.chaos.verdict import Trails, acks_of, judge, resume_seconds
+
+TOPICS: dict[str, dict[str, int]] = {
+    "fast": {"ack": 1, "replication_factor": 1}, "durable": {"ack": 2, "replication_factor": 2}}
+PUBLISHERS, READERS = 2, 2              # of each topic, beside the auditor
+BODY_BYTES_MAX = 4096
+DELIVERY_SECONDS = 30.0
+SETTLE_SECONDS = 60.0
+BASE_LINE_SECONDS = 30.0
+LOOK_SECONDS = 0.05
+CODE_FOLDER = Path(__file__).resolve().parents[2]
+
+Progress = Callable[[str], None]
+
+
+@dataclass
+class Settings:
+    """What a run does."""
+
+    seed: int
+    seconds: float
+    folder: Path
+    brokers: int = 4
+    kills: int | None = None            # end after so many
+    mean_pause: float = 1.5             # between faults
+    rate: float = 150.0                 # messages/s of each publisher
+    region_bytes: int = 512 << 20
+
+    def cluster_config(self) -> ClusterConfig:
+        """The cluster under test; its name leaves others alone."""
+        return load_config(name=f"chaos-{os.getpid()}", brokers=self.brokers, region_bytes=self.region_bytes,
+                           data_directory=str(self.folder / "data"))
+
+
+@dataclass
+class Client:
+    """One client process."""
+
+    process: subprocess.Popen[bytes]
+    topic: str
+    what: str
+    trail: Path
+    disturbed: bool = True
+
+
+@dataclass
+class Outcome:
+    """What a run found."""
+
+    broken: dict[str, str] = field(default_factory=dict)
+    faults: list[Fault] = field(default_factory=list)
+    kills: int = 0
+    begun_ns: int = 0
+    ended_ns: int = 0
+    messages: dict[str, int] = field(default_factory=dict)
+    acks_ns: Any = None
+    resumed: list[float] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        """Whether every invariant does."""
+        return not any(self.broken.values())
+
+
+class ChaosRun:
+    """See the module. It is the `Target` of its faults."""
+
+    def __init__(self, settings: Settings, progress: Progress = lambda _: None) -> None:
+        self._settings = settings
+        self._progress = progress
+        self._chance = random.Random(settings.seed ^ 0x5EED)
+        self._clients: list[Client] = []
+        self._trails = {topic: Trails([], [], settings.folder / f"{topic}-auditor", settings.folder / f"{topic}-last",
+                                      options["ack"]) for topic, options in TOPICS.items()}
+        self._next_client = 1
+        self._cluster: Cluster
+        self._region: Region
+        self._disk: FaultyDisk
+
+    # ---- the target of faults ---------------------------------------------------------------------------------------
+
+    def brokers(self) -> dict[int, int]:
+        """Broker processes that live: pids by number."""
+        return self._cluster.processes
+
+    def head(self) -> int | None:
+        """The broker that is head now."""
+        return head_of(self._region.memory().load_word(self._region.layout.offset_of("control")))
+
+    def publishers(self) -> list[int]:
+        """Publisher processes."""
+        return [each.process.pid for each in self._clients if each.what == "publish" and each.process.poll() is None]
+
+    def readers(self) -> list[int]:
+        """Reader processes that may be disturbed."""
+        return [each.process.pid for each in self._clients
+                if each.what == "read" and each.disturbed and each.process.poll() is None]
+
+    def fail_disks(self, rule: str) -> bool:
+        """Let the brokers' disks fail; False when that cannot be done here."""
+        return self._disk.fail(rule)
+
+    def send_garbage(self, chance: random.Random) -> None:
+        """Random bytes to a broker, behind a proper beginning or not."""
+        addresses = [each.unix for each in self._cluster.addresses.values() if each.unix]
+        if not addresses:
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(0.5)
+            connection.connect(chance.choice(addresses).removeprefix("unix:"))
+            if chance.random() < 0.7:
+                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
+            connection.sendall(chance.randbytes(chance.randrange(1, 100_000)))
+
+    # ---- clients ----------------------------------------------------------------------------------------------------
+
+    def _start(self, what: str, topic: str, trail: Path, disturbed: bool = True, **settings: Any) -> Client:
+        arguments = json.dumps({"trail": str(trail), "topic": topic, "cluster": self._cluster.name, **settings})
+        log = (self._settings.folder / f"{trail.name}.log").open("ab")
+        with log:
+            process = subprocess.Popen([sys.executable, "-m", "sim.chaos.clients", what, arguments], cwd=CODE_FOLDER,
+                                       stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        client = Client(process, topic, what, trail, disturbed)
+        self._clients.append(client)
+        return client
+
+    def _start_publisher(self, topic: str) -> None:
+        number, self._next_client = self._next_client, self._next_client + 1
+        trail = self._settings.folder / f"{topic}-publisher-{number}"
+        self._trails[topic].publishers.append(trail)
+        self._start("publish", topic, trail, client=number, ack=TOPICS[topic]["ack"], rate=self._settings.rate,
+                    transport=self._chance.choice(("grpc", "auto")), body_bytes_max=BODY_BYTES_MAX,
+                    delivery_timeout=DELIVERY_SECONDS)
+
+    def _start_reader(self, topic: str, trail: Path, disturbed: bool = True) -> None:
+        position = 0
+        for event in read_trail(trail):
+            if event.kind in (Kind.READ, Kind.FOREIGN):
+                position = event.position + 1
+            elif event.kind == Kind.GAP:
+                position = event.position
+        transport = self._chance.choice(("grpc", "auto")) if disturbed else "grpc"
+        self._start("read", topic, trail, disturbed, start=position, transport=transport)
+
+    def _replace_ended(self) -> None:
+        """Clients that were killed, or are done, are followed by others."""
+        for client in [each for each in self._clients if each.process.poll() is not None]:
+            self._clients.remove(client)
+            if client.what == "publish":
+                self._start_publisher(client.topic)
+            else:
+                self._start_reader(client.topic, client.trail, client.disturbed)
+
+    def _end(self, what: str) -> list[str]:
+        """Ask clients of a kind to end; what went wrong with that."""
+        ending = [each for each in self._clients if each.what == what]
+        for client in ending:
+            client.process.send_signal(signal.SIGTERM)
+        deadline, wrong = time.monotonic() + SETTLE_SECONDS, []
+        for client in ending:
+            try:
+                client.process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                wrong.append(f"{client.trail.name} did not end within {SETTLE_SECONDS:.0f} s")
+                client.process.kill()
+                client.process.wait()
+            self._clients.remove(client)
+        return wrong
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> Outcome:
+        """All of it. Raises `CxlmqError` when the cluster cannot be started."""
+        self._settings.folder.mkdir(parents=True, exist_ok=True)
+        outcome = Outcome()
+        with FaultyDisk(self._settings.folder) as self._disk, self._cluster_running():
+            for topic in TOPICS:
+                for _ in range(PUBLISHERS):
+                    self._start_publisher(topic)
+                self._start_reader(topic, self._trails[topic].auditor, disturbed=False)
+                for number in range(READERS):
+                    trail = self._settings.folder / f"{topic}-reader-{number}"
+                    self._trails[topic].readers.append(trail)
+                    self._start_reader(topic, trail)
+            self._disturb(outcome)
+            wrong = self._finish(outcome)
+        wrong_a2 = self._recover()
+        outcome.broken = judge(self._trails, outcome.faults, outcome.begun_ns, outcome.ended_ns, wrong)
+        outcome.broken["A2"] = wrong_a2
+        outcome.acks_ns = acks_of(self._trails.values())
+        outcome.resumed = resume_seconds(outcome.acks_ns, outcome.faults)
+        outcome.messages = {topic: sum(event.kind == Kind.ACKED for path in trails.publishers
+                                       for event in read_trail(path)) for topic, trails in self._trails.items()}
+        return outcome
+
+    @contextlib.contextmanager
+    def _cluster_running(self) -> Iterator[None]:
+        with Cluster(self._settings.cluster_config(), exact_name=True) as self._cluster:
+            self._region = attach_region(self._cluster.name, writable=False)
+            try:
+                with Admin(cluster=self._cluster.name) as admin:
+                    for topic, options in TOPICS.items():
+                        admin.create_topic(topic, **options)
+                yield
+            finally:
+                for client in self._clients:
+                    client.process.kill()
+                    client.process.wait()
+                self._region.close()
+
+    def _disturb(self, outcome: Outcome) -> None:
+        settings = self._settings
+        injector = Injector(self, settings.seed)
+        outcome.begun_ns = time.monotonic_ns()
+        until, due, told = time.monotonic() + settings.seconds, time.monotonic() + 3.0, 0.0
+        while time.monotonic() < until and (settings.kills is None or injector.kills() < settings.kills):
+            injector.let_go()
+            self._replace_ended()
+            if time.monotonic() >= due:
+                injector.inject()
+                due = time.monotonic() + injector.next_pause(settings.mean_pause)
+            if time.monotonic() >= told:
+                left = max(0.0, until - time.monotonic())
+                self._progress(f"{injector.kills()} kills, {len(injector.done)} faults, {left:.0f} s left")
+                told = time.monotonic() + 5.0
+            time.sleep(LOOK_SECONDS)
+        injector.let_go(all_of_them=True)
+        self._disk.heal()
+        outcome.ended_ns = time.monotonic_ns()
+        outcome.faults, outcome.kills = injector.done, injector.kills()
+
+    def _finish(self, outcome: Outcome) -> list[str]:
+        """Let everything come to rest; what does not. Then read all that is kept, and look for what is left over."""
+        self._progress("coming to rest")
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while time.monotonic() < deadline and len(self._cluster.processes) < self._settings.brokers:
+            time.sleep(LOOK_SECONDS)
+        wrong = self._end("publish")
+        with Admin(cluster=self._cluster.name) as admin:
+            ends = {topic: int(admin.describe_topic(topic)["end_position"]) for topic in TOPICS}
+        for topic, trails in self._trails.items():
+            self._start_reader(topic, trails.last, disturbed=False)
+            for trail in (trails.auditor, trails.last):
+                if not _wait_for_position(trail, ends[topic]):
+                    wrong.append(f"{trail.name} came to {_read_to(trail)} of {ends[topic]}")
+        wrong += self._end("read")
+        shutil.copytree(self._settings.folder / "data", self._settings.folder / "disks", dirs_exist_ok=True)
+        with Admin(cluster=self._cluster.name) as admin:
+            for topic in TOPICS:
+                admin.delete_topic(topic)
+        _wait(lambda: not self._left_over(), BASE_LINE_SECONDS)
+        return wrong + self._left_over()
+
+    def _left_over(self) -> list[str]:
+        found = inspect_region(self._region)
+        left = []
+        if found["pool"]["used"]:
+            left.append(f"{found['pool']['used']} segments are in use, and there is no topic")
+        if found["cursors"]:
+            left.append(f"{len(found['cursors'])} cursors are open, and there is no reader")
+        return left
+
+    # ---- level 2 ----------------------------------------------------------------------------------------------------
+
+    def _recover(self) -> str:
+        """Rebuild a cluster from a copy of the disks alone; what is wrong with it, empty text: nothing."""
+        self._progress("recovering from the disks")
+        trails = self._trails["durable"]
+        acked = {(event.client, event.number): event.position for path in trails.publishers
+                 for event in read_trail(path) if event.kind == Kind.ACKED}
+        config = dataclasses.replace(self._settings, folder=self._settings.folder / "recovered").cluster_config()
+        found = self._settings.folder / "recovered-reader"
+        try:
+            with Cluster(config, exact_name=True, recover=self._settings.folder / "disks") as self._cluster:
+                with Admin(cluster=self._cluster.name) as admin:
+                    end = int(admin.describe_topic("durable")["end_position"])
+                self._start_reader("durable", found, disturbed=False)
+                reached = _wait_for_position(found, end)
+                self._end("read")
+        except CxlmqError as error:
+            return f"no cluster could be recovered: {error.message}"
+        there = {(event.client, event.number): event.position for event in read_trail(found)
+                 if event.kind == Kind.READ}
+        if not reached:
+            return f"the recovered topic could be read to {_read_to(found)} of {end}"
+        for message, position in acked.items():
+            if position >= 0 and there.get(message) != position:
+                return (f"message {message[1]} of client {message[0]} was acknowledged at level 2 at position "
+                        f"{position}; on the disks it is at {there.get(message)}")
+        return ""
+
+
+def _read_to(trail: Path) -> int:
+    """The position behind the last message of a trail."""
+    last = -1
+    for event in read_trail(trail):
+        if event.kind in (Kind.READ, Kind.FOREIGN):
+            last = event.position
+    return last + 1
+
+
+def _wait_for_position(trail: Path, position: int) -> bool:
+    return _wait(lambda: _read_to(trail) >= position, SETTLE_SECONDS)
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True

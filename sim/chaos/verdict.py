@@ -1,0 +1,121 @@
+"""From the trails of a chaos run to a verdict per invariant, by the same checkers as the simulation."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy
+
+from sim.chaos.faults import Fault
+from sim.chaos.trail import Event, Kind, read_trail
+from sim.cluster.history import CHECKERS, Entry, History, Operation, Read, Violation
+
+RESUME_SECONDS_P99 = 2.0
+STANDSTILL_SECONDS = 15.0
+
+
+@dataclass
+class Trails:
+    """The files of one topic's run."""
+
+    publishers: list[Path]
+    readers: list[Path]
+    auditor: Path           # the reader that nobody disturbs
+    last: Path              # reads everything that is kept, at the end
+    level: int = 1
+
+
+def history_of(trails: Trails) -> History:
+    """One history. The log is what the auditor read; positions are its indexes, a message an entry."""
+    history = History()
+    for path in trails.publishers:
+        _add_operations(history, read_trail(path), trails.level)
+    for event in read_trail(trails.auditor):
+        if event.kind in (Kind.READ, Kind.FOREIGN):
+            history.log.append(Entry(event.position, event.client if event.kind == Kind.READ else -1, event.number, 1))
+        elif event.kind == Kind.GAP:
+            history.errors.append((f"the auditor lost what lies before position {event.position}", False))
+    for number, path in enumerate(trails.readers):
+        _add_reads(history, f"reader {number}", read_trail(path))
+    history.final = [Read(event.position, event.position, 1, _sender(event)) for event in read_trail(trails.last)
+                     if event.kind in (Kind.READ, Kind.FOREIGN)]
+    history.reclaimed_index = history.final[0].index if history.final else len(history.log)
+    return history
+
+
+def _sender(event: Event) -> tuple[int, int] | None:
+    return (event.client, event.number) if event.kind == Kind.READ else None
+
+
+def _add_operations(history: History, events: Iterable[Event], level: int) -> None:
+    operations: dict[int, Operation] = {}
+    for event in events:
+        if event.kind == Kind.SENT:
+            operations[event.number] = Operation(event.client, event.number, 1, level, event.at_ns)
+            continue
+        operation = operations[event.number]
+        operation.settled = event.at_ns
+        if event.kind == Kind.ACKED:
+            operation.outcome = "ok"
+            operation.position = event.position if event.position >= 0 else None
+            history.marks.append((f"the epoch of client {event.client}'s acks", event.epoch))
+        elif event.kind == Kind.FAILED:
+            operation.outcome = "failed"
+    history.operations.extend(operations.values())
+
+
+def _add_reads(history: History, name: str, events: Iterable[Event]) -> None:
+    """A reader that was told of a gap, or began anew, goes on as another one."""
+    part = 0
+    for event in events:
+        if event.kind in (Kind.GAP, Kind.STARTED):
+            part += 1
+        elif event.kind in (Kind.READ, Kind.FOREIGN):
+            history.reads.setdefault(f"{name}, part {part}", []).append(
+                Read(event.position, event.position, 1, _sender(event)))
+
+
+def acks_of(trails: Iterable[Trails]) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]":
+    """When acks arrived, monotonic ns, sorted."""
+    times = [event.at_ns for each in trails for path in each.publishers for event in read_trail(path)
+             if event.kind == Kind.ACKED]
+    return numpy.sort(numpy.array(times, numpy.int64))
+
+
+def resume_seconds(acks: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]", faults: Iterable[Fault],
+                   what: str = "kill head") -> list[float]:
+    """How long after each fault of a kind no ack came: the longest pause that began within a second of it."""
+    found = []
+    for fault in faults:
+        if fault.what == what:
+            first, end = numpy.searchsorted(acks, (fault.at_ns, fault.at_ns + 1_000_000_000))
+            around = numpy.concatenate(([fault.at_ns], acks[first:end + 1]))
+            if len(around) > 1:
+                found.append(float(numpy.diff(around).max()) / 1e9)
+    return found
+
+
+def judge(trails: dict[str, Trails], faults: list[Fault], begun_ns: int, ended_ns: int,
+          leftovers: list[str]) -> dict[str, str]:
+    """What is broken, by invariant; empty text: it holds."""
+    broken = dict.fromkeys((*CHECKERS, "V"), "")
+    del broken["A2"]                # judged by recovering, see run.py
+    for topic, each in trails.items():
+        history = history_of(each)
+        history.leftovers = leftovers
+        for name in broken:
+            if name == "V":
+                continue
+            try:
+                CHECKERS[name](history)
+            except Violation as violation:
+                broken[name] = broken[name] or f"topic {topic}: {violation.text}"
+    acks = acks_of(trails.values())
+    pauses = numpy.diff(numpy.concatenate(([begun_ns], acks, [ended_ns]))) / 1e9
+    if pauses.max() > STANDSTILL_SECONDS:
+        broken["V"] = f"nothing was acknowledged for {pauses.max():.1f} s (at most {STANDSTILL_SECONDS:.0f} s)"
+    resumed = resume_seconds(acks, faults)
+    if resumed and float(numpy.percentile(resumed, 99)) > RESUME_SECONDS_P99:
+        broken["V"] = broken["V"] or (f"acks resumed {numpy.percentile(resumed, 99):.2f} s after a head's death (p99; "
+                                      f"at most {RESUME_SECONDS_P99} s)")
+    return broken

@@ -1,0 +1,145 @@
+"""The judge of chaos runs: it sees what is wrong in trails, and nothing where nothing is."""
+
+from pathlib import Path
+
+import numpy
+import pytest
+
+from sim.chaos.faults import Fault, Injector
+from sim.chaos.trail import Kind, Trail, make_message, read_trail, sender_of
+from sim.chaos.verdict import Trails, judge, resume_seconds
+
+SECOND = 1_000_000_000
+
+
+def test_a_message_names_its_sender_and_damage_takes_the_name_away() -> None:
+    message = bytearray(make_message(7, 3, 500))
+    assert sender_of(message) == (7, 3)
+    for at in (0, 5, 9, 21, len(message) - 1):
+        message[at] ^= 1
+        assert sender_of(message) is None
+        message[at] ^= 1
+    assert sender_of(message[:-1]) is None and sender_of(b"") is None
+
+
+def test_half_an_event_of_a_killed_writer_is_left_out(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "t")
+    trail.write(Kind.SENT, 1, 0)
+    trail.write(Kind.ACKED, 1, 0, 4, 1)
+    (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes()[:-1])
+    assert [event.kind for event in read_trail(tmp_path / "t")] == [Kind.SENT]
+    assert list(read_trail(tmp_path / "missing")) == []
+
+
+class Story:
+    """Trails of one topic, written by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.publisher, self.reader = Trail(folder / "p"), Trail(folder / "r")
+        self.auditor, self.last = Trail(folder / "a"), Trail(folder / "l")
+        self.trails = Trails([folder / "p"], [folder / "r"], folder / "a", folder / "l")
+        self.sent = 0
+
+    def publish(self, position: int, epoch: int = 1) -> None:
+        self.publisher.write(Kind.SENT, 1, self.sent)
+        self.publisher.write(Kind.ACKED, 1, self.sent, position, epoch)
+        self.sent += 1
+
+    def read(self, numbers: list[int], *who: Trail) -> None:
+        for trail in who or (self.auditor, self.reader, self.last):
+            trail.write_reads([((1, number), position) for position, number in enumerate(numbers)])
+
+    def broken(self, leftovers: tuple[str, ...] = ()) -> set[str]:
+        times = [event.at_ns for event in read_trail(self.trails.auditor)]
+        found = judge({"t": self.trails}, [], times[0] - SECOND, times[-1] + SECOND, list(leftovers))
+        return {name for name, text in found.items() if text}
+
+
+@pytest.fixture
+def story(tmp_path: Path) -> Story:
+    made = Story(tmp_path)
+    for position in range(4):
+        made.publish(position)
+    return made
+
+
+def test_a_run_without_fault_is_judged_whole(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    assert story.broken() == set()
+
+
+def test_what_was_acknowledged_and_is_not_there_breaks_a1(story: Story) -> None:
+    story.read([0, 1, 2])
+    assert "A1" in story.broken()
+
+
+def test_a_message_twice_breaks_u_and_p(story: Story) -> None:
+    story.read([0, 1, 2, 3, 3])
+    assert {"U", "P"} <= story.broken()
+
+
+def test_a_reader_that_saw_another_order_breaks_t(story: Story) -> None:
+    story.read([0, 1, 2, 3], story.auditor, story.last)
+    story.read([0, 2, 1, 3], story.reader)
+    assert story.broken() == {"T"}
+
+
+def test_an_unknown_sender_breaks_n(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    story.reader.write_reads([(None, 4)])
+    story.auditor.write_reads([(None, 4)])
+    assert "N" in story.broken()
+
+
+def test_an_epoch_that_goes_back_breaks_m(story: Story) -> None:
+    story.publish(4, epoch=3)
+    story.publish(5, epoch=2)
+    story.read([0, 1, 2, 3, 4, 5])
+    assert story.broken() == {"M"}
+
+
+def test_what_is_left_over_breaks_b(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    assert story.broken(("3 segments are in use",)) == {"B"}
+
+
+def test_a_long_silence_after_a_heads_death_is_measured() -> None:
+    acks = numpy.array([1.0, 1.1, 3.6, 3.7], float) * SECOND
+    assert resume_seconds(acks.astype(numpy.int64), [Fault("kill head", "broker 0", int(1.05 * SECOND))]) == [
+        pytest.approx(2.5)]
+    assert resume_seconds(acks.astype(numpy.int64), [Fault("kill broker", "broker 1", SECOND)]) == []
+
+
+class Nobody:
+    """A target whose processes never end; garbage is all that reaches it."""
+
+    def brokers(self) -> dict[int, int]:
+        return {}
+
+    def head(self) -> int | None:
+        return None
+
+    def publishers(self) -> list[int]:
+        return []
+
+    def readers(self) -> list[int]:
+        return []
+
+    def fail_disks(self, rule: str) -> bool:
+        return True
+
+    def send_garbage(self, chance: object) -> None:
+        pass
+
+
+def test_the_same_seed_brings_the_same_faults() -> None:
+    def story_of(seed: int) -> list[tuple[str, str, float]]:
+        injector = Injector(Nobody(), seed)
+        pauses = []
+        for _ in range(200):
+            pauses.append(injector.next_pause(1.0))
+            injector.inject()
+        return [(fault.what, fault.whom, pauses[number]) for number, fault in enumerate(injector.done)]
+
+    assert story_of(3) == story_of(3) != story_of(4)
+    assert {"disk", "garbage"} == {what for what, _, _ in story_of(3)}
