@@ -69,22 +69,27 @@ class GroupFiles:
             self._sync_folder()
             self._stored[record.file_name] = record.version
 
-    def keep(self, records: Iterable[GroupRecord]) -> None:
-        """Make the files say what there is: store what changed, remove what went. Raises `OSError`."""
+    def stored(self) -> dict[str, int]:
+        """Versions of what is stored, by file name."""
+        with self._lock:
+            return dict(self._stored)
+
+    def keep(self, records: Iterable[GroupRecord], known: Iterable[str]) -> None:
+        """Make the files say what there was when `known` was stored: store what changed, remove what went.
+
+        What others have stored since then stays. Raises `OSError`.
+        """
         records = list(records)
         for record in records:
             self.store(record)
-        wanted = {record.file_name for record in records}
-        for name in [name for name in list(self._stored) if name not in wanted]:
-            self.remove(name)
+        for name in set(known) - {record.file_name for record in records}:
+            self._remove(name)
 
-    def remove(self, name: str) -> None:
-        """Forget a group that was deleted. Raises `OSError`."""
+    def _remove(self, name: str) -> None:
         with self._lock:
-            if name in self._stored:
-                (self._folder / name).unlink(missing_ok=True)
-                self._sync_folder()
-                del self._stored[name]
+            (self._folder / name).unlink(missing_ok=True)
+            self._sync_folder()
+            self._stored.pop(name, None)
 
     def _sync_folder(self) -> None:
         descriptor = os.open(self._folder, os.O_RDONLY)

@@ -1,9 +1,11 @@
 """The Groups service of a broker: what changes a group is passed on to the head, what looks at one is answered here."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -59,7 +61,6 @@ class GroupService:
         self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid)
         self._files = GroupFiles(node.config.replica_folder(node.broker))
         self._lease_ns = int(node.config.group_lease_seconds * 1e9)
-        self._kept: tuple[tuple[int, int], ...] = ()
         self._files_failed = False
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -81,7 +82,10 @@ class GroupService:
         """The topic that a request is about, and a reader of it. Raises `BadGroupName`, `UnknownTopic`."""
         topic = self._node.topics.find(request.topic)
         check_group_name(request.group)
-        return topic, OrderReader(self._node.delivery_door, self._node.layout, topic.number, topic.generation)
+        return topic, self._reader(topic)
+
+    def _reader(self, topic: TopicEntry) -> OrderReader:
+        return OrderReader(self._node.delivery_door, self._node.layout, topic.number, topic.generation)
 
     async def join(self, request: Any, context: Any) -> pb.GroupMembership:
         topic, reader = self._opened(request)
@@ -158,6 +162,15 @@ class GroupService:
         await self.look_after()
         return pb.DeleteGroupResponse()
 
+    def restore(self, report_file: Path) -> None:
+        """After a recovery, before anybody can call: bring back the groups, and say so in the report. Once a region."""
+        report = json.loads(report_file.read_text()) if report_file.exists() else {"groups": []}
+        if "groups" in report or not self._node.config.data_directory:
+            return
+        report |= self.table.restore_all(self._node.topics.entries(), self._reader,
+                                         Path(self._node.config.data_directory))
+        report_file.write_text(json.dumps(report))
+
     # ---- files ------------------------------------------------------------------------------------------------------
 
     async def _make_durable(self, topic: TopicEntry, group: Group) -> None:
@@ -177,15 +190,13 @@ class GroupService:
     async def look_after(self) -> None:
         """Every broker keeps copies of the groups of replicated topics: the head's disk alone could go with it."""
         topics = {topic_key(topic): topic for topic in self._node.topics.entries() if topic.replication_factor > 1}
-        if not topics and not self._kept:
-            return
-        groups = self.table.entries(topics)
-        now = tuple((group.number, group.version) for group in groups)
-        if now == self._kept and not self._files_failed:
+        records = [group.record(topics[group.topic]) for group in self.table.entries(topics)] if topics else []
+        known = self._files.stored()
+        if known == {record.file_name: record.version for record in records}:
             return
         try:
-            await asyncio.to_thread(self._files.keep, [group.record(topics[group.topic]) for group in groups])
-            self._kept, self._files_failed = now, False
+            await asyncio.to_thread(self._files.keep, records, known)
+            self._files_failed = False
         except OSError as error:
             if not self._files_failed:      # once: it is tried again until it works
                 _log.error("the groups' files cannot be written: %s", error)

@@ -8,14 +8,23 @@ committed is not reclaimed.
 import asyncio
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy
 
-from broker.errors import CommitRefused, GroupBusy, GroupFenced, GroupTableFull, PositionLost, UnknownGroup
-from broker.group_files import GroupRecord
+from broker.errors import (
+    BrokerUnavailable,
+    CommitRefused,
+    GroupBusy,
+    GroupFenced,
+    GroupTableFull,
+    PositionLost,
+    UnknownGroup,
+)
+from broker.group_files import GroupRecord, read_group_files
 from broker.head import HeadView
-from broker.layout import GroupState, Layout, record_dtypes
+from broker.layout import ControlBits, GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
 from broker.sessions import CursorTable
@@ -56,11 +65,13 @@ class Group:
 class GroupTable:
     """Reads the group table of the serving head; at the head, everything else as well, in its own bank.
 
-    `now` is the monotonic clock, `wall` the other."""
+    `now` is the monotonic clock, `wall` the other, both in ns.
+    """
 
     def __init__(self, memory: Memory, layout: Layout, now: Callable[[], int], wall: Callable[[], int],
                  cursors: CursorTable, pid: int) -> None:
         self._memory, self._layout, self._now, self._wall = memory, layout, now, wall
+        self._bank = layout.numbers["bank"]
         self._head = HeadView(memory, layout)
         self._cursors, self._pid = cursors, pid
         self._count = layout.numbers["group_count_max"]
@@ -68,7 +79,7 @@ class GroupTable:
 
     def lead(self, layout: Layout) -> None:
         """This broker is head from now on, and writes the bank of `layout`."""
-        self._layout = layout
+        self._layout, self._bank = layout, layout.numbers["bank"]
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -202,6 +213,19 @@ class GroupTable:
                       reader.find(position), NOBODY, 0, 0, record.committed_wall_ns, record.protected, "")
         return self._write(group, record.version)
 
+    def restore_all(self, topics: Collection[TopicEntry], reader_of: Callable[[TopicEntry], OrderReader],
+                    folder: Path) -> dict[str, Any]:
+        """Bring back the groups of restored topics from a data directory; the report, as JSON values."""
+        by_name = {(topic.name, topic.created_ns): topic for topic in topics}
+        records, damaged = read_group_files(sorted(folder.glob("broker-*")))
+        restored = []
+        for record in records:
+            topic = by_name.get((record.topic, record.created_ns))
+            if topic is not None:
+                group = self.restore(topic, reader_of(topic), record)
+                restored.append({"topic": topic.name, "group": group.name, "position": group.position})
+        return {"groups": restored, "damaged_groups": damaged}
+
     async def forget_deleted(self, alive: Collection[int]) -> None:
         """Free the groups of topics (keys) that are gone."""
         async with self._lock:
@@ -221,10 +245,12 @@ class GroupTable:
         return int(free[0])
 
     def _free(self, number: int) -> None:
+        control = self._head.control
         at = self._layout.offset_of("group", number)
         self._memory.store_word(at, self._memory.load_word(at) >> 8 << 8 | GroupState.GROUP_FREE)
         self._memory.flush_range(at, 8)
         self._memory.store_fence()
+        self._require_head(control)
 
     def _write(self, group: Group, above: int = 0, **changed: Any) -> Group:
         """Change a group's line. Who the member is, is written before the line that makes it one.
@@ -234,6 +260,7 @@ class GroupTable:
         """
         moved = group.version == 0 or not changed.keys() <= {"member", "holder", "lease_until_ns"}
         version = max(above, int((self._states() >> 8).max())) + 1 if moved else group.version
+        control = self._head.control
         fresh = Group(**{**group.__dict__, **changed, "version": version})
         at = self._layout.offset_of("group", fresh.number)
         if group.version == 0:
@@ -250,4 +277,15 @@ class GroupTable:
             committed_wall_ns=fresh.committed_wall_ns))
         self._memory.flush_range(at, 64)
         self._memory.store_fence()
+        self._require_head(control)
         return fresh
+
+    def _require_head(self, control: int) -> None:
+        """Raise `BrokerUnavailable` when another head began while we wrote: it may not have seen that.
+
+        A compare-and-swap that changes nothing is a look that is not made before our store is visible. The next head
+        raises the epoch first and reads our bank then: either we see the one, or it sees the other.
+        """
+        ours = control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF == self._bank
+        if not ours or not self._memory.compare_and_swap_word(self._layout.offset_of("control"), control, control):
+            raise BrokerUnavailable("a new head is taking over: try again", address="head")

@@ -334,13 +334,11 @@ def _check_place(region: Region, broker: int) -> None:
                             "start the whole cluster anew", region=region.name, reason="broker ran")
 
 
-RECOVERY_FILE = "recovery.json"          # in the cluster's folder: what was recovered, and what was not
-
-
 def _recover(config: ClusterConfig, region: Region) -> None:
     """Fill the new region from the replicas in the data directory, before anybody else attaches to it."""
     from broker.recovery import make_plan
     from broker.restore import restore
+    from broker.server import RECOVERY_FILE
 
     assert config.data_directory
     report = restore(region, make_plan(Path(config.data_directory)), int(config.session_lease_seconds * 1e9))

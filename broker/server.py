@@ -59,6 +59,7 @@ RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
 LOOK_SECONDS = 0.2
+RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
 
@@ -275,6 +276,8 @@ class BrokerServer:
     async def start(self) -> tuple[str, str]:
         """Listen; the TCP and the unix address. Raises `PortTaken`."""
         config = self.node.config
+        if self.node.is_head:
+            self.groups.restore(config.folder / RECOVERY_FILE)
         port = config.listen_port + self.node.broker if config.listen_port else 0
         wanted = f"{config.listen_host}:{port}"
         unix = f"unix:{config.folder / f'broker-{self.node.broker}.sock'}"

@@ -133,6 +133,10 @@ def _print_recovery(report: dict[str, Any] | None) -> None:
             click.echo(f"    lost: positions {lost['first']} to {lost['end'] - 1} ({lost['reason']})")
     for each in report["damage"]:
         click.echo(f"  damaged: {each['path']} at byte {each['offset']}: {each['what']}")
+    for each in report["groups"]:
+        click.echo(f"  group {each['group']!r} of topic {each['topic']!r}: position {each['position']}")
+    for text in report["damaged_groups"]:
+        click.echo(f"  damaged: {text}")
     for text in report["ignored"]:
         click.echo(f"  not restored: {text}")
     click.echo("")

@@ -28,6 +28,7 @@ from client import Admin, AsyncSubscriber, Publisher, Subscriber
 from client.cluster import Cluster
 from tests.end_to_end.conftest import small_config, traces, unique
 from tests.end_to_end.library_support import eventually, inspected, made_topic, numbered, read, settles_to_nothing
+from tests.end_to_end.test_recovery import kill_everything
 
 ROOT = Path(__file__).parents[2]
 LEASE = 2.0
@@ -293,6 +294,33 @@ def test_a_group_that_is_deleted_under_its_member_ends_it(made: str, cluster: Cl
         with pytest.raises(GroupFenced):
             subscriber.commit(9)
     assert described(cluster, made)["position"] == 5
+
+
+def test_groups_come_back_with_the_topics_when_the_memory_is_gone(tmp_path: Path) -> None:
+    with Cluster(small_config(brokers=3, data_directory=str(tmp_path))) as first:
+        with Admin(cluster=first.name) as admin:
+            admin.create_topic("kept", ack=2, replication_factor=2)
+        publish(first, "kept", numbered(50))
+        for name, position in (("g", 20), ("h", 50)):
+            with Subscriber("kept", cluster=first.name, group=name, protect=name == "g") as subscriber:
+                subscriber.commit(position)
+        assert eventually(lambda: all(len(read_group_files([tmp_path / f"broker-{broker}"])[0]) == 2 for broker in range(3)))
+        kill_everything(first)
+    (damaged,) = (tmp_path / "broker-0").glob("*.g.group")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with Cluster(small_config(brokers=3), recover=tmp_path) as second:
+        report = second.recovery
+        assert report is not None
+        assert len(report["damaged_groups"]) == 1
+        assert str(damaged) in report["damaged_groups"][0]
+        assert {each["group"]: each["position"] for each in report["groups"]} == {"g": 20, "h": 50}
+        assert [described(second, "kept", name)["protected"] for name in ("g", "h")] == [True, False]
+        with Subscriber("kept", cluster=second.name, group="g") as subscriber:
+            assert read(subscriber, 30) == numbered(50)[20:]
+            subscriber.commit()
+        with Subscriber("kept", cluster=second.name, group="h") as subscriber:
+            publish(second, "kept", [b"next"])
+            assert read(subscriber, 1) == [b"next"]
 
 
 # ---- replay by time --------------------------------------------------------------------------------------------------

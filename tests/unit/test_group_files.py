@@ -47,9 +47,13 @@ def test_every_damaged_byte_is_found_and_nothing_is_removed(tmp_path: Path) -> N
 
 def test_keeping_follows_what_there_is(tmp_path: Path) -> None:
     files = GroupFiles(tmp_path)
-    files.keep([record(), record(group="h")])
+    files.keep([record(), record(group="h")], ())
     assert len(list(tmp_path.iterdir())) == 2
-    files.keep([record(group="h", version=9)])
+    known = files.stored()
+    files.store(record(group="i", version=9))
+    files.keep([record(group="h", version=9)], known)
+    assert {each.group for each in read_group_files([tmp_path])[0]} == {"h", "i"}, "what came meanwhile stays"
+    files.keep([record(group="h", version=9)], files.stored())
     assert [each.version for each in read_group_files([tmp_path])[0]] == [9]
     files.store(record(version=10))
     assert len(list(tmp_path.iterdir())) == 2, "one that was made again comes back"

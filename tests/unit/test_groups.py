@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from broker.errors import CommitRefused, CxlmqError, GroupBusy, GroupFenced, GroupTableFull, PositionLost, UnknownGroup
+from broker.errors import (
+    BrokerUnavailable,
+    CommitRefused,
+    CxlmqError,
+    GroupBusy,
+    GroupFenced,
+    GroupTableFull,
+    PositionLost,
+    UnknownGroup,
+)
 from broker.group_files import GroupRecord
 from broker.groups import Group, GroupTable
 from broker.layout import GroupState, HolderKind
@@ -232,13 +241,56 @@ def test_a_group_comes_back_from_disk_and_never_beyond_the_end() -> None:
     assert (near.position, near.version > 400) == (6, True)
 
 
-def test_a_head_that_starts_later_goes_on_with_the_lines_of_the_one_before() -> None:
+def table_of(setting: Setting, broker: int) -> GroupTable:
+    """Another broker's table."""
+    cluster = setting.cluster
+    return GroupTable(cluster.door(broker, Role.ROLE_ADMIN), cluster.layout, cluster.clock.now, lambda: 0,
+                      cluster.brokers[broker].cursors, 2)
+
+
+def test_a_new_head_goes_on_with_the_groups_of_the_last_one() -> None:
     setting = Setting()
-    group = setting.commit(setting.join(), 9)
-    later = GroupTable(setting.cluster.door(1, Role.ROLE_ADMIN), setting.cluster.layout, setting.cluster.clock.now,
-                       lambda: 0, setting.cluster.brokers[1].cursors, 2)
-    moved = later.commit(setting.topic, setting.reader, "g", 1, group.member_epoch, 11, LEASE_NS)
+    group = setting.commit(setting.join(protect=True), 9)
+    other = table_of(setting, 1)
+    assert other.find(setting.topic, "g") == group, "every broker sees it"
+    setting.cluster.take_over(1)
+    assert other.find(setting.topic, "g") == group
+    other.lead(setting.cluster.order.layout)
+    moved = other.commit(setting.topic, setting.reader, "g", 1, group.member_epoch, 11, LEASE_NS)
     assert (moved.position, moved.version > group.version) == (11, True)
+    assert setting.table.find(setting.topic, "g").position == 11, "also the last head sees the new one's"
+
+
+def test_a_replaced_head_acknowledges_no_commit_and_what_it_wrote_counts_for_nobody() -> None:
+    setting = Setting()
+    group = setting.commit(setting.join(), 5)
+    other = table_of(setting, 1)
+    setting.cluster.take_over(1)
+    other.lead(setting.cluster.order.layout)
+    for late in (lambda: setting.commit(group, 8), lambda: setting.join(1),
+                 lambda: setting.table.leave(setting.topic, "g", 1, group.member_epoch),
+                 lambda: setting.table.restore(setting.topic, setting.reader, GroupRecord(
+                     topic="topic", created_ns=1, group="r", version=1, position=1, protected=False,
+                     committed_wall_ns=0))):
+        with pytest.raises(BrokerUnavailable, match="new head"):
+            late()
+    assert [(each.name, each.position, each.member) for each in other.entries()] == [("g", 5, 1)]
+
+
+def test_a_commit_in_the_middle_of_which_another_head_begins_is_not_acknowledged(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting()
+    group = setting.commit(setting.join(), 5)
+    whole = setting.table._require_head
+
+    def replaced(control: int) -> None:
+        setting.cluster.take_over(1)        # after the line was written, before the answer
+        whole(control)
+
+    monkeypatch.setattr(setting.table, "_require_head", replaced)
+    with pytest.raises(BrokerUnavailable):
+        setting.commit(group, 8)
+    assert table_of(setting, 1).find(setting.topic, "g").position == 8, "not acknowledged, and taken over all the same"
 
 
 @pytest.mark.parametrize("seed", range(20))
