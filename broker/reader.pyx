@@ -134,7 +134,7 @@ cdef class OrderReader:
         cdef int status = self.peek(index, &entry)
         if status == READ_NOTHING:
             return end
-        if status != READ_OK:
+        if status != READ_OK and status != READ_GONE:
             raise self.error(status, index)
         return entry.position
 
