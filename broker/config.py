@@ -26,6 +26,7 @@ from broker.errors import (
     RegionTooSmall,
 )
 from broker.layout import Layout, LayoutError
+from sim.cxl.profiles import ProfileError, load_profile
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 FOLDER_PREFIX = "cxlmq-"
@@ -133,6 +134,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     thread_plan: str = "fused"
     waiting: str = "balanced"
     memory: str = "mapped"
+    profile: str = ""                       # a device's latencies and bandwidths; empty: this machine's own
     hosts: str = ""                         # the host of each broker, as "0,0,1,1"; empty: every broker has its own
     eviction_period: int = 1000             # accesses between two spontaneous events of a host's cache; 0: none
     memory_seed: int = 1                    # of garbage and spontaneous events
@@ -186,6 +188,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             if getattr(self, setting) <= 0:
                 _refuse(setting, getattr(self, setting), "more than 0")
         self.host_numbers()
+        self._check_profile()
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
         if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
@@ -195,6 +198,16 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if len(os.fsencode(self.folder)) > 90:
             _refuse("runtime_directory", self.runtime_directory,
                     "a short path: unix sockets below it may have 107 bytes, the cluster's folder 90")
+
+    def _check_profile(self) -> None:
+        if self.profile:
+            try:
+                load_profile(self.profile)
+            except ProfileError as error:
+                raise ConfigError(str(error), setting="profile", value=repr(self.profile)) from error
+            if self.memory == "mapped":
+                _refuse("profile", self.profile, "none with memory 'mapped': the machine's own caches cannot be slowed "
+                                                 "down; use 'noncoherent' or 'checked'")
 
     def host_numbers(self) -> list[int]:
         """The host of each broker. Raises `ConfigError`."""

@@ -20,6 +20,7 @@ from sim.cxl.checker import Checker
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, Memory
 from sim.cxl.noncoherent import NonCoherentMemory
+from sim.cxl.profiles import load_profile
 
 MAPPED = MEMORIES.index("mapped")
 HOSTS_MAX = 64
@@ -122,7 +123,9 @@ class Hardware:
     def save_report(self, folder_root: Path) -> None:
         """Keep what the checker found, explained, where the cluster's end does not remove it."""
         if self.checker is not None:
-            save(explain(self.checker.reports(), self.checker.wasted(), self._layout),
+            timing = self.device.timing()
+            prices = (timing["flush_ns"], timing["fence_ns"]) if timing["load_ns"] else None
+            save(explain(self.checker.reports(), self.checker.wasted(), self._layout, prices),
                  report_path(self._name, folder_root))
 
     def door(self, role: int, statistics_offset: int = 0) -> Memory:
@@ -130,6 +133,11 @@ class Hardware:
         if not self._simulated:
             return MappedMemory(self._mapping, role, True, statistics_offset)
         return NonCoherentMemory(self.host, role, statistics_offset)
+
+    def use_profile(self, text: str) -> None:
+        """Let accesses take the time of a device, for every process. By the creator, before anybody else comes."""
+        if text and self._simulated:
+            self.device.use_profile(load_profile(text))
 
     def fill_garbage(self) -> None:
         """Hand the memory out as hardware does: full of whatever there was. All but the superblock, before its use."""

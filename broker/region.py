@@ -147,6 +147,7 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
         report_path(config.name, config.folder.parent).unlink(missing_ok=True)
         _write_superblock(region.memory(), superblock)
         region.hardware.fill_garbage()
+        region.hardware.use_profile(config.profile)
         _clear_tables(region.memory(), layout)
         make_folder(config)
         if config.sequencer_lock == "semaphore":

@@ -10,7 +10,7 @@ cxlmq_workload_options() {
     for pair in NUM_BROKERS=brokers NUM_PUBLISHERS=publishers MESSAGE_SIZE=message-bytes TOTAL_MESSAGE_SIZE=total-bytes \
         BATCH_SIZE=batch-bytes ORDER=order ACK=ack REPLICATION_FACTOR=replication-factor NUM_TRIALS=trials \
         SEQUENCER_LOCK=sequencer-lock WAIT=waiting TRANSPORT=transport REGION_SIZE=region-bytes SCANNERS=scanners \
-        NETWORK=network; do
+        NETWORK=network MEMORY=memory PROFILE=profile; do
         name="${pair%%=*}"
         if [ -n "${!name+set}" ]; then
             CXLMQ_OPTIONS+=("--${pair#*=}=${!name}")

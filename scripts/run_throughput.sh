@@ -25,6 +25,8 @@ and the order, and prints GB/s (10^9 bytes) beside the limits of this machine, m
   REGION_SIZE=1GiB          shared memory of the cluster
   SCANNERS=1                threads of the sequencer
   NETWORK=unix              sockets that gRPC uses: unix or tcp
+  MEMORY=mapped             mapped; noncoherent: hosts with private caches; checked: the same, every access checked
+  PROFILE=                  a device's latencies and bandwidths, when MEMORY is not mapped; `cxlmq profiles` lists them
 
   --json FILE               write the report as JSON as well; - writes it to standard output
   --help                    this text

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.config import (
+    MEMORIES,
     SEQUENCER_LOCKS,
     THREAD_PLANS,
     WAITINGS,
@@ -35,7 +36,7 @@ VARIABLES = {
     "total_bytes": "TOTAL_MESSAGE_SIZE", "batch_bytes": "BATCH_SIZE", "order": "ORDER", "ack": "ACK",
     "replication_factor": "REPLICATION_FACTOR", "trials": "NUM_TRIALS", "sequencer_lock": "SEQUENCER_LOCK",
     "waiting": "WAIT", "region_bytes": "REGION_SIZE", "scanners": "SCANNERS", "thread_plan": "THREAD_PLAN",
-    "network": "NETWORK",
+    "network": "NETWORK", "memory": "MEMORY", "profile": "PROFILE",
 }
 
 
@@ -62,6 +63,8 @@ class Workload:
     scanners: int = 1
     thread_plan: str = "fused"
     network: str = "unix"
+    memory: str = "mapped"
+    profile: str = ""
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> "Workload":
@@ -104,7 +107,7 @@ class Workload:
                            batch_bytes_max=batch_bytes_max, topic_count_max=TOPICS_MAX,
                            attach_slot_count=max(64, 2 * self.brokers * (self.publishers + 1)),
                            sequencer_lock=self.sequencer_lock, scanners=self.scanners, waiting=self.waiting,
-                           thread_plan=self.thread_plan)
+                           thread_plan=self.thread_plan, memory=self.memory, profile=self.profile)
 
     def topic_config(self) -> TopicConfig:
         """The topic that is published to."""
@@ -190,4 +193,5 @@ _PARSERS: dict[str, Any] = {
     "ack": _number(0, 2), "replication_factor": _number(1, 64), "trials": _number(1, TRIALS_MAX),
     "sequencer_lock": _choice(*SEQUENCER_LOCKS), "waiting": _choice(*WAITINGS), "region_bytes": _size,
     "scanners": _number(1, 64), "thread_plan": _choice(*THREAD_PLANS), "network": _choice(*NETWORKS),
+    "memory": _choice(*MEMORIES), "profile": lambda name, value: str(value),
 }

@@ -32,6 +32,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "group": ("client.cli.group", "group", "List, describe, reset and delete consumer groups."),
     "security": ("client.cli.security", "security", "Certificates, tokens and rights for clusters with security."),
     "region": ("client.cli.region", "region", "Look into shared memory, and remove what dead clusters left."),
+    "profiles": ("client.cli.profiles", "profiles", "What memory costs on published devices."),
     "sim": ("sim.cluster.cli", "sim", "Run a whole cluster under a seed, with faults, in one process."),
     "chaos": ("sim.chaos.cli", "chaos", "Run a cluster under load and faults, and judge every invariant."),
     "bench": ("client.cli.bench", "bench", "Measure this machine's limits and a cluster's speed."),

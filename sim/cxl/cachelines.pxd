@@ -11,12 +11,13 @@ Below `line_bytes` memory is modelled line by line. Above, where payload lies, b
 their visibility is modelled: a version and a reader's known version per line, so that payload stays fast.
 """
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport realloc
 from libc.string cimport memset
 
 from sim.cxl.primitives cimport (
-    cxl_compare_and_swap, cxl_load_relaxed, cxl_pause, cxl_read_line, cxl_store_release, cxl_write_line, cxl_yield,
+    cxl_compare_and_swap, cxl_load_relaxed, cxl_now_ns, cxl_pause, cxl_read_line, cxl_store_release, cxl_write_line,
+    cxl_yield,
 )
 
 cdef extern from "noncoherent.h" nogil:
@@ -90,13 +91,26 @@ cdef struct Access:             # who accesses, and from where in the code
     uint64_t site
     uint64_t offset
 
+cdef struct Timing:             # in the device's header, the same for all processes; all 0: this machine's own
+    uint64_t lost               # the device answers nobody
+    uint64_t on
+    uint64_t load_ns
+    uint64_t peer_load_ns       # of a line that changed since this host had it
+    uint64_t flush_ns
+    uint64_t fence_ns
+    uint64_t read_fs            # femtoseconds a byte
+    uint64_t write_fs
+    uint64_t read_until         # when what is under way has been read, for all hosts together
+    uint64_t reserved[7]
+    uint64_t write_until
+
 cdef struct Host:
     uint8_t* base               # the device's bytes
     uint64_t line_bytes
     uint64_t bytes
     uint32_t* versions          # one a line below line_bytes; odd while it is written
     uint8_t* payload_versions   # one a line above
-    uint64_t* device_header     # word 0: the device is lost
+    Timing* device
     uint8_t* lines              # the cache: as long as what it caches
     uint64_t* states            # one a line
     uint8_t* payload_known      # version and one of each payload line that is cached here, 0 none
@@ -190,7 +204,7 @@ cdef inline bint unreachable(Host* h, uint64_t offset) noexcept nogil:
             h.fault_offset = offset
             h.fault = FAULT_LINK
         return True
-    if cxl_load_relaxed(&h.device_header[0]):
+    if cxl_load_relaxed(&h.device.lost):
         if not h.fault:
             h.fault_offset = offset
             h.fault = FAULT_DEVICE
@@ -198,8 +212,27 @@ cdef inline bint unreachable(Host* h, uint64_t offset) noexcept nogil:
     return False
 
 
+cdef inline void delay(int64_t since, uint64_t nanoseconds) noexcept nogil:
+    """Spin until so long after `since`."""
+    while cxl_now_ns() - since < <int64_t>nanoseconds:
+        cxl_pause()
+
+
+cdef inline void transfer(uint64_t* until, uint64_t nbytes, uint64_t femtoseconds) noexcept nogil:
+    """Take the device's time for so many bytes, behind all that other hosts have under way."""
+    cdef uint64_t now = cxl_now_ns(), before, after
+    while True:
+        before = cxl_load_relaxed(until)
+        after = max(before, now) + nbytes * femtoseconds // 1000000
+        if cxl_compare_and_swap(until, before, after):
+            break
+    delay(now, after - now)
+
+
 cdef inline uint64_t fill(Host* h, uint64_t line) noexcept nogil:
     """Fetch an absent line from the device, whole; its new state word."""
+    cdef int64_t since = cxl_now_ns() if h.device.on else 0
+    cdef uint32_t known = h.states[line] >> VERSION_SHIFT
     cdef uint32_t* version = &h.versions[line]
     cdef uint32_t seen
     cdef uint64_t tries = 0
@@ -215,6 +248,8 @@ cdef inline uint64_t fill(Host* h, uint64_t line) noexcept nogil:
             cxl_yield()
         if tries > STEAL:
             cxl_version_store(version, seen & ~<uint32_t>1)
+    if h.device.on:
+        delay(since, h.device.load_ns if seen == known or known == 0 else h.device.peer_load_ns)
     h.recent[h.recent_next % RECENT_LINES] = line + 1
     h.recent_next += 1
     if h.observer != NULL:
@@ -263,7 +298,8 @@ cdef inline void drop(Host* h, uint64_t line) noexcept nogil:
     if kind == LINE_DIRTY or kind == LINE_PENDING:
         write_back(h, line, state)
     if kind != LINE_STREAMED and kind != LINE_COHERENT:
-        state = 0
+        state = word_of(LINE_ABSENT, 0, cxl_version_load(&h.versions[line]) if kind != LINE_CLEAN
+                        else state >> VERSION_SHIFT)
     cxl_store_release(&h.states[line], state)
 
 
@@ -311,6 +347,7 @@ cdef inline void add_pending(PendingList* mine, uint64_t first, uint64_t second,
 cdef inline uint64_t drain(Host* h, PendingList* mine) noexcept nogil:
     """What a fence does; how many entries there were."""
     cdef uint64_t i = 0, done = 0
+    cdef int64_t since = cxl_now_ns() if h.device.on else 0
     while not cxl_compare_and_swap(&mine.lock, 0, 1):
         cxl_pause()
     while i < mine.count:
@@ -323,6 +360,8 @@ cdef inline uint64_t drain(Host* h, PendingList* mine) noexcept nogil:
         done += 1
     mine.count = 0
     cxl_store_release(&mine.lock, 0)
+    if h.device.on and done:
+        delay(since, h.device.fence_ns)
     return done
 
 

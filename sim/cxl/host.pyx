@@ -1,16 +1,16 @@
 """The shared device and a host's cache: how they are set up, how they fail, what a simulation sees of them."""
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memset
 
 from sim.cxl.cachelines cimport (
     AGENT_LISTS, CONTROL_CRASHED, CONTROL_EVICT, CONTROL_LINK_LOST, CONTROL_TRACE, FAULT_ATOMIC, FAULT_LINK, FAULT_NONE,
     HOST_HEADER, Host, LINE_COHERENT, LINE_DIRTY, LINE_STREAMED, LineObserver, ORDER_MASK, ORDER_SHIFT,
-    SIDE_HEADER, STATE_MASK, cxl_random, spontaneous, write_back,
+    SIDE_HEADER, STATE_MASK, Timing, cxl_random, delay, spontaneous, write_back,
 )
-from sim.cxl.primitives cimport cxl_store_release
+from sim.cxl.primitives cimport cxl_now_ns, cxl_store_release
 
 from sim.cxl.cachelines import LineState as LineStates
 from sim.cxl.memory import MemoryFault
@@ -75,6 +75,32 @@ cdef class Device:
         """How much the model keeps beside a device of `nbytes`, in bytes."""
         return SIDE_HEADER + line_bytes // 64 * 4 + (nbytes - line_bytes + 63) // 64
 
+    def use_profile(self, profile) -> None:
+        """Let every access take the time that a `Profile` says, for all processes. Before anybody uses the device."""
+        cdef Timing* timing = <Timing*>self.side
+        timing.load_ns, timing.peer_load_ns = int(profile.load_ns), int(profile.peer_load_ns)
+        timing.flush_ns, timing.fence_ns = int(profile.flush_ns), int(profile.fence_ns)
+        timing.read_fs, timing.write_fs = int(1e6 / profile.read_gb_s), int(1e6 / profile.write_gb_s)
+        cxl_store_release(&timing.on, 1)
+
+    def timing(self) -> dict[str, int]:
+        """What accesses take now; all 0 where it is this machine's own time."""
+        cdef Timing* timing = <Timing*>self.side
+        return {"load_ns": timing.load_ns, "peer_load_ns": timing.peer_load_ns, "flush_ns": timing.flush_ns,
+                "fence_ns": timing.fence_ns, "read_fs_per_byte": timing.read_fs, "write_fs_per_byte": timing.write_fs}
+
+    @staticmethod
+    def delay_accuracy(uint64_t nanoseconds, int rounds=200) -> float:
+        """How long a wait of so many ns really takes on this machine: the median of some rounds, in ns."""
+        cdef int64_t since
+        cdef int i
+        found = []
+        for i in range(rounds):
+            since = cxl_now_ns()
+            delay(since, nanoseconds)
+            found.append(cxl_now_ns() - since)
+        return float(sorted(found)[rounds // 2])
+
     def lose(self) -> None:
         """The device is gone: from now on no host reaches it."""
         cxl_store_release(self.side, 1)
@@ -117,7 +143,7 @@ cdef class HostCache:
         h.line_bytes = device.line_bytes
         h.versions = device.versions
         h.payload_versions = device.payload_versions
-        h.device_header = <uint64_t*>device.side
+        h.device = <Timing*>device.side
         h.states = <uint64_t*>(<uint8_t*>h.header + HOST_HEADER)
         h.lines = <uint8_t*>h.states + h.line_bytes // 8
         h.payload_known = h.lines + h.line_bytes

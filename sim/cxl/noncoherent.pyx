@@ -8,14 +8,15 @@ from sim.cxl.cachelines cimport (
     CXL_TRACE_PRIME, FAULT_ATOMIC, Host, LINE_ABSENT, LINE_COHERENT, LINE_DIRTY, LINE_PENDING, LINE_STREAMED, LOCKED,
     LineObserver, OP_ATOMIC, OP_COPY_IN, OP_COPY_OUT, OP_FENCE, OP_FLUSH, OP_FULL_FENCE, OP_INVALIDATE, OP_LOAD,
     OP_POINTER, OP_READ_LINE, OP_STORE, OP_WRITE_LINE, STATE_MASK, VERSION_SHIFT, add_pending, cxl_caller, cxl_random,
-    cxl_thread_number, cxl_version_store, drain, drop, ensure, fill, lock_line, next_order, present, settle,
-    spontaneous, take_version, unlock_dirty, unreachable, word_of,
+    cxl_thread_number, cxl_version_store, delay, drain, drop, ensure, fill, lock_line, next_order, present, settle,
+    spontaneous, take_version, transfer, unlock_dirty, unreachable, word_of,
 )
 from sim.cxl.host cimport HostCache
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport (
     cxl_compare_and_swap, cxl_copy_kind, cxl_copy_nontemporal, cxl_count, cxl_fetch_add, cxl_fetch_and, cxl_fetch_or,
-    cxl_flush_kind, cxl_full_fence, cxl_futex_wait, cxl_futex_wake, cxl_load_acquire, cxl_load_relaxed, cxl_read_line,
+    cxl_flush_kind, cxl_full_fence, cxl_futex_wait, cxl_futex_wake, cxl_load_acquire, cxl_load_relaxed, cxl_now_ns,
+    cxl_read_line,
     cxl_store_fence, cxl_store_release, cxl_stream, cxl_stream_finish, cxl_stream_message, cxl_stream_start,
     cxl_touch_pages, cxl_write_line,
 )
@@ -280,6 +281,8 @@ cdef class NonCoherentMemory(Memory):
         if lines == 0:
             return
         memset(h.payload_known + first, 0, lines)
+        if h.device.on:
+            transfer(&h.device.write_until, count, h.device.write_fs)
         if h.observer != NULL:
             who.agent, who.role, who.site, who.offset = agent, self.role, site, offset
             (<LineObserver>h.observer).payload_written(h, offset, count, &who)
@@ -330,6 +333,9 @@ cdef class NonCoherentMemory(Memory):
             stale += known[i] != 0 and known[i] != version[i] + 1
             known[i] = version[i] + 1 if known[i] == 0 else known[i]
         h.stale_payload += stale
+        if h.device.on:
+            delay(cxl_now_ns(), h.device.load_ns)
+            transfer(&h.device.read_until, count, h.device.read_fs)
         if h.observer != NULL:
             who.agent, who.role, who.site, who.offset = self.my_agent(), self.role, site, offset
             (<LineObserver>h.observer).payload_read(h, offset, count, stale, &who)
@@ -430,6 +436,8 @@ cdef class NonCoherentMemory(Memory):
             if h.observer != NULL:
                 (<LineObserver>h.observer).flushed(h, line, state & STATE_MASK, &who)
             if state & STATE_MASK == LINE_DIRTY:
+                if h.device.on:
+                    delay(cxl_now_ns(), h.device.flush_ns)
                 state = (state & ~<uint64_t>STATE_MASK) | LINE_PENDING
                 add_pending(&h.pending[who.agent], line, 0, 1)
             cxl_store_release(&h.states[line], state)

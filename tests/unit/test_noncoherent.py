@@ -1,11 +1,15 @@
 """A host's private cache behaves as the contract of memory without coherence says, and fails as hardware fails."""
 
+import time
+from collections.abc import Callable
+
 import pytest
 
 from sim.cxl.cachelines import LineState
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MemoryFault, Role
 from sim.cxl.noncoherent import NonCoherentMemory
+from sim.cxl.profiles import load_profile
 
 LINE = 64
 NONE = bytes(LINE)
@@ -270,3 +274,22 @@ def test_processes_may_be_one_host() -> None:
     first.store_word(64, 7)
     assert second.load_word(64) == 7
     assert NonCoherentMemory(HostCache(device)).load_word(64) == 0
+
+
+def test_a_profile_makes_accesses_take_its_time() -> None:
+    pair = Pair(line_bytes=4096)
+    pair.device.use_profile(load_profile("local-dram,load_ns=200000,peer_load_ns=400000,fence_ns=300000,write_gb_s=0.01"))
+
+    def took(access: Callable[[], object]) -> float:
+        begun = time.perf_counter_ns()
+        access()
+        return time.perf_counter_ns() - begun
+
+    assert took(lambda: pair.reader.load_word(64)) >= 200_000
+    assert took(lambda: pair.reader.load_word(64)) < 100_000, "it is cached"
+    pair.writer.store_word(64, 1)
+    pair.writer.flush_range(64, 8)
+    assert took(pair.writer.store_fence) >= 300_000
+    assert took(lambda: pair.seen(64)) >= 400_000, "a peer has written it"
+    assert took(lambda: pair.writer.write_bytes(4096, bytes(4096))) >= 409_000, "10 MB/s"
+    assert Device.delay_accuracy(20_000) >= 20_000
