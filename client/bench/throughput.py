@@ -32,6 +32,7 @@ from client.bench.limit import measure_limits
 from client.bench.pattern import Difference, Verifier
 from client.bench.workload import TOPIC, Workload
 from client.cluster import Cluster
+from client.coherence import tell_coherence
 from client.subscriber import Subscriber
 
 WARM_UP_SHARE = 0.05
@@ -110,9 +111,11 @@ def measure_run(workload: Workload, transport: str, limits: dict[str, Any], warm
                 if warm_up:
                     run.warm_up()
                 run.measure()
-                return run.report(limits)
+                found = run.report(limits)
     except LimitError as error:
         raise RunFailed(f"a publisher failed: {error}", transport=transport) from error
+    tell_coherence(cluster.name, cluster.config.folder.parent, progress)
+    return found
 
 
 # ---- what is counted -----------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
 
 def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> None:
     from client.cluster import Cluster, describe, interrupted_by_signals
+    from client.coherence import tell_coherence
 
     stopped = False
     running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover)
@@ -80,22 +81,9 @@ def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> No
             except KeyboardInterrupt:       # the way to stop it: no failure
                 say("stopping ...")
                 stopped = True
-        _tell_coherence(running.name, running.config.folder.parent)
+        tell_coherence(running.name, running.config.folder.parent, say)
         if not stopped:
             raise CxlmqError("every broker has ended: see the notes above, and `cxlmq cluster up` to start again")
-
-
-def _tell_coherence(name: str, folder_root: Path) -> None:
-    """Print what the checker found while a cluster ran on checked memory. Raises `CoherenceBroken` for mistakes."""
-    from broker.coherence import CoherenceBroken, load, report_text
-    from broker.hardware import report_path
-
-    path = report_path(name, folder_root)
-    report = load(path)
-    if report is not None:
-        say(report_text(report) + f"\nreport: {path}")
-        if report["reports"]:
-            raise CoherenceBroken(count=len(report["reports"]), path=str(path))
 
 
 def _print_cluster(values: dict[str, Any], detached: bool) -> None:
@@ -159,6 +147,7 @@ def down(name: str | None, every: bool) -> None:
       cxlmq cluster down --all
     """
     from broker.region import find_regions
+    from client.coherence import tell_coherence
 
     if every and name:
         raise click.UsageError("give a name or --all, not both")
@@ -173,7 +162,7 @@ def down(name: str | None, every: bool) -> None:
     if not stopped:
         click.echo("no cluster runs")
     for cluster_name in names:
-        _tell_coherence(cluster_name, roots[cluster_name])
+        tell_coherence(cluster_name, roots[cluster_name], say)
 
 
 def _stop(name: str) -> str:
