@@ -396,7 +396,7 @@ def _save_report(file_name: str, superblock: dict[str, Any], folder_root: Path) 
     with contextlib.suppress(OSError, LayoutError, files.RegionFileError):
         mapping = files.map_region_file(file_name)
         name = file_name.removeprefix(files.REGION_PREFIX)
-        Hardware(name, mapping, _layout_from(superblock), superblock, True).save_report(folder_root)
+        Hardware(name, mapping, layout_from(superblock), superblock, True).save_report(folder_root)
 
 
 def _judge(file: files.RegionFile) -> RegionSummary:

@@ -38,8 +38,8 @@ _WORKLOAD: dict[str, tuple[str, str]] = {
     "thread_plan": ("fused|staged", "One thread a broker, or one a stage [fused]."),
     "region_bytes": ("SIZE", "Shared memory of all brokers [1GiB]."),
     "network": ("unix|tcp", "Sockets that gRPC uses [unix]."),
-    "memory": ("mapped|noncoherent|checked", "This machine's own memory, hosts with private caches, or the same with every "
-                                             "access checked [mapped]."),
+    "memory": ("mapped|noncoherent|checked", "This machine's own memory, hosts with private caches, or the same with "
+                                             "every access checked [mapped]."),
     "profile": ("DEVICE", "Latencies and bandwidths of a device, when memory is not mapped; see `cxlmq profiles` "
                           "[this machine's]."),
 }

@@ -175,8 +175,8 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
                                           "sleep at once [balanced]."),
     ("memory", "mapped|noncoherent|checked", "What kind of memory the region is: this machine's own, hosts with "
                                              "private caches, or the same with every access checked [mapped]."),
-    ("profile", "DEVICE", "Latencies and bandwidths of a device, when memory is not mapped; `cxlmq profiles` lists them "
-                          "[this machine's own]."),
+    ("profile", "DEVICE", "Latencies and bandwidths of a device, when memory is not mapped; `cxlmq profiles` lists "
+                          "them [this machine's own]."),
     ("hosts", "H,H,...", "Host of each broker, when memory is not mapped: brokers of one host share a cache [each its "
                          "own]."),
     ("eviction_period", "N", "Accesses between two things that a host's cache does by itself; 0 for none [1000]."),
