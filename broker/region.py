@@ -239,6 +239,8 @@ def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict
         raise RegionStale(region=name, reason=f"its superblock is damaged: {error}") from error
     if layout.hash() != superblock["layout_hash"]:
         raise RegionStale(region=name, reason="it was laid out by another build")
+    if superblock["memory"] & 0xFF >= len(MEMORIES):
+        raise RegionStale(region=name, reason="its superblock is damaged: there is no such kind of memory")
     return superblock, layout
 
 
@@ -391,7 +393,8 @@ def _remove(file_name: str, superblock: dict[str, Any], folder_root: Path) -> No
 
 def _save_report(file_name: str, superblock: dict[str, Any], folder_root: Path) -> None:
     """What the checker found outlives the region."""
-    if not superblock.get("ready") or MEMORIES[superblock["memory"] & 0xFF] != "checked":
+    if (superblock.get("version") != LAYOUT_VERSION or not superblock["ready"]
+            or superblock["memory"] & 0xFF != MEMORIES.index("checked")):
         return
     with contextlib.suppress(OSError, LayoutError, files.RegionFileError):
         mapping = files.map_region_file(file_name)

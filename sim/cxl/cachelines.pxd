@@ -249,7 +249,7 @@ cdef inline uint64_t fill(Host* h, uint64_t line) noexcept nogil:
         if tries > STEAL:
             cxl_version_store(version, seen & ~<uint32_t>1)
     if h.device.on:
-        delay(since, h.device.load_ns if seen == known or known == 0 else h.device.peer_load_ns)
+        delay(since, h.device.load_ns if seen == known else h.device.peer_load_ns)
     h.recent[h.recent_next % RECENT_LINES] = line + 1
     h.recent_next += 1
     if h.observer != NULL:

@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from broker import region as regions
 from broker.config import ClusterConfig, layout_of, load_config
 from broker.errors import (
+    ConfigError,
     PermissionDenied,
     RegionError,
     RegionForeign,
@@ -22,6 +24,7 @@ from broker.errors import (
     RegionStale,
     TmpfsTooSmall,
 )
+from broker.hardware import report_path
 from broker.layout import LAYOUT_VERSION, BrokerState, CursorState, HolderKind, Layout, SessionState, TopicState
 from broker.region import (
     Region,
@@ -503,3 +506,23 @@ def test_a_named_semaphore_is_created_once_and_free(config: ClusterConfig) -> No
     assert files.remove_semaphore(name) is False
     with pytest.raises(files.RegionFileMissing):
         files.open_semaphore(name)
+
+
+@pytest.mark.parametrize("memory", ["noncoherent", "checked"])
+def test_memory_without_coherence_comes_full_of_garbage_and_leaves_nothing(memory: str, tmp_path: Path) -> None:
+    config = load_config(environment={}, name=f"garbage-{os.getpid()}", region_bytes="16MiB", memory=memory,
+                         runtime_directory=str(tmp_path))
+    with create_region(config) as region:
+        rings = region.layout.offset_of("ring", 0, 0, 0)
+        segment = region.layout.offset_of("segment", 3)
+        door = region.memory()
+        assert door.read_bytes(rings, 4096).count(0) < 100 and door.read_bytes(segment, 4096).count(0) < 100
+        assert door.read_bytes(region.layout.offset_of("session", 0), 4096) == bytes(4096), "tables are cleared"
+        assert list(Path("/dev/shm").glob(f"*{config.name}*"))
+        del door
+        assert region.unlink()
+    assert not list(Path("/dev/shm").glob(f"*{config.name}*"))
+    kept = report_path(config.name, tmp_path)
+    assert kept.is_file() == (memory == "checked")
+    with pytest.raises(ConfigError, match="at least"):
+        create_region(msgspec.structs.replace(config, coherent_bytes=64))
