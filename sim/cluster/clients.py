@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import CxlmqError, SessionFenced, UnknownTopic
+from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, UnknownTopic
 from broker.layout import ResultStatus, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
@@ -92,7 +92,10 @@ class Connection:
     def _open(self) -> bool:
         """As the broker's server checks a stream's session before it opens the stream."""
         sessions, publisher = self.host.sessions, self.publisher
-        line, progress = sessions.line(self.slot), sessions.progress(self.slot)
+        try:
+            line, progress = sessions.line(self.slot), sessions.progress(self.slot)
+        except BrokerUnavailable:
+            return False                    # a new head is taking over
         if (line["client_id"], line["session_epoch"]) != (publisher.client, self.epoch) or (
                 progress["state"] & 0xFF != SessionState.SESSION_OPEN):
             self.answer(SessionFenced(reason="it ended", committed=progress["expected"]))
@@ -442,6 +445,8 @@ class Subscriber:
         assert self.host is not None
         try:
             found = self.host.topics.find(self.topic.name)
+        except BrokerUnavailable:
+            return                          # a new head is taking over
         except UnknownTopic:
             raise Violation("T", f"host {self.host.number} does not know the topic {self.topic.name!r}") from None
         if found.generation != self.topic.generation and self.host.powered:

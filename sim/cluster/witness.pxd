@@ -59,12 +59,14 @@ cdef class Witness:
     cdef uint64_t topic_count
     cdef uint64_t client_count
     cdef uint64_t number_count
+    cdef uint64_t control               # the control word that was seen last
     cdef public uint64_t step           # the schedule's, for what is noted
     cdef readonly uint64_t hash
     cdef readonly int breach
     cdef uint64_t details[5]
 
     cdef int check(self) noexcept nogil
+    cdef bint served(self) noexcept nogil
     cdef int check_topic(self, uint64_t topic) noexcept nogil
     cdef int check_entry(self, uint64_t topic, uint64_t index) noexcept nogil
     cdef int check_brokers(self, uint64_t topic) noexcept nogil

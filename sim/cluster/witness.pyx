@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from broker.layout cimport (
-    CURSOR_FREE, CURSOR_WANTED, CursorLine, Layout, OrderEntry, TOPIC_ACTIVE, TopicLine, make_tag,
+    CONTROL_BANK_SHIFT, CONTROL_SERVING, CURSOR_FREE, CURSOR_WANTED, CursorLine, Layout, OrderEntry, TOPIC_ACTIVE, TopicLine, make_tag,
 )
 from broker.log cimport BrokerLog, TopicLog
 from sim.cxl.memory cimport Memory
@@ -132,7 +132,7 @@ cdef class Witness:
     def __init__(self, Memory truth, Layout layout, uint64_t clients, uint64_t numbers):
         cdef uint64_t topics = layout.g.topic_count_max, brokers = layout.g.broker_count, i
         self.truth = truth
-        self.layout = layout
+        self.layout = layout.with_bank(0)       # our own copy: it points into the bank of the head that serves
         self.topic_count = topics
         self.client_count = clients
         self.number_count = numbers
@@ -198,8 +198,21 @@ cdef class Witness:
         highest[0] = value
         return BREACH_NONE
 
+    cdef bint served(self) noexcept nogil:
+        """Whether a head serves; then we look at what lies in its bank."""
+        cdef uint64_t control = self.truth.load(self.layout.control())
+        if control != self.control:
+            self.control = control
+            if control & CONTROL_SERVING:
+                self.layout.use_bank(control >> CONTROL_BANK_SHIFT & 0xFF)
+                # A new head looks at the rings anew.
+                memset(self.scanned, 0, self.topic_count * self.layout.g.broker_count * 8)
+        return (control & CONTROL_SERVING) != 0
+
     cdef int check(self) noexcept nogil:
         cdef uint64_t topic
+        if not self.served():
+            return BREACH_NONE
         for topic in range(self.topic_count):
             if self.check_topic(topic):
                 return self.breach
@@ -396,6 +409,10 @@ cdef class Witness:
         if self.check() == BREACH_NONE and thorough:
             self.recheck()
         return self.breach
+
+    def has_head(self) -> bool:
+        """Whether a head serves, or did until it lost its power."""
+        return self.served()
 
     def describe(self) -> "tuple[str, str]":
         """(invariant, what was seen) of the breach."""

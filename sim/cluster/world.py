@@ -35,6 +35,7 @@ from broker.stages.release import Release
 from broker.stages.replication import Replication
 from broker.stages.sequencer import OrderState, Scanner
 from broker.stages.stage import Stage
+from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
@@ -46,6 +47,7 @@ from sim.cluster.history import Entry, History, Operation, Read, Violation
 from sim.cluster.loop import SimLoop
 from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
 from sim.cluster.schedule import Schedule, Stop
+from sim.cluster.succession import LOOK_STEPS, Succession
 from sim.cluster.witness import Witness
 from sim.cxl.clock import ManualClock
 from sim.cxl.memory import Memory, Role
@@ -58,6 +60,7 @@ EARLIER_BATCHES, EARLIER_TRIES = 10, 400
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
 # A name of two lines, so that one line of it alone is of no use.
 TOPIC = "simulated-" + "-".join(f"{number:03}" for number in range(20))
+HEAD_STAGES = ("scanner", "reclaim")
 WEIGHTS = (1, 1, 2, 4)
 PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
 
@@ -93,26 +96,28 @@ class Host:
         self.receiver = Receiver(receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
         self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
         self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD))
-        stages = dict(self._stages(disk_bells))
+        self.disk_bells, self.head_units = disk_bells, list[int]()
+        stages = dict(self._stages())
         self.units = [world.schedule.add(f"{name}", stage, self.control, world.weights.choice(WEIGHTS))
                       for name, stage in stages.items()]
+        self.head_units = [unit for unit, name in zip(self.units, stages, strict=True) if name.startswith(HEAD_STAGES)]
         world.witness.follow(number, self.log)
         self.memory.write_line_bytes(layout.offset_of("broker", number),
                                      pack("BrokerLine", state=BrokerState.BROKER_READY))
         self._flush("broker")
 
-    def _stages(self, disk_bells: list[Doorbell]) -> Iterator[tuple[str, Stage]]:
-        world, is_head = self.world, self.number == 0
+    def _stages(self) -> Iterator[tuple[str, Stage]]:
+        world, scenario = self.world, self.world.scenario
         self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
         order: OrderState | None = None
         scanners: list[Scanner] = []
-        if is_head:
-            order, scanners = self._sequencer(disk_bells)
-            leader = PoolLeader(self.door(Role.ROLE_SEQUENCER), world.layout, self.number) if (
-                world.scenario.pool == "leader") else None
-            yield from ((f"scanner {scanner.number}", scanner) for scanner in scanners)
-            yield "reclaim", Reclaim(self.door(Role.ROLE_RECLAIM), order, self.bells, leader)
-        yield "directory", Directory(self.memory, self.log, order, scanners)
+        if self.number == 0:
+            order = OrderState(self.door(Role.ROLE_SEQUENCER), world.layout, self.number, LOCK_MODES[scenario.lock],
+                               scenario.scanners)
+            scanners = self._scanners(order)
+            yield from self._head_stages(order, scanners)
+        self.directory = Directory(self.memory, self.log, order, scanners)
+        yield "directory", self.directory
         yield "delegation", Delegation(self.door(Role.ROLE_DELEGATION), self.log, self.bells[0])
         yield "acks", self.acks
         yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
@@ -124,13 +129,36 @@ class Host:
                                            world.clock, self.bells)
             yield "replication", self.replication
 
-    def _sequencer(self, disk_bells: list[Doorbell]) -> tuple[OrderState, list[Scanner]]:
+    def _scanners(self, order: OrderState) -> list[Scanner]:
         world, scenario = self.world, self.world.scenario
-        order = OrderState(self.door(Role.ROLE_SEQUENCER), world.layout, self.number, LOCK_MODES[scenario.lock],
-                           scenario.scanners)
-        return order, [Scanner(order, self.door(Role.ROLE_SEQUENCER), world.clock, number,
-                               [b for b in range(scenario.hosts) if b % scenario.scanners == number], self.bells,
-                               disk_bells) for number in range(scenario.scanners)]
+        return [Scanner(order, self.door(Role.ROLE_SEQUENCER), world.clock, number,
+                        [b for b in range(scenario.hosts) if b % scenario.scanners == number], self.bells,
+                        self.disk_bells) for number in range(scenario.scanners)]
+
+    def _head_stages(self, order: OrderState, scanners: list[Scanner]) -> Iterator[tuple[str, Stage]]:
+        leader = PoolLeader(self.door(Role.ROLE_SEQUENCER), order.layout, self.number) if (
+            self.world.scenario.pool == "leader") else None
+        yield from ((f"scanner {scanner.number}", scanner) for scanner in scanners)
+        yield "reclaim", Reclaim(self.door(Role.ROLE_RECLAIM), order, self.bells, leader)
+
+    def lead(self, takeover: Takeover) -> None:
+        """Be head from now on, with what a takeover rebuilt."""
+        scanners = self._scanners(takeover.order)
+        for scanner in scanners:
+            takeover.prepare(scanner)
+        self.head_units = [self.world.schedule.add(name, stage, self.control, self.world.weights.choice(WEIGHTS))
+                           for name, stage in self._head_stages(takeover.order, scanners)]
+        self.units += self.head_units
+        self.directory.lead(takeover.order, scanners)
+        self.topics.lead(takeover.order.layout)
+
+    def resign(self) -> None:
+        """Notice that somebody else is head."""
+        if self.powered and self.world.succession.head != self.number:
+            self.units = [unit for unit in self.units if unit not in self.head_units]
+            self.head_units = []
+            self.directory.lead(None, [])
+            self.world.allow()
 
     def _bell(self, host: int, which: int) -> Doorbell:
         return Doorbell(self.door(Role.ROLE_BROKER), self.world.layout.offset_of("doorbell", host, which))
@@ -221,10 +249,11 @@ class World:
         self._queued = 0
         self.publishers: list[Publisher] = []
         self.subscribers: list[Subscriber] = []
+        self.succession = Succession(self)
         self.hosts = [Host(self, number) for number in range(scenario.hosts)]
         for host in self.hosts:
             host.start()
-        self._allow()
+        self.allow()
 
     # ---- for hosts and clients --------------------------------------------------------------------------------------
 
@@ -287,7 +316,8 @@ class World:
 
     # ---- running ----------------------------------------------------------------------------------------------------
 
-    def _allow(self) -> None:
+    def allow(self) -> None:
+        """Let the stages step whose host has power and goes on."""
         self.schedule.allow([unit for host in self.hosts if host.powered and not host.stalled for unit in host.units
                              if unit not in host.waiting])
 
@@ -327,7 +357,7 @@ class World:
                 self.note(f"host {host.number}", f"power lost; unfenced lines: {policy}")
                 self.hardware.crash(host.number, policy)
                 host.lose_power()
-                self._allow()
+                self.allow()
                 if self.witness.check_now():
                     raise Violation(*self.witness.describe())
 
@@ -355,14 +385,14 @@ class World:
             host.stalled = True
         else:
             host.waiting.add(unit)
-        self._allow()
+        self.allow()
 
         def resume() -> None:
             if host.powered and host.incarnation == incarnation:
                 host.waiting.discard(unit)
                 host.stalled = host.stalled and unit is not None
                 self.note(f"host {host.number}", "goes on")
-                self._allow()
+                self.allow()
 
         self.at(self.step + steps, resume)
 
@@ -406,6 +436,7 @@ class World:
         scenario = self.scenario
         for host in self.hosts:
             self._often(host.serve, SERVE_STEPS)
+        self._often(self.succession.look, LOOK_STEPS)
         if scenario.earlier_life:
             self.live_before()
         self.topic = self.create_topic(TOPIC)
@@ -448,7 +479,7 @@ class World:
     @property
     def recovers(self) -> bool:
         """Whether everything has to come to its end: all hosts are there, or others have taken over."""
-        return all(host.powered for host in self.hosts)
+        return all(host.powered for host in self.hosts) and self.succession.served
 
     @property
     def trace_hash(self) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sim.cluster.run import run_scenario, run_seeds
+from sim.cluster.run import run_scenario, run_seeds, run_world
 from sim.cluster.scenario import FAULT_KINDS, draw
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,16 @@ def test_another_process_on_another_day_does_the_same() -> None:
         found.add((verdict["trace_hash"], verdict["steps"]))
     assert len(found) == 1
     assert found == {(verdict.trace_hash, verdict.steps) for verdict in [run_scenario(draw(17, steps=STEPS))]}
+
+
+def test_heads_are_replaced_and_nothing_is_lost() -> None:
+    # Power goes, and stalled heads go on as if nothing had happened: others take over, again and again.
+    epochs = []
+    for seed in range(60):
+        verdict, world = run_world(draw(seed, steps=STEPS, kinds=frozenset({"crash", "stall", "torn", "evict"})))
+        assert not verdict.failed, verdict
+        epochs.append(len({entry.epoch for entry in world.log()}))
+    assert sum(count > 1 for count in epochs) >= 5
 
 
 def test_other_seeds_do_something_else() -> None:
