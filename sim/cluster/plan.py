@@ -13,9 +13,10 @@ from itertools import pairwise
 from typing import Any
 
 from sim.cluster.costs import time_packing, time_stages
-from sim.cluster.devices import Device
+from sim.cluster.devices import write_rate
 from sim.cluster.scenario import Scenario
 from sim.cluster.world import World
+from sim.cxl.profiles import Profile
 from sim.cxl.region import private_mapping
 
 HOST_COUNTS = (1, 2, 4, 8, 16, 32, 64)
@@ -140,7 +141,7 @@ def window_of(batch_bytes: int) -> int:
 
 
 def stations_of(costs: Costs, hosts: int, publishers: int, message_bytes: int, batch_bytes: int,
-                device: Device | None) -> list[Station]:
+                device: Profile | None) -> list[Station]:
     """The queues that a batch goes through. Without a device: this machine, whose copies cost what was measured."""
     stage = costs.per_batch
     packing = costs.packing_ns_per_byte(message_bytes) * payload_of(message_bytes, batch_bytes)
@@ -151,17 +152,17 @@ def stations_of(costs: Costs, hosts: int, publishers: int, message_bytes: int, b
                 Station("sequencer", sequencer)]
     # A batch costs a broker two loads and two rounds of flush and fence beyond what they cost here; the sequencer
     # loads a header and writes an entry and a result; with many hosts it looks at more frontiers for each batch.
-    broker += 2 * device.load_ns + 2 * device.flush_ns / BURST
-    sequencer += device.load_ns + device.flush_ns / BURST
+    flush = device.flush_ns + device.fence_ns / BURST
+    broker += 2 * device.peer_load_ns + 2 * flush
+    sequencer += device.peer_load_ns + 2 * flush
     return [
         Station("publisher's core", packing, publishers),
-        Station("host's link", batch_bytes / device.write_gbps + batch_bytes / device.read_gbps, hosts),
-        Station("device", 2 * batch_bytes / device.shared_gbps),
+        Station("device", batch_bytes / write_rate(device, hosts) + batch_bytes / device.read_gb_s),
         Station("brokers", broker, hosts), Station("sequencer", sequencer),
     ]
 
 
-def predict(costs: Costs, hosts: int, message_bytes: int, batch_bytes: int, device: Device | None = None,
+def predict(costs: Costs, hosts: int, message_bytes: int, batch_bytes: int, device: Profile | None = None,
             publishers: int | None = None, cores: int | None = None) -> Point:
     """Throughput and latency of `hosts` brokers, with as many publishers and one reader of everything a host.
 
@@ -169,7 +170,7 @@ def predict(costs: Costs, hosts: int, message_bytes: int, batch_bytes: int, devi
     """
     count = hosts if publishers is None else publishers
     stations = stations_of(costs, hosts, count, message_bytes, batch_bytes, device)
-    visible = HOPS * ((device.flush_ns + device.load_ns) if device else 0.0)
+    visible = HOPS * ((device.flush_ns + device.fence_ns + device.peer_load_ns) if device else 0.0)
     polling = hosts * 2 * (device.load_ns if device else 5.0)
     rate, latency = solve(stations, count * window_of(batch_bytes), visible + polling)
     use = {station.name: rate * station.ns / station.count / GIGA for station in stations}
@@ -183,7 +184,7 @@ def predict(costs: Costs, hosts: int, message_bytes: int, batch_bytes: int, devi
                  max(use, key=lambda name: use[name]), use)
 
 
-def curve(costs: Costs, device: Device | None, message_bytes: int, batch_bytes: int,
+def curve(costs: Costs, device: Profile | None, message_bytes: int, batch_bytes: int,
           hosts: Sequence[int] = HOST_COUNTS, cores: int | None = None) -> list[Point]:
     """Predictions for several host counts."""
     return [predict(costs, count, message_bytes, batch_bytes, device, cores=cores) for count in hosts]

@@ -8,8 +8,9 @@ import click
 
 from client.bench.report import bar_chart
 from client.cli.common import console, make_table, print_json, say, settings
-from sim.cluster.devices import DEVICES, Device, find_device
+from sim.cluster.devices import device_names, find_device
 from sim.cluster.plan import Costs, Point, compare, curve, measure_costs, to_json
+from sim.cxl.profiles import Profile
 
 
 def show_plan(profile: str, message_bytes: int, batch_bytes: int, compares: bool, plot: str | None) -> None:
@@ -29,7 +30,7 @@ def show_plan(profile: str, message_bytes: int, batch_bytes: int, compares: bool
     _print(costs, points, compared, device, cores)
 
 
-def _print(costs: Costs, points: Sequence[Point], compared: Sequence[dict[str, Any]], device: Device | None,
+def _print(costs: Costs, points: Sequence[Point], compared: Sequence[dict[str, Any]], device: Profile | None,
            cores: int) -> None:
     steps = ", ".join(f"{name} {nanoseconds:,.0f}" for name, nanoseconds in costs.per_batch.items())
     click.echo(f"measured here, ns per batch: {steps}")
@@ -37,9 +38,9 @@ def _print(costs: Costs, points: Sequence[Point], compared: Sequence[dict[str, A
         click.echo(f"device: this machine's memory, all hosts on its {cores} cores")
     else:
         assumed = f"; ASSUMED, not published: {', '.join(device.assumed)}" if device.assumed else ""
-        click.echo(f"device: {device.name}: load {device.load_ns:g} ns, flush and fence {device.flush_ns:g} ns, read "
-                   f"{device.read_gbps:g}, write {device.write_gbps:g}, all hosts {device.shared_gbps:g} GB/s "
-                   f"({device.source}){assumed}")
+        click.echo(f"device: {device.name}: load {device.load_ns:g} ns, of a peer's line {device.peer_load_ns:g}, "
+                   f"flush {device.flush_ns:g}, fence {device.fence_ns:g}; read {device.read_gb_s:g}, write "
+                   f"{device.write_gb_s:g} GB/s ({'; '.join(device.sources)}){assumed}")
     console().print(make_table("", (">hosts", ">GB/s", ">batches/s", ">latency us", "bottleneck", ">busy"), [
         (point.hosts, f"{point.gbps:,.2f}", f"{point.batches_per_second:,.0f}", f"{point.latency_us:,.0f}",
          point.bottleneck, f"{point.utilization[point.bottleneck]:.0%}") for point in points]))
@@ -52,10 +53,10 @@ def _print(costs: Costs, points: Sequence[Point], compared: Sequence[dict[str, A
         load = os.getloadavg()[0]
         if load > cores + 1:
             click.echo(f"The machine is busy (load {load:.1f} on {cores} cores): the errors say little.")
-    click.echo(f"devices: {', '.join(DEVICES)}; without --profile, this machine")
+    click.echo(f"devices: {', '.join(device_names())}; without --profile, this machine")
 
 
-def plot_curve(path: str, points: Sequence[Point], device: Device | None) -> bool:
+def plot_curve(path: str, points: Sequence[Point], device: Profile | None) -> bool:
     """A picture of throughput and latency over hosts, the bottleneck at each point; False without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
