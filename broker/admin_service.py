@@ -9,6 +9,7 @@ from broker.calls import ADMIN, PUBLISH, SUBSCRIBE, Access, unary
 from broker.config import TopicConfig
 from broker.errors import ERROR_KEY, AttachSlotsFull, BrokerUnavailable, NotAllowed
 from broker.grpc_options import channel_options
+from broker.head import head_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.security import CALLER, RIGHTS
@@ -50,7 +51,7 @@ class AdminService:
 
     async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
         """Call a method ("Admin/CreateTopic") at the head; its error comes through as it is."""
-        head = self._node.broker_line(0)
+        head = self._node.broker_line(head_of(self._node.memory.load_word(self._node.layout.offset_of("control"))))
         async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
             call = channel.unary_unary(f"/cxlmq.v1.{method}", request.__class__.SerializeToString,
                                        reply.FromString)
@@ -167,7 +168,7 @@ class AdminService:
         entry = node.topics.find(request.subscribe.topic)
         key = entry.generation << 16 | entry.number
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await server.place(request.subscribe, reader, key)
+        cursor = await server.place(request.subscribe, reader, key, (request.pid, request.start_time))
         found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
                                             request.start_time)
         if found is None:

@@ -100,7 +100,7 @@ _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THR
             "memory": MEMORIES}
 _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes",
           "coherent_bytes")
-_DURATIONS = ("session_lease_seconds", "group_lease_seconds")
+_DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
     "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
@@ -141,7 +141,10 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     coherent_bytes: int = 65536             # what the hardware keeps coherent, for the pool "atomic"
     session_lease_seconds: float = 30.0     # how long a gap in a session may last
     group_lease_seconds: float = 10.0       # how long a silent member keeps its consumer group
-    heartbeat_ms: int = 500
+    heartbeat_ms: int = 100
+    head_lease_seconds: float = 1.0         # a head that is silent for so long is replaced; at once when it is dead
+    restart: bool = True                    # the supervisor starts brokers that ended anew
+    crash_points: str = ""                  # for tests: BROKER:POINT:VISIT,... (broker/crash.pyx)
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
     replica_file_bytes: int = 64 * MIB      # a replica's file is followed by the next one at this size
     listen_host: str = "127.0.0.1"

@@ -33,7 +33,7 @@ cdef void crash_now(uint64_t point) noexcept nogil:
     kill(getpid(), SIGKILL)
 
 
-def parse(setting: str) -> dict[int, tuple[str, int]]:
+def parse_crash_points(setting: str) -> dict[int, tuple[str, int]]:
     """Broker -> (point, visit) from "BROKER:POINT:VISIT,...". Raises `ConfigError`."""
     found = {}
     for each in filter(None, setting.split(",")):

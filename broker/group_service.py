@@ -59,6 +59,9 @@ class GroupService:
         node = server.node
         self._server, self._node, self._forward = server, node, forward
         self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid)
+        node.groups = self.table
+        if node.leadership.term is not None:
+            self.table.lead(node.leadership.term.order.layout)
         self._files = GroupFiles(node.config.replica_folder(node.broker))
         self._lease_ns = int(node.config.group_lease_seconds * 1e9)
         self._files_failed = False

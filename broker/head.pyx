@@ -37,6 +37,14 @@ def is_serving(uint64_t control) -> bool:
     return (control & CONTROL_SERVING) != 0
 
 
+def say_restored(Memory memory, Layout layout, uint64_t epoch) -> None:
+    """Bank 0 was filled by a recovery as if a head of this epoch had: the first head takes over from there."""
+    memory.store(layout.head_line(), epoch)
+    memory.flush(layout.head_line(), 64)
+    memory.fence()
+    memory.compare_and_swap(layout.control(), 0, make_control(epoch, 0, 0, 1, 0))
+
+
 cdef class HeadView:
     """Reads what the serving head wrote. Not thread-safe: each user has one of its own.
 

@@ -503,6 +503,7 @@ cdef class Layout:
     cdef uint64_t attach_descriptor(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil
     cdef uint64_t segment(self, uint64_t s) noexcept nogil
+    cdef uint64_t segment_owner(self, uint64_t segment) noexcept nogil
     cdef uint64_t bitmap(self) noexcept nogil
     cdef uint64_t warm_bitmap(self) noexcept nogil
     cdef uint64_t bitmap_words(self) noexcept nogil

@@ -210,7 +210,8 @@ cdef class Layout:
         bitmap = _round_up(self._bitmap_words(segment_count) * 8, LINE_BYTES)
         g.segment_count = segment_count
         g.bank_count = max(2, min(BANKS_MAX, g.broker_count))
-        g.coherent = section("coherent area", (1 + 2 * g.bank_count + 2 * g.broker_count) * LINE_BYTES + 2 * bitmap)
+        g.coherent = section("coherent area", (1 + 2 * g.bank_count + 2 * g.broker_count) * LINE_BYTES + 2 * bitmap
+                             + segment_count * 8)
         counters = sizeof(BrokerCounters) + ROLE_COUNT * LINE_BYTES
         g.statistics = section("statistics", g.broker_count * counters + sizeof(SequencerCounters))
         at = _round_up(at, ATTACH_PAGE)
@@ -368,6 +369,9 @@ cdef class Layout:
         return self.g.coherent + (1 + 2 * self.g.bank_count + 2 * self.g.broker_count) * 64
 
     cdef uint64_t warm_bitmap(self) noexcept nogil: return self.bitmap() + self._bitmap_bytes
+    cdef uint64_t segment_owner(self, uint64_t s) noexcept nogil:
+        return self.warm_bitmap() + self._bitmap_bytes + s * 8
+
     cdef uint64_t bitmap_words(self) noexcept nogil: return self._bitmap_bytes // 8
 
     cdef uint64_t broker_counters(self, uint64_t b) noexcept nogil:
@@ -407,7 +411,7 @@ cdef class Layout:
             "attach_completion": lambda a, n: self.attach_completion(a, n),
             "attach_descriptor": lambda a, n: self.attach_descriptor(a, n),
             "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),
-            "bitmap": lambda: self.bitmap(), "warm_bitmap": lambda: self.warm_bitmap(),
+            "bitmap": lambda: self.bitmap(), "segment_owner": lambda s: self.segment_owner(s), "warm_bitmap": lambda: self.warm_bitmap(),
             "doorbell": lambda b, w: self.doorbell(b, w), "order_lock": lambda: self.order_lock(),
             "role_statistics": lambda b, r: self.role_statistics(b, r),
             "broker_counters": lambda b: self.broker_counters(b),

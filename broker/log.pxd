@@ -94,6 +94,9 @@ cdef class BrokerLog:
     cdef void press(self, uint64_t nbytes) noexcept nogil
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef int open_topic(self, uint64_t topic, TopicLine* line) except -1
+    cdef int resume_topic(self, uint64_t topic, TopicLine* line) except -1
+    cdef void know_segment_ends(self, uint64_t topic) noexcept nogil
+    cdef bint still_serves(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef void wipe_ring(self, uint64_t topic, uint64_t first, uint64_t last) noexcept nogil
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil
     cdef void close_topic(self, uint64_t topic) noexcept nogil

@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.layout cimport (
-    BatchHeader, BrokerCounters, Layout, OffsetBrokerLine, SegmentLine, TopicLine, make_tag,
+    BatchHeader, BrokerCounters, Layout, OrderEntry, OffsetBrokerLine, SegmentLine, TopicLine, make_tag,
 )
 from broker.planted cimport PLANT_RING_OVERRUN, planted
 from broker.segments cimport SegmentPool
@@ -89,6 +89,8 @@ cdef class BrokerLog:
         log.order = line.order
         log.replication_factor = line.replication_factor
         log.message_bytes_max = line.message_bytes_max
+        if self.still_serves(topic, generation):
+            return self.resume_topic(topic, line)
         self.wipe_ring(topic, 0, self.layout.g.ring_slot_count)
         # The whole line: our cache may still have it with the frontiers of an earlier topic.
         memset(&offset, 0, sizeof(offset))
@@ -104,6 +106,89 @@ cdef class BrokerLog:
         log.opened = generation
         cxl_store_release(&log.generation, generation)
         return 0
+
+    cdef bint still_serves(self, uint64_t topic, uint64_t generation) noexcept nogil:
+        """Whether an earlier process of this broker served the topic, and ended without a word."""
+        self.memory.invalidate(self.layout.offset_broker(topic, self.broker), 64)
+        return self.memory.load(self.layout.offset_broker(topic, self.broker) + 48) == generation
+
+    cdef int resume_topic(self, uint64_t topic, TopicLine* line) except -1:
+        """Go on where an earlier process of this broker stood.
+
+        What it delegated is ordered, or will be; what it only received is gone: its publishers send it again.
+        """
+        cdef TopicLog* log = &self.topics[topic]
+        cdef uint64_t at = self.layout.offset_broker(topic, self.broker), generation = line.state >> 8, slot, segment
+        cdef BatchHeader header
+        cdef Slot* record
+        log.delegated = log.head = self.memory.load(at)
+        log.tail = self.memory.load(at + 56)
+        log.written = self.memory.load(at + 8)
+        log.written_bytes = self.memory.load(at + 16)
+        # What was complete and not delegated has the tags that the next batches will have.
+        self.wipe_ring(topic, log.head, log.tail + self.layout.g.ring_slot_count)
+        self.adopt_segments(topic, generation)
+        for slot in range(log.tail, log.head):
+            self.memory.read_line(self.layout.ring(topic, self.broker, slot), &header)
+            record = &log.slots[slot & (self.layout.g.ring_slot_count - 1)]
+            record.first_segment, record.last_segment = 1, 0
+            record.messages = header.message_count
+            record.awaited = 0
+            if header.payload_bytes and header.payload_offset >= self.layout.g.segments:
+                record.first_segment = self.segment_of(header.payload_offset)
+                record.last_segment = min(self.segment_of(header.payload_offset + header.payload_bytes - 1),
+                                          self.layout.g.segment_count - 1)
+            for segment in range(record.first_segment, record.last_segment + 1):
+                self.segments[segment].used_to = slot + 1
+        self.know_segment_ends(topic)
+        log.release_again = 1
+        dirty_add(&self.to_release, topic)
+        log.opened = generation
+        cxl_store_release(&log.generation, generation)
+        return 0
+
+    cdef void know_segment_ends(self, uint64_t topic) noexcept nogil:
+        """How far the messages in our segments reach, from the order index: what is not released yet is added later."""
+        cdef uint64_t index, segment, first, last
+        cdef OrderEntry entry
+        cdef bint done = False
+        while not done and self.head.begin():
+            done = True
+            index = self.memory.load(self.head.layout.topic_reclaim(topic))
+            while index < self.memory.load(self.head.layout.topic_order(topic)):
+                self.memory.invalidate(self.head.layout.order_entry(topic, index), 64)
+                self.memory.read_line(self.head.layout.order_entry(topic, index), &entry)
+                if not self.head.same():
+                    done = False
+                    break
+                index += 1
+                if entry.broker != <uint64_t>self.broker or entry.payload_bytes == 0:
+                    continue
+                first = self.segment_of(entry.payload_offset)
+                last = self.segment_of(entry.payload_offset + entry.payload_bytes - 1)
+                for segment in range(first, min(last + 1, self.layout.g.segment_count)):
+                    self.segments[segment].end_position = max(self.segments[segment].end_position,
+                                                              entry.position + entry.message_count)
+
+    def sweep(self) -> int:
+        """Give back the segments that an earlier process of this broker had, and that no topic has; how many.
+
+        Called once, when all topics are known and nothing is taken yet.
+        """
+        cdef uint64_t segment, topic
+        cdef int swept = 0
+        self.lock()
+        for segment in range(self.layout.g.segment_count):
+            if not self.pool.owns(segment):
+                continue
+            for topic in range(self.topic_count):
+                if self.topics[topic].held != NULL and self.topics[topic].held[segment // 64] >> (segment % 64) & 1:
+                    break
+            else:
+                self.free_segment(segment)
+                swept += 1
+        self.unlock()
+        return swept
 
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil:
         """Segments of a restored topic are ours when the segment table says so."""

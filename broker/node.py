@@ -39,11 +39,15 @@ from pathlib import Path
 from typing import Any
 
 from broker.config import ClusterConfig, make_folder
+from broker.crash import arm, parse_crash_points
 from broker.doorbell import Doorbell
-from broker.errors import CxlmqError, MemoryLost, RegionForeign
-from broker.head import HeadView
+from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost, RegionForeign
+from broker.groups import GroupTable
+from broker.head import HeadDoorbell, HeadView, say_restored
 from broker.layout import BrokerState
+from broker.leadership import Leadership
 from broker.log import BrokerLog
+from broker.membership import Membership, RegionMembership
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.pipeline import WAITING, Pipeline
@@ -59,33 +63,36 @@ from broker.stages.receiver import Receiver
 from broker.stages.reclaim import Reclaim
 from broker.stages.release import Release
 from broker.stages.replication import Replication
-from broker.stages.sequencer import OrderState, Scanner
+from broker.stages.seat import Seat
+from broker.stages.sequencer import Scanner
 from broker.stages.stage import Stage
+from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicTable
 from sim.cxl.clock import SystemClock
 from sim.cxl.memory import Memory, MemoryFault, Role
 from sim.cxl.region import host_identity, process_alive, process_start_time
 
-HEAD = 0
+FOUNDER = 0                         # makes the region; any broker may be head
 REGION_WAIT_SECONDS = 20.0
 STRANDED_NS = 500_000_000           # what was not flushed for so long when all threads had ended never would have been
 RECOVERY_SECONDS = 600.0            # for reading all replicas; a region comes when that is done
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
 DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
+LOOK_SECONDS = 0.5                  # how often it looks for attached clients that are gone
+HEAD_WAIT_SECONDS = 30.0
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
 
 class BrokerNode:
     """All of one broker but its gRPC server: what stages share, and the threads that run them."""
 
-    def __init__(self, config: ClusterConfig, broker: int, region: Region) -> None:
+    def __init__(self, config: ClusterConfig, broker: int, region: Region, founder: bool = False) -> None:
         self.config = config
         self.broker = broker
         self.region = region
         self.layout = region.layout
-        self.is_head = broker == HEAD
         self.pid = os.getpid()
         self.host = host_identity()
         self.clock = SystemClock()
@@ -101,14 +108,20 @@ class BrokerNode:
         self.attach = AttachStage(receiver_door, self.log, self.acks, self.clock,
                                   int(config.session_lease_seconds * 1e9))
         self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
-        self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.doorbells[HEAD])
+        self.head_bell = HeadDoorbell(self._door(Role.ROLE_BROKER), self.layout)
+        self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.head_bell)
         self.delivery_door = self._door(Role.ROLE_DELIVERY)
         self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
         self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
-        self.scanners: list[Scanner] = []
-        self.order: OrderState | None = None
         self.pool_leader: PoolLeader | None = None
+        self.groups: GroupTable | None = None           # the server's; it writes where we are head
+        self.incarnation = self.memory.fetch_add_word(self.layout.offset_of("control") + 8, 1) + 1
+        seat_door = self._door(Role.ROLE_SEQUENCER)
+        self.seats = [Seat(seat_door, self.layout) for _ in range(config.scanners + 1)]
         self.pipelines = self._pipelines()
+        self.leadership = Leadership(
+            seat_door, self.layout, self._membership(founder), self.incarnation << 8 | broker + 1, self._is_gone,
+            self.seats, self._new_takeover, self._sit_down, self._stand_up)
         self._watchers = 0
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
@@ -128,10 +141,10 @@ class BrokerNode:
 
     def _pipelines(self) -> list[Pipeline]:
         """The thread plan: lists of stages, each run by one thread."""
-        delegation = Delegation(self._door(Role.ROLE_DELEGATION), self.log, self.doorbells[HEAD])
+        delegation = Delegation(self._door(Role.ROLE_DELEGATION), self.log, self.head_bell)
         release = Release(self._door(Role.ROLE_RECLAIM), self.log)
-        head_stages = self._head_stages() if self.is_head else []
-        directory = Directory(self._door(Role.ROLE_BROKER), self.log, self.order, self.scanners)
+        directory = self.directory = Directory(self._door(Role.ROLE_BROKER), self.log)
+        scanners, reclaim = self.seats[:-1], self.seats[-1]
         self.replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker,
                                        self._replica_folder(), self.clock, self.doorbells,
                                        self.config.replica_file_bytes)
@@ -139,12 +152,10 @@ class BrokerNode:
             # The stages of the broker's own log stay together: what one of them does to a topic the others must not
             # meet half done.
             plan = [[directory, self.attach, delegation, release], [self.acks], [self.watch],
-                    *([stage] for stage in head_stages)]
+                    *([seat] for seat in self.seats)]
         else:
-            first, others = head_stages[:1], head_stages[1:]
-            extra = [[stage] for stage in others if isinstance(stage, Scanner)]
-            plan = [[directory, self.attach, delegation, *first, self.acks, self.watch, release,
-                     *(stage for stage in others if not isinstance(stage, Scanner))], *extra]
+            plan = [[directory, self.attach, delegation, scanners[0], self.acks, self.watch, release, reclaim],
+                    *([seat] for seat in scanners[1:])]
         yield_ns = WAITING[self.config.waiting]
         pipelines = [self._pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], yield_ns)
                      for i, stages in enumerate(plan)]
@@ -155,20 +166,56 @@ class BrokerNode:
     def _pipeline(self, name: str, stages: Iterable[Stage], bell: Doorbell, yield_ns: int) -> Pipeline:
         return Pipeline(name, list(stages), bell, self.log, yield_ns)
 
-    def _head_stages(self) -> list[Stage]:
-        """Scanners first, then reclaim."""
-        config, count = self.config, self.layout.numbers["broker_count"]
-        self.order = OrderState(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker,
-                                LOCK_MODES[config.sequencer_lock], config.scanners,
-                                semaphore_name="/" + self.region.semaphore_name)
-        for number in range(config.scanners):
-            brokers = [b for b in range(count) if b % config.scanners == number]
-            self.scanners.append(Scanner(self.order, self._door(Role.ROLE_SEQUENCER), self.clock, number, brokers,
-                                         self.doorbells, self.replication_bells))
-        if config.pool == "leader":
-            self.pool_leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), self.layout, self.broker)
-        return [*self.scanners,
-                Reclaim(self._door(Role.ROLE_RECLAIM), self.order, self.doorbells, self.pool_leader)]
+    # ---- head -------------------------------------------------------------------------------------------------------
+
+    @property
+    def is_head(self) -> bool:
+        """Whether this broker is head now."""
+        return self.leadership.serves
+
+    def _membership(self, founder: bool) -> Membership:
+        return RegionMembership(self._door(Role.ROLE_BROKER), self.layout, self.clock, self.broker,
+                                int(self.config.head_lease_seconds * 1e9), self.is_dead, founder)
+
+    def is_dead(self, broker: int) -> bool:
+        """Whether the process that a broker's line names is gone."""
+        line = self.broker_line(broker)
+        return not process_alive(line["pid"], line["start_time"], self.host)
+
+    def _is_gone(self, owner: int) -> bool:
+        """Whether the process with this incarnation << 8 | broker + 1 stores nothing any more."""
+        line = self.broker_line((owner & 0xFF) - 1)
+        return line["incarnation"] != owner >> 8 or not process_alive(line["pid"], line["start_time"], self.host)
+
+    def _new_takeover(self) -> Takeover:
+        if self.config.sequencer_lock == "semaphore":
+            self.region.renew_semaphore()       # the last head may have ended, or stopped, while it held it
+        return Takeover(self._door(Role.ROLE_SEQUENCER), self.layout, self.clock, self.broker,
+                        LOCK_MODES[self.config.sequencer_lock], self.config.scanners,
+                        semaphore_name="/" + self.region.semaphore_name)
+
+    def _sit_down(self, takeover: Takeover) -> list[Stage]:
+        """What a head runs: scanners, then reclaim."""
+        order, count = takeover.order, self.layout.numbers["broker_count"]
+        scanners = []
+        for number in range(self.config.scanners):
+            brokers = [b for b in range(count) if b % self.config.scanners == number]
+            scanner = Scanner(order, self._door(Role.ROLE_SEQUENCER), self.clock, number, brokers, self.doorbells,
+                              self.replication_bells)
+            takeover.prepare(scanner)
+            scanners.append(scanner)
+        if self.config.pool == "leader":
+            self.pool_leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), order.layout, self.broker)
+        self.directory.lead(order, scanners)
+        self.topics.lead(order.layout)
+        if self.groups is not None:
+            self.groups.lead(order.layout)
+        self.ring_all()
+        return [*scanners, Reclaim(self._door(Role.ROLE_RECLAIM), order, self.doorbells, self.pool_leader)]
+
+    def _stand_up(self) -> None:
+        self.directory.lead(None, [])
+        self.pool_leader = None
 
     def _replica_folder(self) -> ReplicaFolder:
         return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
@@ -176,6 +223,19 @@ class BrokerNode:
                              catalogue=bool(self.config.data_directory))
 
     # ---- life -------------------------------------------------------------------------------------------------------
+
+    async def resume(self) -> None:
+        """Wait for a head; then know the topics, and what an earlier process of this broker has left."""
+        deadline = time.monotonic() + HEAD_WAIT_SECONDS
+        while not self.head.serving() or not self.directory.complete:
+            if self.head.serving():
+                self.directory.step_once()
+                continue
+            if time.monotonic() > deadline:
+                raise BrokerUnavailable(f"no broker became head within {HEAD_WAIT_SECONDS:.0f} s", address="head")
+            await asyncio.sleep(0.002)
+        self.attach.keep_leases()
+        self.log.sweep()
 
     def start(self) -> None:
         """Run the stages."""
@@ -219,18 +279,11 @@ class BrokerNode:
             self.memory.write_bytes(address, pack("BrokerAddress", tcp_address=tcp, unix_address=unix))
             self.memory.store_fence()
         line = unpack("BrokerLine", self.memory.read_line_bytes(at))
-        line.update(state=state, pid=os.getpid(), start_time=process_start_time(), heartbeat_ns=self.clock.now())
+        line.update(state=state, pid=os.getpid(), start_time=process_start_time(), heartbeat_ns=self.clock.now(),
+                    incarnation=self.incarnation)
         self.memory.write_line_bytes(at, pack("BrokerLine", **line))
         self.memory.flush_range(at, 64)
         self.memory.store_fence()
-
-    def beat(self) -> None:
-        """Say that this broker is alive, and how much processor time it has used."""
-        at = self.layout.offset_of("broker", self.broker) + 24
-        self.memory.store_word(at, self.clock.now())
-        self.memory.flush_range(at, 8)
-        self.memory.store_fence()
-        self.log.note_cpu(time.process_time_ns())
 
     def look_after_memory(self, idle_ns: int | None = None) -> None:
         """Let the checker look for what was stored and never flushed; raise `MemoryLost` when we are cut off."""
@@ -253,7 +306,7 @@ class BrokerNode:
         self.memory.store_word(at, self.memory.load_word(at) + 1)
         self.memory.flush_range(at, 8)
         self.memory.store_fence()
-        self.doorbells[HEAD].ring_now()
+        self.head_bell.ring_now()
 
     def watch_commits(self, change: int) -> None:
         """Count the subscribers here: the sequencer wakes a broker that has any."""
@@ -286,23 +339,28 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
     """Run a broker until `stop` is set."""
     from broker.server import BrokerServer
 
-    server = BrokerServer(node)
-    node.start()
+    node.leadership.start(node.config.heartbeat_ms / 1000)
+    server = None
     try:
+        await node.resume()
+        server = BrokerServer(node)
+        node.start()
         tcp, unix = await server.start()
         node.write_line(BrokerState.BROKER_READY, tcp, unix)
         node.ring_all()
         node.start_warming()
         while not stop.is_set():
-            node.beat()
+            node.log.note_cpu(time.process_time_ns())
             node.look_after_memory()
             for slot, generation in node.gone_clients():
                 await server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), node.config.heartbeat_ms / 1000)
+                await asyncio.wait_for(stop.wait(), LOOK_SECONDS)
     finally:
+        node.leadership.stop()
         node.write_line(BrokerState.BROKER_STOPPED)
-        await server.stop()
+        if server is not None:
+            await server.stop()
         node.stop()
         with contextlib.suppress(MemoryLost):
             node.look_after_memory(idle_ns=STRANDED_NS)
@@ -329,9 +387,6 @@ def _check_place(region: Region, broker: int) -> None:
             line["pid"], line["start_time"], host_identity()):
         raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {line['pid']}): "
                             "choose another --id", region=region.name, reason="broker runs")
-    if line["pid"]:
-        raise RegionForeign(f"broker {broker} of cluster {region.name} ran in this region before: "
-                            "start the whole cluster anew", region=region.name, reason="broker ran")
 
 
 def _recover(config: ClusterConfig, region: Region) -> None:
@@ -341,24 +396,30 @@ def _recover(config: ClusterConfig, region: Region) -> None:
     from broker.server import RECOVERY_FILE
 
     assert config.data_directory
-    report = restore(region, make_plan(Path(config.data_directory)), int(config.session_lease_seconds * 1e9))
+    plan = make_plan(Path(config.data_directory))
+    report = restore(region, plan, int(config.session_lease_seconds * 1e9))
+    epoch = max((batch.record.fields["epoch"] for topic in plan.topics for batch in topic.batches), default=1)
+    say_restored(region.memory(), region.layout, max(1, epoch))
     (config.folder / RECOVERY_FILE).write_text(json.dumps(report))
 
 
-def run_broker(config: ClusterConfig, broker: int, recover: bool = False) -> None:
+def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: bool = False) -> None:
     """Run one broker until SIGTERM or SIGINT. Raises `CxlmqError` when it cannot start.
 
-    With `recover` the head fills the region from the replicas in the data directory first.
+    Broker 0 makes the region, unless it is to `join` one; with `recover` it fills it from the replicas in the data
+    directory first.
     """
     make_folder(config)
-    if broker == HEAD:
+    founder = broker == FOUNDER and not join
+    if founder:
         region = create_region(config, prepare=lambda created: _recover(config, created) if recover else None)
     else:
         region = attach_region(config.name, timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS,
                                folder_root=Path(config.runtime_directory))
         _check_place(region, broker)
     try:
-        node = BrokerNode(config, broker, region)
+        node = BrokerNode(config, broker, region, founder)
+        arm(*parse_crash_points(config.crash_points).get(broker, ("", 1)))
         node.write_line(BrokerState.BROKER_STARTING)
         asyncio.run(_run_until_signal(node))
     finally:
@@ -385,13 +446,14 @@ def _report(error: CxlmqError, as_json: bool) -> None:
 def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin.read) -> int:
     """`python -m broker.node --id K`: the configuration comes as JSON on standard input."""
     parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
-    parser.add_argument("--id", type=int, required=True, help="number of this broker, 0 is the head")
+    parser.add_argument("--id", type=int, required=True, help="number of this broker")
     parser.add_argument("--parent", type=int, help="process that this broker ends with")
+    parser.add_argument("--join", action="store_true", help="attach to the region that is there, also as broker 0")
     parser.add_argument("--recover", action="store_true", help="rebuild from the replicas in data_directory")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
     try:
-        run_broker(ClusterConfig.from_json(read()), options.id, options.recover)
+        run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join)
     except CxlmqError as error:
         _report(error, options.json_errors)
         return 2

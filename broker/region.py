@@ -104,6 +104,11 @@ class Region:
         """A door to the region for a role; 0 counts its accesses privately."""
         return self.hardware.door(int(role), statistics_offset)
 
+    def renew_semaphore(self) -> None:
+        """Replace the named semaphore by a free one: whoever holds the old one keeps that."""
+        files.remove_semaphore(self.semaphore_name)
+        files.create_semaphore(self.semaphore_name).close()
+
     def close(self) -> None:
         """Unmap, once no Memory of ours is left."""
         with contextlib.suppress(BufferError):      # a Memory lives: the mapping goes with the last of them

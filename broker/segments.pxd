@@ -26,6 +26,7 @@ cdef class SegmentPool:
     cdef uint64_t bit_of(self, uint64_t segment) noexcept nogil
     cdef bint is_warm(self, uint64_t segment) noexcept nogil
     cdef void mark_warm(self, uint64_t segment) noexcept nogil
+    cdef bint owns(self, uint64_t segment) noexcept nogil
     cdef bint valid(self, uint64_t segment) noexcept nogil
     cdef uint64_t search_shares(self) noexcept nogil
     cdef int64_t allocate_one(self, uint64_t part, bint warm) noexcept nogil

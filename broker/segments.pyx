@@ -49,11 +49,20 @@ cdef class SegmentPool:
             self.memory.fetch_or(self.layout.warm_bitmap() + self.word_of(segment), self.bit_of(segment))
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
-        cdef uint64_t bit = self.bit_of(segment)
-        return (self.memory.fetch_or(self.layout.bitmap() + self.word_of(segment), bit) & bit) == 0
+        # The owner is known before the bit is set, and until it is cleared: whoever restarts a broker that was killed
+        # anywhere here finds what it had.
+        if not self.memory.compare_and_swap(self.layout.segment_owner(segment), 0, self.broker + 1):
+            return False
+        self.memory.fetch_or(self.layout.bitmap() + self.word_of(segment), self.bit_of(segment))
+        return True
 
     cdef void give_bit(self, uint64_t segment) noexcept nogil:
         self.memory.fetch_and(self.layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
+        self.memory.compare_and_swap(self.layout.segment_owner(segment), self.broker + 1, 0)
+
+    cdef bint owns(self, uint64_t segment) noexcept nogil:
+        """Whether a process of this broker took the segment."""
+        return self.memory.load(self.layout.segment_owner(segment)) == <uint64_t>self.broker + 1
 
     cdef uint64_t search_shares(self) noexcept nogil:
         # How many parts of the bitmap this strategy may take from.
@@ -204,6 +213,10 @@ cdef class AtomicPool(SegmentPool):
 cdef class PartitionedPool(SegmentPool):
     """Each broker owns a part of the bitmap, whole lines of it: plain stores, flushed, no atomics."""
 
+    cdef bint owns(self, uint64_t segment) noexcept nogil:
+        return segment // self.share == <uint64_t>self.broker and (
+            self.memory.load(self.layout.bitmap() + self.word_of(segment)) & self.bit_of(segment)) != 0
+
     cdef uint64_t search_shares(self) noexcept nogil:
         return 1
 
@@ -305,6 +318,9 @@ cdef class LeaderPool(SegmentPool):
 
     cdef bint is_asking(self) noexcept nogil:
         return self.asked <= ANSWER_TRIES
+
+    cdef bint owns(self, uint64_t segment) noexcept nogil:
+        return False                        # the leader knows
 
     cdef void release(self, uint64_t segment) noexcept nogil:
         cdef uint64_t wish = self.layout.pool_wish(self.broker), slot, grant

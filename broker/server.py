@@ -32,7 +32,7 @@ from broker.errors import (
 )
 from broker.group_service import GroupService, start_index
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
-from broker.head import epoch_of
+from broker.head import epoch_of, head_of
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
@@ -279,6 +279,14 @@ class BrokerServer:
         if self.node.is_head:
             self.groups.restore(config.folder / RECOVERY_FILE)
         port = config.listen_port + self.node.broker if config.listen_port else 0
+        previous = self.node.broker_line(self.node.broker)["tcp_address"].rpartition(":")[2]
+        if not port and previous:           # an earlier process of this broker: clients know it by this address
+            with contextlib.suppress(PortTaken):
+                return await self._listen(int(previous))
+        return await self._listen(port)
+
+    async def _listen(self, port: int) -> tuple[str, str]:
+        config = self.node.config
         wanted = f"{config.listen_host}:{port}"
         unix = f"unix:{config.folder / f'broker-{self.node.broker}.sock'}"
         try:
@@ -323,6 +331,7 @@ class BrokerServer:
                 self._tell_of_deletions()
             with contextlib.suppress(BrokerUnavailable):
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
+                self.cursors.free_left()
             await self.groups.look_after()
 
     def _tell_of_deletions(self) -> None:
@@ -388,6 +397,10 @@ class BrokerServer:
         control = self.node.layout.offset_of("control")
         self.node.memory.invalidate_range(control, 64)
         return epoch_of(self.node.memory.load_word(control))
+
+    def head(self) -> int:
+        """The broker that is head, or becomes it."""
+        return head_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
 
     def holder(self) -> str:
         """Who holds back what this broker would need, as the reclaimer said last."""
@@ -455,13 +468,14 @@ class BrokerServer:
             node.watch_commits(-1)
             self.cursors.close(cursor)
 
-    async def place(self, request: Any, reader: OrderReader, key: int) -> int:
+    async def place(self, request: Any, reader: OrderReader, key: int, process: tuple[int, int] = (0, 0)) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
         if request.group:
             self.groups.table.require_member(self.node.topics.find(request.topic), request.group, request.member,
                                              request.member_epoch)
         start = request.WhichOneof("start") or "beginning"
-        cursor, granted = await self.cursors.open(key, start_index(request, reader), self.node.pid, request.group)
+        cursor, granted = await self.cursors.open(key, start_index(request, reader), process[0] or self.node.pid,
+                                                  request.group, process[1])
         reader.move_to(granted)
         first = reader.frontiers()["reclaimed_position"]
         if start == "position" and request.position < first:
@@ -502,6 +516,6 @@ class BrokerServer:
                 id=broker, state=state, tcp_address=line["tcp_address"], unix_address=line["unix_address"],
                 pid=line["pid"], heartbeat_age_ms=max(0, now - line["heartbeat_ns"]) // 1_000_000))
         return pb.ClusterDescription(
-            name=node.config.name, epoch=self.epoch(), head=0, region_bytes=numbers["region_bytes"],
+            name=node.config.name, epoch=self.epoch(), head=self.head(), region_bytes=numbers["region_bytes"],
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
             brokers=brokers, host=host_identity(), run_id=node.region.run_id)

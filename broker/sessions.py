@@ -12,6 +12,7 @@ from broker.head import HeadView
 from broker.layout import CursorState, Layout, SessionState, record_dtypes
 from broker.records import pack, record_bytes, unpack
 from sim.cxl.memory import Memory
+from sim.cxl.region import host_identity, process_alive
 
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
@@ -179,8 +180,29 @@ class CursorTable:
         self._free = set(range(broker * share, (broker + 1) * share))
         self._count = share
         self._request = 0
+        self._left: dict[int, tuple[int, int]] = {}     # of readers that an earlier process of ours attached
+        for cursor in self._free.copy():
+            self._take_over(cursor)
 
-    async def open(self, topic: int, index: int, pid: int, name: str = "") -> tuple[int, int]:
+    def _take_over(self, cursor: int) -> None:
+        """What an earlier process of this broker opened is free, but for views that a living process has."""
+        line = unpack("CursorLine", self._memory.read_line_bytes(self._layout.offset_of("cursor", cursor)))
+        if line["state"] & 0xFF == CursorState.CURSOR_FREE:
+            return
+        if line["start_time"] and process_alive(line["pid"], line["start_time"], host_identity()):
+            self._left[cursor] = line["pid"], line["start_time"]
+            self._free.discard(cursor)
+        else:
+            self.close(cursor)
+
+    def free_left(self) -> None:
+        """Let go of the places whose reader's process has ended."""
+        for cursor, (pid, start_time) in list(self._left.items()):
+            if not process_alive(pid, start_time, host_identity()):
+                del self._left[cursor]
+                self.close(cursor)
+
+    async def open(self, topic: int, index: int, pid: int, name: str = "", start_time: int = 0) -> tuple[int, int]:
         """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`.
 
         `name` is the group that reads, for people.
@@ -194,7 +216,8 @@ class CursorTable:
         self._request += 1
         at = self._layout.offset_of("cursor", cursor)
         request = (self._memory.load_word(at) >> 8) + 1
-        line = {"state": request << 8 | CursorState.CURSOR_WANTED, "topic": topic, "index": index, "pid": pid}
+        line = {"state": request << 8 | CursorState.CURSOR_WANTED, "topic": topic, "index": index, "pid": pid,
+                "start_time": start_time}
         self._write(at, line)
         self._announce()
         try:

@@ -40,7 +40,7 @@ from sim.cxl.memory import MappedMemory
 
 DEFAULT_NAME = "default"
 PID_FILE = "supervisor.pid"
-HEAD = 0
+FOUNDER = 0                             # makes the region
 READY_SECONDS = 30.0
 RECOVERY_SECONDS = 600.0                # for reading all replicas
 RECOVERY_FILE = "recovery.json"         # written by the head into the cluster's folder
@@ -49,6 +49,8 @@ DOWN_SECONDS = 2 * STOP_SECONDS         # what `stop_cluster` gives a supervisor
 ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.005
 _WATCH_SECONDS = 0.2
+_KEEP_SECONDS = 0.05
+_AGAIN_SECONDS = 0.5                    # a broker that ends at once is not started anew more often
 _CLAIM_SECONDS = 1.0
 _NAMES_MAX = 1000
 _LOG_TAIL_BYTES = 4000
@@ -110,6 +112,12 @@ class Cluster:
         self._logs: dict[int, IO[bytes]] = {}
         self._addresses: dict[int, Addresses] = {}
         self._ended: set[int] = set()
+        self._former: set[int] = set()              # process ids of brokers that were started anew
+        self._started_at: dict[int, float] = {}
+        self._changing = threading.Lock()
+        self._stopping, self._stopped = threading.Event(), threading.Event()
+        self._keeper: threading.Thread | None = None
+        self.restarts = 0
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -163,6 +171,9 @@ class Cluster:
             self._wait_until_ready(time.monotonic() + self._ready_seconds)
             if self._recover:
                 self.recovery = json.loads((self.config.folder / RECOVERY_FILE).read_text())
+            if self.config.restart:
+                self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
+                self._keeper.start()
         except BaseException:
             self.stop()
             raise
@@ -187,18 +198,21 @@ class Cluster:
                 break
         raise RegionForeign(region=wanted, reason="a cluster that runs, or another user, has this name")
 
-    def _spawn(self, broker: int) -> None:
-        log = self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
+    def _spawn(self, broker: int, again: bool = False) -> None:
+        if not again:
+            self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
+        log = self._logs[broker]
+        self._started_at[broker] = time.monotonic()
         self._children[broker] = subprocess.Popen(
             [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid()),
-             *(["--recover"] if self._recover else [])],
+             *(["--join"] if again else ["--recover"] if self._recover else [])],
             stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
             process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
 
-    def _configure(self, broker: int, child: subprocess.Popen[bytes]) -> None:
+    def _configure(self, broker: int, child: subprocess.Popen[bytes], config: ClusterConfig | None = None) -> None:
         assert child.stdin is not None
         with contextlib.suppress(BrokenPipeError):      # it has ended: its error is found below
-            child.stdin.write(self.config.to_json().encode())
+            child.stdin.write((config or self.config).to_json().encode())
         with contextlib.suppress(BrokenPipeError):
             child.stdin.close()
 
@@ -207,7 +221,7 @@ class Cluster:
         table: BrokerTable | None = None
         while waiting:
             self._raise_if_ended()
-            table = table or BrokerTable.open(self.config, self._children[HEAD].pid)
+            table = table or BrokerTable.open(self.config, self._children[FOUNDER].pid)
             for broker in sorted(waiting) if table else ():
                 addresses = table.ready(broker, self._children[broker].pid) if table else None
                 if addresses is not None:
@@ -242,20 +256,49 @@ class Cluster:
         start = max(0, size - _LOG_TAIL_BYTES)
         return os.pread(descriptor, size - start, start).decode(errors="replace").strip()
 
+    # ---- brokers that end -------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Start brokers anew that ended. In a thread that lives as long as they: they end with it."""
+        table: BrokerTable | None = None
+        while not self._stopping.wait(_KEEP_SECONDS):
+            with self._changing:
+                for broker, code in self.exit_codes.items():
+                    if time.monotonic() - self._started_at[broker] >= _AGAIN_SECONDS and not self._stopping.is_set():
+                        self._start_again(broker, code)
+            table = table or BrokerTable.open(self.config, None)
+            for broker, child in list(self._children.items()) if table else ():
+                if (addresses := table.ready(broker, child.pid) if table else None) is not None:
+                    self._addresses[broker] = addresses
+        while self.processes and not self._stopped.wait(_KEEP_SECONDS):
+            pass
+
+    def _start_again(self, broker: int, code: int) -> None:
+        self._former.add(self._children[broker].pid)
+        self._note(f"broker {broker} ended {_how(code)} and is started anew")
+        self._spawn(broker, again=True)
+        # Where a test let it end, it would end again.
+        self._configure(broker, self._children[broker], msgspec.structs.replace(self.config, crash_points=""))
+        self.restarts += 1
+
     # ---- run and stop -----------------------------------------------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until every broker has ended; False when the time is over first.
 
-        Ctrl-C interrupts it as ever. A broker that ends alone is said; the others go on.
+        Ctrl-C interrupts it as ever. A broker that ends alone is said; the others go on, and it is started anew unless
+        `restart` is off.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
-            for broker, code in self.exit_codes.items():
-                if broker not in self._ended:
-                    self._ended.add(broker)
-                    self._note(f"broker {broker} ended {_how(code)}")
-            if len(self._ended) == len(self._children):
+            if self._keeper is None:
+                for broker, code in self.exit_codes.items():
+                    if broker not in self._ended:
+                        self._ended.add(broker)
+                        self._note(f"broker {broker} ended {_how(code)}")
+                if len(self._ended) == len(self._children):
+                    return True
+            elif self._stopped.is_set():
                 return True
             left = _WATCH_SECONDS if deadline is None else min(_WATCH_SECONDS, deadline - time.monotonic())
             if left <= 0:
@@ -272,15 +315,21 @@ class Cluster:
     def stop(self) -> None:
         """Stop all brokers and remove the region, its semaphore and the folder, whatever happened before."""
         with _signals_ignored():
+            self._stopping.set()
             try:
-                self._stop_processes()
+                with self._changing:
+                    self._stop_processes()
             finally:
+                self._stopped.set()
+                if self._keeper is not None and self._keeper is not threading.current_thread():
+                    self._keeper.join()
                 self._remove()
 
     def _stop_processes(self) -> None:
         running = [child for child in self._children.values() if child.poll() is None]
         for child in running:
             child.terminate()
+            child.send_signal(signal.SIGCONT)       # one that is stopped ends as well
         deadline = time.monotonic() + self._stop_seconds
         for child in running:
             try:
@@ -297,7 +346,7 @@ class Cluster:
         self._logs.clear()
         if self._claim is None:
             return
-        remove_region(self.name, {child.pid for child in self._children.values()})
+        remove_region(self.name, self._former | {child.pid for child in self._children.values()})
         self._claim.release()
         self._claim = None
         self._addresses.clear()
@@ -497,8 +546,8 @@ class BrokerTable:
         self._memory = memory
 
     @classmethod
-    def open(cls, config: ClusterConfig, owner_pid: int) -> "BrokerTable | None":
-        """The table of the region that this very process created; None while there is none."""
+    def open(cls, config: ClusterConfig, owner_pid: int | None) -> "BrokerTable | None":
+        """The table of the region that this very process created (None: whoever did); None while there is none."""
         try:
             mapping = files.map_region_file(files.REGION_PREFIX + config.name, writable=False)
         except files.RegionFileError:
@@ -509,7 +558,7 @@ class BrokerTable:
         if not memory.load_word(0):
             return None
         superblock = unpack("Superblock", memory.read_bytes(0, record_bytes("Superblock")))
-        return cls(config, memory) if superblock["owner_pid"] == owner_pid else None
+        return cls(config, memory) if owner_pid in (None, superblock["owner_pid"]) else None
 
     def ready(self, broker: int, pid: int) -> Addresses | None:
         """Where a broker listens, once this process has announced itself there as ready."""

@@ -51,6 +51,7 @@ cdef class AttachStage(Stage):
     cdef int64_t lease_ns
     cdef int64_t next_check
 
+    cdef resume_slot(self, uint64_t i)
     cdef int64_t take(self, uint64_t i) noexcept nogil
     cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil
     cdef int64_t follow(self, uint64_t i) noexcept nogil

@@ -51,6 +51,54 @@ cdef class AttachStage(Stage):
         self.slots = <AttachSlot*>calloc(max(self.count, 1), sizeof(AttachSlot))
         if self.slots == NULL:
             raise MemoryError
+        for i in range(self.count):
+            self.resume_slot(i)
+
+    cdef resume_slot(self, uint64_t i):
+        """A slot that an earlier process of this broker had given out is fenced; its leases end when its client does."""
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef AttachLine line
+        cdef uint64_t number
+        cdef int64_t stream
+        self.memory.read_line(self.layout.attach_line(self.first + i), &line)
+        if line.state & 0xFF not in (ATTACH_OPEN, ATTACH_FENCED):
+            return
+        stream = self.acks.open_number(line.topic & 0xFFFF, line.topic >> 16, 0, 1)
+        if stream < 0:
+            return
+        slot.generation = line.state >> 8
+        slot.topic = line.topic & 0xFFFF
+        slot.topic_generation = line.topic >> 16
+        slot.session_slot = line.session_slot
+        slot.session_epoch = line.session_epoch
+        slot.client_id = line.client_id
+        slot.stream = stream
+        slot.taken = line.taken
+        slot.granted = line.granted
+        slot.retired = min(self.memory.load(self.layout.attach_client(self.first + i) + 16), line.granted)
+        slot.heard_at = self.clock.now_ns()
+        for number in range(slot.retired, slot.granted):
+            slot.leases[number % LEASE_RING].offset = self.memory.load(
+                self.layout.attach_lease(self.first + i, number))
+            slot.leases[number % LEASE_RING].nbytes = self.memory.load(
+                self.layout.attach_lease(self.first + i, number) + 8)
+        slot.state = ATTACH_FENCED
+        self.write_line(i)
+        cxl_fetch_add(&self.log.eager, 1)
+        self.limit = i + 1
+
+    def keep_leases(self) -> None:
+        """Clients may still write into what an earlier process of this broker leased them: not before they are gone."""
+        cdef uint64_t i, number, segment, first
+        cdef AttachSlot* slot
+        cdef HeldLease* lease
+        for i in range(self.limit):
+            slot = &self.slots[i]
+            for number in range(slot.retired, slot.granted):
+                lease = &slot.leases[number % LEASE_RING]
+                first = self.log.segment_of(lease.offset)
+                for segment in range(first, first + lease.nbytes // self.layout.g.segment_bytes):
+                    self.log.segments[segment].leased = 1
 
     def __dealloc__(self):
         free(self.slots)

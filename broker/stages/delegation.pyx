@@ -31,9 +31,10 @@ cdef class Delegation(Stage):
         self.log = log
         self.broker = log.broker
         self.head_doorbell = head_doorbell
-        self.counts = <uint64_t*>calloc(2 * self.layout.g.topic_count_max, 8)
+        self.counts = <uint64_t*>calloc(3 * self.layout.g.topic_count_max, 8)
         if self.counts == NULL:
             raise MemoryError
+        self.generations = self.counts + 2 * self.layout.g.topic_count_max
         for word in range((self.layout.g.topic_count_max + 7) // 8):
             self.activity[word] = memory.load(self.layout.broker_activity(self.broker) + word * 8)
 
@@ -61,8 +62,11 @@ cdef class Delegation(Stage):
         cdef int64_t done = 0
         if cxl_load_acquire(&log.generation) == 0:
             return 0                        # quiesced: its lines may be another topic's soon
-        if first == 0:
-            self.counts[2 * topic] = self.counts[2 * topic + 1] = 0
+        if self.generations[topic] != log.opened:
+            # Zero for a new topic, and for one that an earlier process of this broker served, where it stood.
+            self.generations[topic] = log.opened
+            self.counts[2 * topic] = self.memory.load(self.layout.offset_broker(topic, self.broker) + 8)
+            self.counts[2 * topic + 1] = self.memory.load(self.layout.offset_broker(topic, self.broker) + 16)
         while slot < head and done < STEP_BATCHES:
             at = self.layout.ring(topic, self.broker, slot)
             tag = make_tag(log.opened, slot)

@@ -39,6 +39,11 @@ cdef class Directory(Stage):
         self.scanners = list(scanners)
         self.on_open = on_open
 
+    @property
+    def complete(self) -> bool:
+        """Whether the topics are known as the serving head has them."""
+        return self.control_seen != 0 and not self.unfinished
+
     def lead(self, OrderState order, scanners) -> None:
         """This broker is head from now on; None: it no longer is."""
         self.scanners = list(scanners)
@@ -85,7 +90,10 @@ cdef class Directory(Stage):
                     self.close(topic)
                 self.open(topic, generation, &line)
                 work += 1
-            elif state == TOPIC_DELETING and self.log.topics[topic].opened == generation:
+            elif state == TOPIC_DELETING and (self.log.topics[topic].opened == generation
+                                              or self.log.still_serves(topic, generation)):
+                if self.log.topics[topic].opened != generation:
+                    self.open(topic, generation, &line)     # an earlier process of ours did: it is for us to stop
                 if not self.quiesce(topic, order):
                     self.unfinished = True
             elif state != TOPIC_ACTIVE and state != TOPIC_DELETING and self.log.topics[topic].opened:

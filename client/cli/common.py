@@ -150,7 +150,7 @@ SIZE, DURATION = SizeType(), DurationType()
 # (setting, metavar, help). Values stay text: load_config parses and checks them, and names what is wrong.
 _SETTINGS: tuple[tuple[str, str, str], ...] = (
     ("name", "NAME", "Name of the cluster; clients find it by this name [default]."),
-    ("brokers", "N", "Broker processes; broker 0 is the head, which orders all batches [4]."),
+    ("brokers", "N", "Broker processes; one of them is the head, which orders all batches [4]."),
     ("region_bytes", "SIZE", "Shared memory of all brokers on /dev/shm. Smaller than the traffic: it is reused behind "
                              "acks, replicas and readers [1GiB]."),
     ("message_bytes_max", "SIZE", "Largest message that is taken [16MiB, or a sixteenth of a small region]."),
@@ -184,7 +184,9 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
     ("coherent_bytes", "SIZE", "Coherent area of the hardware, where atomics work [64KiB]."),
     ("session_lease_seconds", "TIME", "How long a gap in a publisher's batches may last [30s]."),
     ("group_lease_seconds", "TIME", "How long a silent member keeps its consumer group [10s]."),
-    ("heartbeat_ms", "N", "How often a broker says that it is alive [500]."),
+    ("heartbeat_ms", "N", "How often a broker says that it is alive [100]."),
+    ("head_lease_seconds", "TIME", "How long the head may be silent before another broker takes over [1s]."),
+    ("restart", "true|false", "Whether brokers that end are started anew [true]."),
     ("data_directory", "FOLDER", "Where replicas are written; they stay when the cluster stops [a folder of the "
                                  "cluster, which goes with it]."),
     ("listen_host", "HOST", "Address to listen at; 0.0.0.0 for publishers on other machines, which needs --security "
