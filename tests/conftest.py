@@ -11,6 +11,14 @@ settings.load_profile("cxlmq")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plant", metavar="NAME", help="run with this bug planted in the stages: see cxlmq sim --mutants")
+    parser.addoption("--fuzz-seeds", metavar="FIRST:END", default="0:4", help="seeds of tests/end_to_end/test_fuzz_grpc.py")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test for each seed of --fuzz-seeds."""
+    if "fuzz_seed" in metafunc.fixturenames:
+        first, _, end = metafunc.config.getoption("--fuzz-seeds").partition(":")
+        metafunc.parametrize("fuzz_seed", range(int(first), int(end or int(first) + 1)))
 
 
 @pytest.fixture(autouse=True, scope="session")
