@@ -107,7 +107,7 @@ class Subject:
 
     def tools(self) -> None:
         layout = self.cluster.layout
-        superblock = {"boot_id": host_identity(), "owner_pid": 1, "folder": "/nowhere"}
+        superblock = {"boot_id": host_identity(), "owner_pid": 1, "folder": "/nowhere", "memory": 0}
         region = Region("fuzzed", self.cluster.mapping, layout, superblock, True, Path("/nowhere"))
         typed(lambda: inspect_region(region))
         typed(lambda: region_statistics(region))
