@@ -329,7 +329,6 @@ class Cluster:
         running = [child for child in self._children.values() if child.poll() is None]
         for child in running:
             child.terminate()
-            child.send_signal(signal.SIGCONT)       # one that is stopped ends as well
         deadline = time.monotonic() + self._stop_seconds
         for child in running:
             try:

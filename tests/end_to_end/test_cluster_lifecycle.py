@@ -305,7 +305,7 @@ def test_folder_of_a_supervisor_that_died_early_is_collected() -> None:
 
 
 def test_killed_broker_is_said_and_the_rest_stops_clean() -> None:
-    with Cluster(small_config(brokers=3)) as running:
+    with Cluster(small_config(brokers=3, restart=False)) as running:
         running.kill(2)
         assert not running.wait(0.5)
         assert sorted(running.processes) == [0, 1]
@@ -316,7 +316,7 @@ def test_killed_broker_is_said_and_the_rest_stops_clean() -> None:
 
 
 def test_all_brokers_killed_ends_the_wait_and_leaves_nothing() -> None:
-    with Cluster(small_config(brokers=2)) as running:
+    with Cluster(small_config(brokers=2, restart=False)) as running:
         for broker in (0, 1):
             running.kill(broker, signal.SIGKILL)
         assert running.wait(END_SECONDS)

@@ -387,7 +387,7 @@ def test_a_small_region_takes_batches_as_large_as_it_allows(transport: str) -> N
 def test_a_broker_lost_in_mid_stream_loses_and_doubles_nothing(number: signal.Signals, ack: int,
                                                                transport: str) -> None:
     messages = numbered(30_000)
-    with Cluster(small_config(brokers=4)) as cluster, Admin(cluster=cluster.name) as admin:
+    with Cluster(small_config(brokers=4, restart=False)) as cluster, Admin(cluster=cluster.name) as admin:
         admin.create_topic("t")
         readers = [Subscriber("t", cluster=cluster.name, broker=broker).open() for broker in (0, 2, 3)]
         with Publisher("t", cluster=cluster.name, batch_bytes=500, ack=ack, transport=transport) as publisher:
