@@ -278,7 +278,7 @@ def test_every_test_says_what_it_protects() -> None:
 
 def test_the_page_of_data_structures_is_what_the_layout_says() -> None:
     from broker.config import ClusterConfig, layout_of
-    from broker.region import data_structures_markdown
+    from broker.layout_page import data_structures_markdown
 
     page = ROOT / "memory-bank/dataStructures.md"
     wanted = data_structures_markdown(layout_of(ClusterConfig()))

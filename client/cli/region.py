@@ -212,7 +212,7 @@ def layout(output: Path | None, overrides: dict[str, Any]) -> None:
       cxlmq region layout --brokers 2 --region-bytes 64MiB
     """
     from broker.config import layout_of, load_config
-    from broker.region import data_structures_markdown
+    from broker.layout_page import data_structures_markdown
 
     computed = layout_of(load_config(**overrides))
     text = data_structures_markdown(computed)

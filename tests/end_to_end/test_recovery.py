@@ -32,7 +32,9 @@ CLIENT = 4711
 
 def kill_everything(cluster: Cluster) -> None:
     """kill -9 of all brokers at once, then their memory is removed."""
-    processes = cluster.processes
+    cluster._stopping.set()             # or those that ended first are started anew
+    with cluster._changing:
+        processes = cluster.processes
     for process in processes.values():
         os.kill(process, signal.SIGKILL)
     for broker in processes:

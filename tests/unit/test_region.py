@@ -26,12 +26,12 @@ from broker.errors import (
 )
 from broker.hardware import report_path
 from broker.layout import LAYOUT_VERSION, BrokerState, CursorState, HolderKind, Layout, SessionState, TopicState
+from broker.layout_page import data_structures_markdown
 from broker.region import (
     Region,
     attach_region,
     collect_garbage,
     create_region,
-    data_structures_markdown,
     find_regions,
     inspect_region,
     region_statistics,
