@@ -10,6 +10,7 @@ the frontier has passed it, under the same head: what a replaced head wrote is l
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from broker.crash cimport CRASH_BEFORE_ACK, crash_point
 from broker.head cimport HeadView
 from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag
 from broker.log cimport BrokerLog, TopicLog, dirty_add
@@ -116,6 +117,7 @@ cdef class AckStage(Stage):
             cxl_store_release(&stream.acks_head, stream.acks_head + 1)
             done += 1
         if done:
+            crash_point(CRASH_BEFORE_ACK)
             stream.news = 1
             cxl_count(&self.log.counters.acks_sent, done)
         return done

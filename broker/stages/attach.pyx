@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from broker.crash cimport CRASH_RESERVED, CRASH_SLOT_CLAIMED, CRASH_SLOT_VALID, crash_point
 from broker.doorbell cimport Doorbell
 from broker.head cimport HeadView
 from broker.layout cimport (
@@ -173,6 +174,7 @@ cdef class AttachStage(Stage):
             if not self.accept(slot, &descriptor):
                 self.fence_slot(i)
                 return done + 1
+            crash_point(CRASH_RESERVED)
             status = self.log.reserve_leased(slot.topic, descriptor.payload_offset, descriptor.payload_bytes,
                                              descriptor.message_count, &ring_slot)
             if status == RESERVE_TOPIC_CLOSED:
@@ -180,6 +182,7 @@ cdef class AttachStage(Stage):
                 return done + 1
             if status != RESERVED:
                 break
+            crash_point(CRASH_SLOT_CLAIMED)
             header.payload_offset = descriptor.payload_offset
             header.payload_bytes = descriptor.payload_bytes
             header.message_count = descriptor.message_count
@@ -190,6 +193,7 @@ cdef class AttachStage(Stage):
             header.received_wall_ns = descriptor.published_wall_ns
             header.flags = header.local_order = 0
             self.log.complete(slot.topic, ring_slot, &header)
+            crash_point(CRASH_SLOT_VALID)
             self.acks.expect(slot.stream, descriptor.batch_sequence, ring_slot, descriptor.message_count)
             slot.leases[descriptor.lease % LEASE_RING].used = (
                 descriptor.payload_offset + descriptor.payload_bytes

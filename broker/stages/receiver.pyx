@@ -6,6 +6,9 @@ It runs in the thread that has the bytes (the gRPC handler): no extra stage, no 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint64_t
 
+from broker.crash cimport (
+    CRASH_MID_PAYLOAD, CRASH_RESERVED, CRASH_SLOT_CLAIMED, CRASH_SLOT_VALID, crash_point, crash_point_armed,
+)
 from broker.doorbell cimport Doorbell
 from broker.layout cimport BATCH_VOID, BatchHeader, Layout
 from broker.log cimport BrokerLog, RESERVED
@@ -43,9 +46,14 @@ cdef class Receiver:
         cdef int status = self.log.reserve(topic, nbytes, messages, slot, &offset)
         if status != RESERVED:
             return status
+        crash_point(CRASH_RESERVED)
+        if crash_point_armed(CRASH_MID_PAYLOAD):
+            self.memory.copy_in(offset, payload, nbytes // 2)
+            crash_point(CRASH_MID_PAYLOAD)
         self.memory.copy_in(offset, payload, nbytes)
         # The payload is fenced first: whoever sees the header complete must see the payload.
         self.memory.fence()
+        crash_point(CRASH_SLOT_CLAIMED)
         header.payload_offset = offset
         header.payload_bytes = nbytes
         header.message_count = messages
@@ -57,6 +65,7 @@ cdef class Receiver:
         header.flags = 0
         header.local_order = 0
         self.log.complete(topic, slot[0], &header)
+        crash_point(CRASH_SLOT_VALID)
         return status
 
     def receive(self, bytes frame, uint64_t stream, uint64_t topic, uint64_t client, uint64_t session,

@@ -1,0 +1,171 @@
+"""Brokers and heads that are killed at the boundaries of the stages, stopped and woken up: exactly once, without a hole.
+
+Each test publishes numbered messages through the fault, and then looks at every byte, every position and every segment.
+"""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+
+import pytest
+
+from broker.region import attach_region, inspect_region
+from client.cluster import Cluster
+from client.errors import CxlmqError
+from cxlmq import Admin, Publisher, Subscriber
+from tests.end_to_end.conftest import small_config
+
+MESSAGES = 600
+AT = 200                                # the fault comes at this message
+SECONDS = 30.0
+
+
+def inspected(cluster: Cluster) -> dict:
+    with attach_region(cluster.name, writable=False) as region:
+        return inspect_region(region)
+
+
+def head_of(cluster: Cluster) -> int:
+    return int(inspected(cluster)["control"]["sequencer_broker"])
+
+
+def epoch_of(cluster: Cluster) -> int:
+    return int(inspected(cluster)["control"]["epoch"])
+
+
+def eventually(condition: Callable[[], bool], seconds: float = SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def numbered(count: int) -> list[bytes]:
+    return [f"message {number} ".encode() * 20 for number in range(count)]
+
+
+def publish_through(cluster: Cluster, transport: str, fault: Callable[[], None] | None = None) -> None:
+    """Publish messages one by one, some in bursts, with a fault in between; then everything is there, once, in order."""
+    messages = numbered(MESSAGES)
+    events: list[CxlmqError] = []
+    with Publisher("t", cluster=cluster.name, transport=transport, batch_bytes=2000, on_event=events.append) as publisher:
+        deliveries = []
+        for number, message in enumerate(messages):
+            if number == AT and fault is not None:
+                fault()
+            deliveries.append(publisher.publish(message))
+            if number % 50 == 49:
+                deliveries[-1].result(SECONDS)
+        publisher.flush(SECONDS)
+        receipts = [delivery.result() for delivery in deliveries]
+    known = [(number, receipt.position) for number, receipt in enumerate(receipts) if receipt.position is not None]
+    assert all(number == position for number, position in known), "positions have neither holes nor repeats"
+    assert read_all(cluster, len(messages)) == messages
+    assert not [event for event in events if "fence" not in event.code and "session" not in event.code], events
+
+
+def read_all(cluster: Cluster, count: int) -> list[bytes]:
+    found: list[bytes] = []
+    with Subscriber("t", cluster=cluster.name, start="beginning") as subscriber:
+        while len(found) < count and (some := subscriber.fetch(count, timeout=SECONDS)):
+            found += [message.payload for message in some]
+        assert subscriber.fetch(1, timeout=0.2) == [], "and nothing more"
+    return found
+
+
+def assert_base_line(cluster: Cluster, free: int) -> None:
+    """When the topic is gone every segment is free again, whoever had it."""
+    with Admin(cluster=cluster.name) as admin:
+        def deleted() -> bool:
+            with contextlib.suppress(CxlmqError):
+                admin.delete_topic("t")
+            return not admin.list_topics()
+        assert eventually(deleted)
+    assert eventually(lambda: len(cluster.processes) == cluster.config.brokers)
+    assert eventually(lambda: inspected(cluster)["pool"]["free"] == free), inspected(cluster)["pool"]
+
+
+def run(points: str, transport: str, fault: Callable[[Cluster], None] | None = None, **settings: object) -> None:
+    """A cluster with crash points, through which messages are published."""
+    with Cluster(small_config(brokers=3, crash_points=points, **settings)) as cluster:
+        with Admin(cluster=cluster.name) as admin:
+            eventually(lambda: inspected(cluster)["pool"]["warm"] >= inspected(cluster)["pool"]["segments"])
+            free = inspected(cluster)["pool"]["free"]
+            admin.create_topic("t")
+        publish_through(cluster, transport, None if fault is None else lambda: fault(cluster))
+        assert cluster.restarts == len(points.split(",")) if points else True, cluster.notes
+        assert_base_line(cluster, free)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+@pytest.mark.parametrize("point", ["before-number", "number-taken", "mid-entry", "entry-written", "progress-written",
+                                   "committed"])
+def test_the_sequencer_is_killed(point: str, transport: str) -> None:
+    run(f"0:{point}:20", transport)
+
+
+@pytest.mark.parametrize(("point", "transport"), [
+    ("reserved", "grpc"), ("mid-payload", "grpc"), ("slot-claimed", "grpc"), ("slot-valid", "grpc"),
+    ("before-ack", "grpc"), ("reserved", "attached"), ("slot-claimed", "attached"), ("slot-valid", "attached"),
+    ("before-ack", "attached")])
+def test_a_broker_is_killed(point: str, transport: str) -> None:
+    run(f"1:{point}:10", transport)
+
+
+@pytest.mark.parametrize("point", ["epoch-raised", "half-recovered", "recovered"])
+def test_recovery_is_killed_and_the_next_one_begins_anew(point: str) -> None:
+    # Broker 1 is next in turn, and dies in its takeover; broker 2, or one that came back, takes over then.
+    run(f"0:entry-written:20,1:{point}:1", "grpc")
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_a_stopped_head_is_replaced_and_changes_nothing_when_it_wakes_up(transport: str) -> None:
+    def stop_and_wake(cluster: Cluster) -> None:
+        head, epoch = head_of(cluster), epoch_of(cluster)
+        cluster.kill(head, signal.SIGSTOP)
+        try:
+            assert eventually(lambda: head_of(cluster) != head and inspected(cluster)["control"]["serving"])
+        finally:
+            cluster.kill(head, signal.SIGCONT)
+        assert epoch_of(cluster) == epoch + 1
+
+    run("", transport, stop_and_wake)
+
+
+@pytest.mark.parametrize("lock", ["mutex", "semaphore"])
+def test_a_head_that_is_killed_leaves_no_lock_behind(lock: str) -> None:
+    run("0:number-taken:20", "grpc", sequencer_lock=lock, scanners=2)
+
+
+def test_all_brokers_are_killed_at_once_and_the_region_is_still_there() -> None:
+    def kill_all(cluster: Cluster) -> None:
+        for broker in range(3):
+            cluster.kill(broker)
+
+    run("", "grpc", kill_all)
+
+
+def test_heads_are_killed_one_after_the_other_under_two_publishers() -> None:
+    with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t")
+        with Publisher("t", cluster=cluster.name, transport="grpc", batch_bytes=1000) as first, \
+                Publisher("t", cluster=cluster.name, transport="attached", batch_bytes=1000) as second:
+            deliveries = []
+            for number in range(600):
+                deliveries += [first.publish(b"first %d" % number), second.publish(b"second %d" % number)]
+                if number % 100 == 50:
+                    eventually(lambda: len(cluster.processes) == 3)
+                    cluster.kill(head_of(cluster))
+                if number % 20 == 0:
+                    for delivery in deliveries[-2:]:
+                        delivery.result(SECONDS)
+            first.flush(SECONDS)
+            second.flush(SECONDS)
+        found = read_all(cluster, 1200)
+        for name in (b"first", b"second"):
+            assert [each for each in found if each.startswith(name)] == [name + b" %d" % number for number in range(600)]
+        assert epoch_of(cluster) >= 6
+        assert eventually(lambda: cluster.restarts >= 5)
