@@ -296,6 +296,27 @@ def test_a_group_that_is_deleted_under_its_member_ends_it(made: str, cluster: Cl
     assert described(cluster, made)["position"] == 5
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_group_outlives_the_head(transport: str) -> None:
+    with Cluster(small_config(brokers=3)) as running:
+        with Admin(cluster=running.name) as admin:
+            admin.create_topic("t")
+        publish(running, "t", numbered(40))
+        with Subscriber("t", cluster=running.name, transport=transport, group="g", protect=True, broker=1) as subscriber:
+            assert read(subscriber, 10) == numbered(40)[:10]
+            subscriber.commit()
+            running.kill(0)
+            assert read(subscriber, 10) == numbered(40)[10:20]
+            subscriber.commit()
+            assert described(running, "t")["position"] == 20
+            with pytest.raises(CommitRefused):
+                subscriber.commit(19)
+            with pytest.raises(GroupBusy), Subscriber("t", cluster=running.name, group="g"):
+                pass
+        with Subscriber("t", cluster=running.name, transport=transport, group="g") as subscriber:
+            assert read(subscriber, 20) == numbered(40)[20:]
+
+
 def test_groups_come_back_with_the_topics_when_the_memory_is_gone(tmp_path: Path) -> None:
     with Cluster(small_config(brokers=3, data_directory=str(tmp_path))) as first:
         with Admin(cluster=first.name) as admin:
