@@ -123,6 +123,7 @@ class RegionChecks:
     def __init__(self, memory: Memory, layout: Layout, where: str) -> None:
         self.found: list[Finding] = []
         self._memory, self._layout, self._where, self._numbers = memory, layout, where, layout.numbers
+        self._generations: int = self._read("DirectoryLine", "directory")[0]["topic_generations"]
 
     def add(self, record: str, field: str, offset: int, nbytes: int, what: str, **details: Any) -> None:
         """Note a finding."""
@@ -311,7 +312,7 @@ class RegionChecks:
         line, at = self._read("OffsetBrokerLine", "offset_broker", topic["number"], broker)
         if line["generation"] != topic["generation"]:
             self._expect("OffsetBrokerLine", at, {**line, "_topic": topic["name"], "_broker": broker}, generation=(
-                line["generation"] == 0, f"{topic['generation']}, or 0 for a broker that does not serve the topic"))
+                line["generation"] <= self._generations, f"{topic['generation']}, or an earlier one"))
             return
         slots = self._numbers["ring_slot_count"]
         scanned, scanned_at = self._read("OffsetSequencerLine", "offset_sequencer", topic["number"], broker)
@@ -333,8 +334,8 @@ class RegionChecks:
     def _replicas(self, topic: dict[str, Any], source: int) -> None:
         for replica in range(self._numbers["broker_count"]):
             line, at = self._read("ReplicaLine", "replica", topic["number"], source, replica)
-            if line["generation"] == 0:
-                continue
+            if line["generation"] != topic["generation"] and line["generation"] <= self._generations:
+                continue                        # what an earlier topic of this number left
             self._expect(
                 "ReplicaLine", at, {**line, "_topic": topic["name"], "_broker": replica},
                 generation=(line["generation"] == topic["generation"], f"{topic['generation']}"),

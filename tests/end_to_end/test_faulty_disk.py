@@ -49,7 +49,8 @@ class FaultyCluster:
     def replica_lines(self, topic: str) -> list[dict[str, int]]:
         """(source, replica) lines of a topic's replicas."""
         (found,) = [each for each in inspected(self.cluster.name)["topics"] if each["name"] == topic]
-        return [{"source": place["broker"], **line} for place in found["brokers"] for line in place["replicas"]]
+        return [{"source": place["broker"], **line} for place in found["brokers"] for line in place["replicas"]
+                if line["generation"] == found["generation"]]       # else left by an earlier topic of this number
 
     def payload_bytes(self, topic: str) -> int:
         return sum(record.fields["payload_bytes"] for file in find_files(self.folder) if file.topic["name"] == topic

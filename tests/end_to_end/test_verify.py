@@ -121,6 +121,8 @@ def test_each_damaged_record_is_named(dead: dict[str, Any], tmp_path: Path, plac
     if place == "segment_line":
         index = (next(s for s in range(layout.numbers["segment_count"])
                       if data[layout.offset_of("segment_line", s)]),)
+    if place.startswith("session"):
+        index = (next(s for s in range(layout.numbers["session_count_max"]) if data[layout.offset_of("session", s)]),)
     at = layout.offset_of(place, *index)
     line = unpack(own, data[at:at + record_bytes(own)])
     line.update(value if isinstance(value, dict) else {field: value})
