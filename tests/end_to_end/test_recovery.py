@@ -45,12 +45,12 @@ def kill_everything(cluster: Cluster) -> None:
 
 
 def recovered(folder: Path, **settings: Any) -> Cluster:
-    return Cluster(small_config(**settings), recover=folder)
+    return Cluster(small_config(restart=False, **settings), recover=folder)
 
 
 @contextlib.contextmanager
 def running(folder: Path, **settings: Any) -> Iterator[Cluster]:
-    cluster = Cluster(small_config(data_directory=str(folder), **settings)).start()
+    cluster = Cluster(small_config(data_directory=str(folder), restart=False, **settings)).start()
     try:
         yield cluster
     finally:
