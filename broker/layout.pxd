@@ -499,6 +499,7 @@ cdef class Layout:
     cdef uint64_t attach_lease(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t attach_completion(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t attach_client(self, uint64_t a) noexcept nogil
+    cdef uint64_t attach_statistics(self, uint64_t a) noexcept nogil
     cdef uint64_t attach_doorbell(self, uint64_t a) noexcept nogil
     cdef uint64_t attach_descriptor(self, uint64_t a, uint64_t number) noexcept nogil
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil

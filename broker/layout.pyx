@@ -349,6 +349,7 @@ cdef class Layout:
         return self.attach_line(a) + 1024 + (number % ATTACH_RING) * sizeof(BatchResult)
 
     cdef uint64_t attach_client(self, uint64_t a) noexcept nogil: return self.attach_line(a) + ATTACH_PAGE
+    cdef uint64_t attach_statistics(self, uint64_t a) noexcept nogil: return self.attach_client(a) + 128
     cdef uint64_t attach_doorbell(self, uint64_t a) noexcept nogil: return self.attach_line(a) + ATTACH_PAGE + 64
 
     cdef uint64_t attach_descriptor(self, uint64_t a, uint64_t number) noexcept nogil:
@@ -408,6 +409,7 @@ cdef class Layout:
             "group_holder": lambda n: self.group(n) + 128,
             "attach_line": lambda a: self.attach_line(a), "attach_client": lambda a: self.attach_client(a),
             "attach_lease": lambda a, n: self.attach_lease(a, n), "attach_doorbell": lambda a: self.attach_doorbell(a),
+            "attach_statistics": lambda a: self.attach_statistics(a),
             "attach_completion": lambda a, n: self.attach_completion(a, n),
             "attach_descriptor": lambda a, n: self.attach_descriptor(a, n),
             "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),

@@ -512,6 +512,11 @@ def region_statistics(region: Region) -> dict[str, Any]:
     by_broker = [{role: _one(memory, layout, "AccessStatistics", "role_statistics", b, number)
                   for role, number in ROLES.items()} for b in brokers]
     counters = DTYPES["AccessStatistics"].names or ()
+    share = layout.numbers["attach_per_broker"]
+    for b, found in enumerate(by_broker):           # attached clients count in their slots
+        slots = [_one(memory, layout, "AccessStatistics", "attach_statistics", a)
+                 for a in range(b * share, b * share + share)]
+        found["client"] = {key: sum(each[key] for each in [found["client"], *slots]) for key in counters}
     roles = {role: {key: sum(each[role][key] for each in by_broker) for key in counters} for role in ROLES}
     return {
         "brokers": [_one(memory, layout, "BrokerCounters", "broker_counters", b) for b in brokers],

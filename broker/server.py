@@ -40,7 +40,7 @@ from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
-from broker.topics import TopicEntry, holder_text
+from broker.topics import TopicEntry, holder_at
 from sim.cxl.region import host_identity
 
 _log = logging.getLogger("cxlmq")
@@ -405,10 +405,9 @@ class BrokerServer:
     def holder(self) -> str:
         """Who holds back what this broker would need, as the reclaimer said last."""
         try:
-            answer = self.node.head.read("ReclaimAnswerLine", "reclaim_answer", self.node.broker)
+            return holder_at(self.node.head, self.node.memory, self.node.layout, self.node.broker) or "nobody"
         except BrokerUnavailable:
             return "nobody: a new head is taking over"
-        return holder_text(answer["holder"])
 
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:

@@ -245,6 +245,19 @@ class TopicTable:
         return self._memory.load_word(at + 48)
 
 
+def holder_at(head: HeadView, memory: Memory, layout: Layout, broker: int) -> str:
+    """Who holds back what a broker would need, as the reclaimer said last; empty when nobody does.
+
+    Raises `BrokerUnavailable` while a new head is taking over.
+    """
+    holder = head.read("ReclaimAnswerLine", "reclaim_answer", broker)["holder"]
+    if holder >> 32 not in (HolderKind.HOLDER_CURSOR, HolderKind.HOLDER_PROTECTED):
+        return holder_text(holder) if holder else ""
+    cursor = layout.offset_of("cursor", holder & 0xFFFFFFFF)
+    memory.invalidate_range(cursor, 64)
+    return f"{holder_text(holder)} (process {unpack('CursorLine', memory.read_line_bytes(cursor))['pid']})"
+
+
 def holder_text(holder: int) -> str:
     """Who holds the reclaimed frontier back, in words."""
     kind, number = holder >> 32, holder & 0xFFFFFFFF

@@ -41,6 +41,7 @@ cdef enum:
     SEQUENCES_IN_FLIGHT = 200       # below the sequencer's window of 256
     NOGIL_BYTES = 32768             # copies from here on release the GIL
     LATENCY_RING = 65536
+    ASK_ANOTHER = 128               # tries after which a large lease is asked of another broker
     YIELD_NS = 2000000
 
 cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
@@ -170,10 +171,11 @@ cdef class AttachedCore:
     cdef readonly uint64_t retries
     cdef readonly uint64_t failed
     cdef uint64_t turn
+    cdef uint64_t refusals
     cdef readonly bint fenced
     cdef bint shut                      # nothing may be packed any more
     cdef readonly bint retry_wanted
-    cdef bint busy
+    cdef readonly bint busy             # a copy goes on without the GIL
     cdef public int level
     cdef public uint64_t epoch
     # The batch that is being packed.
@@ -261,13 +263,21 @@ cdef class AttachedCore:
         channel.broker = broker
         channel.alive = True
         self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
+        if c == 0:
+            self.memory.count_at(self.layout.attach_statistics(slot))
         self.channel_count = c + 1
         self.beat()
 
     # ---- leases and channels ------------------------------------------------------------------------------------------
 
-    cdef bint has_lease_for(self, Channel* channel, uint64_t need) noexcept nogil:
-        """Whether the channel's lease has room; moves on to the next lease when it has not."""
+    cdef bint has_lease_for(self, Channel* channel, uint64_t need, bint ask) noexcept nogil:
+        """Whether the channel's lease has room; moves on to the next lease when it has not.
+
+        With `ask`, its broker is asked for a lease beyond a segment: one is, and not all of them.
+        """
+        if need > self.layout.g.segment_bytes and not ask and not (
+                channel.has_lease and channel.lease_bytes - channel.lease_used >= need):
+            return False
         cdef uint64_t at
         while True:
             if channel.has_lease:
@@ -276,8 +286,6 @@ cdef class AttachedCore:
                 channel.has_lease = False
                 channel.using += 1
                 self.retire(channel)
-                if channel.wanted != need and need > self.layout.g.segment_bytes:
-                    channel.wanted = need
                 self.tell(channel)
             at = self.layout.attach_line(channel.slot)
             if channel.granted <= channel.using:
@@ -287,7 +295,7 @@ cdef class AttachedCore:
                     return False
                 channel.granted = self.memory.load(at + 16)
                 if channel.granted <= channel.using:
-                    if need > self.layout.g.segment_bytes and channel.wanted != need:
+                    if ask and need > self.layout.g.segment_bytes and channel.wanted != need:
                         channel.wanted = need
                         self.tell(channel)
                     return False
@@ -297,6 +305,9 @@ cdef class AttachedCore:
             channel.lease_bytes = self.memory.load(at + 8)
             channel.lease_used = 0
             channel.has_lease = True
+            if channel.wanted and channel.lease_bytes >= channel.wanted:
+                channel.wanted = 0
+                self.tell(channel)
             self.make_present(channel.lease_offset, channel.lease_bytes)
 
     cdef void make_present(self, uint64_t offset, uint64_t nbytes) noexcept nogil:
@@ -329,6 +340,7 @@ cdef class AttachedCore:
     cdef int64_t pick(self, uint64_t need) noexcept nogil:
         """The next channel in turn that takes a batch of `need` bytes; -1 when none does now."""
         cdef uint64_t i, c
+        cdef bint asked = False
         cdef Channel* channel
         if self.next_sequence - self.oldest >= SEQUENCES_IN_FLIGHT:
             return -1
@@ -338,9 +350,10 @@ cdef class AttachedCore:
             c = (self.turn + i) % self.channel_count
             channel = &self.channels[c]
             if (channel.alive and not channel.loaned and channel.submitted - channel.completed < self.ring_limit
-                    and self.has_lease_for(channel, need)):
+                    and self.has_lease_for(channel, need, not asked)):
                 self.turn = (c + 1) % self.channel_count
                 return <int64_t>c
+            asked = asked or channel.alive
         return -1
 
     cdef int begin(self, uint64_t nbytes) except -1:
@@ -388,6 +401,7 @@ cdef class AttachedCore:
             if deadline == 0:
                 deadline = now + self.engine.patience()
             if now >= deadline:
+                self.turn += 1              # whom we asked has nothing: next time we ask another
                 self.spill()
                 raise Spill
             self.ring_all()
@@ -823,12 +837,22 @@ cdef class AttachedCore:
         # Before we read whether a slot is open: a broker gives back what nobody was ever heard of.
         self.memory.full_fence()
 
+    def check_slots(self) -> None:
+        """Notice a fence: what was submitted behind it gets no answer."""
+        cdef uint64_t c, at
+        for c in range(self.channel_count):
+            at = self.layout.attach_line(self.channels[c].slot)
+            self.memory.invalidate(at, 64)
+            if self.channels[c].alive and self.memory.load(at) != (self.channels[c].generation << 8 | ATTACH_OPEN):
+                self.fenced = True
+
     def leave(self, slots) -> bool:
         """Say of (slot, broker) pairs that we write there no more; False while an open loan still may."""
         cdef uint64_t at
         if self.open_loans:
             self.left += slots
             return False
+        self.memory.count_at(0)             # another client counts there soon
         for slot, broker in slots:
             at = self.layout.attach_client(slot)
             self.memory.store(at + 32, 1)
@@ -862,6 +886,14 @@ cdef class AttachedCore:
                     sent.state = SENT_RETRY
                     self.retry_wanted = True
 
+    def is_supplied(self) -> bool:
+        """Whether every live broker has given us a lease."""
+        cdef uint64_t c
+        for c in range(self.channel_count):
+            if self.channels[c].alive and self.memory.load(self.layout.attach_line(self.channels[c].slot) + 16) == 0:
+                return False
+        return True
+
     def brokers_alive(self) -> list[int]:
         """Brokers whose channel is in use."""
         return [self.channels[c].broker for c in range(self.channel_count) if self.channels[c].alive]
@@ -885,6 +917,9 @@ cdef class AttachedCore:
             return False
         c = self.pick((batch.used + 63) & ~<uint64_t>63)
         if c < 0:
+            self.refusals += 1
+            if self.refusals % ASK_ANOTHER == 0:
+                self.turn += 1
             return False
         memcpy(&wall_ns, batch.data - REQUEST_HEADER_BYTES + PUBLISHED_NS_AT, 8)
         self.submit_new(c, self.copy_to(c, batch.data, batch.used), batch.used, batch.count, wall_ns, batch,
@@ -927,7 +962,7 @@ cdef class AttachedCore:
             channel = &self.channels[c]
             if (channel.broker != broker or not channel.alive or channel.loaned
                     or channel.submitted - channel.completed >= ATTACH_RING
-                    or not self.has_lease_for(channel, (sent.nbytes + 63) & ~<uint64_t>63)):
+                    or not self.has_lease_for(channel, (sent.nbytes + 63) & ~<uint64_t>63, True)):
                 continue
             to = self.copy_to(c, self.memory.payload(sent.offset, sent.nbytes), sent.nbytes)
             self.channels[sent.channel].lease_waiting[sent.lease % LEASE_RING] -= 1

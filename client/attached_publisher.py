@@ -27,7 +27,7 @@ from broker.layout import BrokerState, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import Region, attach_region
-from broker.topics import holder_text
+from broker.topics import holder_at
 from client.attached import AttachedCore, Loan
 from client.batch import Batch
 from client.connection import BrokerAddress
@@ -48,6 +48,7 @@ TARGET_SHARE = 4                        # batches of a window that each broker s
 PATIENCE_SECONDS = {"block": 0.05}      # how long a lease is waited for before messages spill
 SHORT_PATIENCE_SECONDS = 0.002
 UNLIMITED = 1 << 32
+SUPPLY_TRIES = 50
 
 
 class AttachedEngine(Engine):
@@ -67,6 +68,11 @@ class AttachedEngine(Engine):
         self.targets = 0, 0, 0                      # bytes of a batch: at first, at least, at most
 
     # ---- slots ------------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """As over gRPC. Raises `RegionMissing` when the region is not on this machine."""
+        await self.connection.check_host()
+        await super().open()
 
     def _opened(self) -> None:
         first, least, most = self.batch_bytes
@@ -90,6 +96,11 @@ class AttachedEngine(Engine):
             if not self.attaching:
                 raise self.attach_error or BrokerUnavailable(address=f"the brokers of topic {self.topic}")
             await asyncio.wait(list(self.attaching.values()), return_when=asyncio.FIRST_COMPLETED)
+        assert self.core is not None
+        for _ in range(SUPPLY_TRIES):       # so that the first batches find room at every broker
+            if self.core.is_supplied():
+                break
+            await asyncio.sleep(BUSY_SECONDS)
 
     async def _attach(self, broker: BrokerAddress, epoch: int) -> None:
         """Get a slot at one broker; its answer may come when nobody wants it any more."""
@@ -198,14 +209,15 @@ class AttachedEngine(Engine):
         """When it is the region that has no room: who holds it."""
         if self.region is None or self.core is None or not self.core.lacks_leases():
             return None
-        head = HeadView(self.region.memory(Role.ROLE_CLIENT), self.region.layout)
+        memory = self.region.memory(Role.ROLE_CLIENT)
+        head = HeadView(memory, self.region.layout)
         for broker in self.core.brokers_alive():
             try:
-                answer = head.read("ReclaimAnswerLine", "reclaim_answer", broker)
+                holder = holder_at(head, memory, self.region.layout, broker)
             except BrokerUnavailable:
                 break                       # a new head is taking over: nobody can say
-            if answer["holder"]:
-                return PoolFull(holder=holder_text(answer["holder"]))
+            if holder:
+                return PoolFull(holder=holder)
         return None
 
     def loan(self, nbytes: int) -> Loan:
@@ -302,6 +314,7 @@ class AttachedEngine(Engine):
             line = unpack("BrokerLine", memory.read_line_bytes(at))
             if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
                 self.core.drop_channel(broker)
+        self.core.check_slots()
         try:
             state = HeadView(memory, layout).read("TopicLine", "topic", self.session.topic_number)["state"]
         except BrokerUnavailable:

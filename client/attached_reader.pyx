@@ -51,20 +51,24 @@ cdef class AttachedReader:
     cdef uint64_t slot
     cdef uint64_t generation
     cdef object topic
+    cdef bint views
+    cdef bint left                          # the slot is not ours any more
     cdef uint8_t live[32768]
-    cdef bint closed                        # the slot may be somebody else's: nothing more is written there
     cdef readonly uint64_t released         # entries below are viewed by nobody
     cdef readonly uint64_t next_index
 
     def __init__(self, Memory memory, Layout layout, Memory own, uint64_t own_offset, uint64_t slot,
-                 uint64_t generation, uint64_t topic_number, uint64_t topic_generation, uint64_t index, topic):
+                 uint64_t generation, uint64_t topic_number, uint64_t topic_generation, uint64_t index, topic,
+                 bint views):
         self.memory = memory
         self.layout = layout
         self.own = own
         self.own_offset = own_offset
+        own.count_at(own_offset + 128)
         self.slot = slot
         self.generation = generation
         self.topic = topic
+        self.views = views
         self.reader = OrderReader(memory, layout, topic_number, topic_generation, index)
         self.released = self.next_index = index
 
@@ -76,7 +80,7 @@ cdef class AttachedReader:
         cdef uint64_t before = self.released
         while self.released < self.next_index and not self.live[self.released % LIVE_RING]:
             self.released += 1
-        if self.released != before and not self.closed:
+        if self.released != before and not self.left:
             self.own.store(self.own_offset + 40, self.released)
             self.own.flush(self.own_offset + 40, 8)
             self.own.fence()
@@ -109,15 +113,15 @@ cdef class AttachedReader:
             batch.timestamp_ns = entry.wall_ns
             batch.topic = self.topic
             batch.owner = view
-            batch.is_view = True
+            batch.is_view = self.views
             batch.base = batch.data = view.data
             batch.nbytes = entry.payload_bytes
             out.append(batch)
         return out
 
-    def close(self) -> None:
-        """Write nothing more: views that are still held protect nothing from now on."""
-        self.closed = True
+    def first_position(self) -> int:
+        """The first position that is kept."""
+        return self.reader.frontiers()["reclaimed_position"]
 
     def is_open(self) -> bool:
         """Whether the broker still serves this slot."""
@@ -148,10 +152,18 @@ cdef class AttachedReader:
         return there
 
     def beat(self) -> None:
-        """Say that we are alive."""
+        """Say that we came."""
         self.own.store(self.own_offset, cxl_now_ns())
         self.own.flush(self.own_offset, 8)
-        self.own.fence()
+        self.own.full_fence()
+
+    def leave(self) -> None:
+        """Give up the slot. Views that are still held are protected no longer, and no longer told of."""
+        if not self.left:
+            self.left = True
+            self.own.store(self.own_offset + 32, 1)
+            self.own.flush(self.own_offset + 32, 8)
+            self.own.full_fence()
 
     def error(self, int status):
         """The ReadError for a status."""

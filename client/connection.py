@@ -192,6 +192,16 @@ class Connection:
                               and not self._wants_tcp() else self._as_reached(each.tcp_address))
                 for each in self.description.brokers if each.state == "ready"]
 
+    async def check_host(self) -> None:
+        """Raise `RegionMissing` unless the cluster's region is on this machine."""
+        if self.bootstrap is None:
+            return                          # found by its region
+        await self.brokers()
+        assert self.description is not None
+        if self.description.host != host_identity():
+            raise RegionMissing(f"the region of the cluster at {self.bootstrap} is on another machine: attaching is "
+                                'for clients beside it; use transport="grpc"', region=self.bootstrap)
+
     def _wants_tcp(self) -> bool:
         return self.bootstrap is not None and not self.bootstrap.startswith("unix:")
 

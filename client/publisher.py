@@ -9,10 +9,12 @@ from typing import Any
 
 from broker.config import check_topic_name
 from broker.errors import (
+    AttachSlotsFull,
     BufferFull,
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
+    RegionError,
 )
 from client.attached import Loan
 from client.attached_publisher import AttachedEngine
@@ -72,9 +74,28 @@ class _PublisherBase:
         _check_options(when_full, transport, options)
         options |= {"cluster": cluster, "bootstrap": bootstrap, "when_full": when_full, "on_delivery": on_delivery,
                     "on_event": on_event}
-        self._engine: Engine = (AttachedEngine if transport == "attached" else PublisherEngine)(topic, **options)
-        self._engine.connection.secured(security)
-        self._on_delivery = on_delivery
+        self._topic, self._options, self._security, self._on_delivery = topic, options, security, on_delivery
+        # What is compressed goes over a network anyhow.
+        self._falls_back = transport == "auto" and compression is None
+        self._engine = self._new_engine(AttachedEngine if transport == "attached" or self._falls_back
+                                        else PublisherEngine)
+
+    def _new_engine(self, kind: type[Engine]) -> Engine:
+        engine = kind(self._topic, **self._options)
+        engine.connection.secured(self._security)
+        return engine
+
+    async def _open_engine(self) -> None:
+        """On the client loop. Attaches when it can and may; what stands against it is an error only when asked for."""
+        try:
+            await self._engine.open()
+        except BaseException as error:
+            await self._engine.close()
+            if not self._falls_back or not isinstance(error, RegionError | AttachSlotsFull):
+                raise
+            self._engine = self._new_engine(PublisherEngine)
+            self._falls_back = False
+            await self._open_engine()
 
     @property
     def transport(self) -> str:
@@ -109,23 +130,19 @@ class Publisher(_PublisherBase):
     """Publishes to one topic. `with Publisher("topic") as publisher: publisher.publish(b"...").result()`
 
     `cluster` names a cluster on this machine, `bootstrap` ("host:port") any broker of one elsewhere. `transport`
-    "attached" writes into the region itself, which has to be on this machine; "auto" is "grpc" today. `ack` is the
-    level to wait for (None: the topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by
-    `batch_bytes`); a message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged;
-    `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within
-    `delivery_timeout` seconds. `on_delivery` is called with each settled delivery (of `publish_many` and
-    `publish_array`, the last), `on_event` when the session was reopened or the publisher failed; both on the library's
-    own thread, where nothing may wait. Raises the typed errors of `client.errors`.
+    "attached" writes into the region itself, which has to be on this machine; "auto" does so when it is, has a free
+    slot, and nothing is to be compressed, and takes "grpc" otherwise. `ack` is the level to wait for (None: the
+    topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by `batch_bytes`); a
+    message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged; `when_full` says
+    what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within `delivery_timeout`
+    seconds. `on_delivery` is called with each settled delivery (of `publish_many` and `publish_array`, the last),
+    `on_event` when the session was reopened or the publisher failed; both on the library's own thread, where
+    nothing may wait. Raises the typed errors of `client.errors`.
     """
 
     def open(self) -> "Publisher":
         """Connect and open the session; `with` does it."""
-        engine = self._engine
-        try:
-            engine.client_loop.run(engine.open())
-        except BaseException:
-            engine.client_loop.run(engine.close())
-            raise
+        self._engine.client_loop.run(self._open_engine())
         if self._on_delivery is None:
             # The native method itself: this wrapper would cost as much as packing a small message.
             self.__dict__["publish"] = self._engine.front.append
@@ -184,12 +201,7 @@ class AsyncPublisher(_PublisherBase):
 
     async def open(self) -> "AsyncPublisher":
         """Connect and open the session; `async with` does it."""
-        engine = self._engine
-        try:
-            await engine.client_loop.call(engine.open())
-        except BaseException:
-            await engine.client_loop.call(engine.close())
-            raise
+        await self._engine.client_loop.call(self._open_engine())
         return self
 
     async def publish(self, data: Any) -> Delivery:

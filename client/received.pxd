@@ -14,5 +14,6 @@ cdef class ReceivedBatch:
     cdef uint64_t seen_count            # `to_messages` has come so far: messages, and the bytes they take
     cdef uint64_t seen_bytes
 
+    cdef object _broken(self, text)
     cdef int _check_end(self, uint64_t at) except -1
     cdef uint32_t _size(self, uint64_t at) except? 0xFFFFFFFF

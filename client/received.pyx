@@ -8,8 +8,8 @@ from broker.errors import DamagedData
 from broker.wire cimport MESSAGE_HEADER_BYTES, message_check, message_stride
 
 
-def _damaged(text) -> DamagedData:
-    return DamagedData(f"what the broker sent is damaged: {text}")
+def _damaged(text, **where) -> DamagedData:
+    return DamagedData(f"what was read is damaged: {text}", **where)
 
 
 cdef class Message:
@@ -48,14 +48,20 @@ cdef class ReceivedBatch:
             self.count -= 1
         self.seen_count = self.seen_bytes = 0
 
+    cdef object _broken(self, text):
+        """The error of framing that contradicts itself: which messages it concerns, and where to go on."""
+        end = self.position + self.count
+        return _damaged(f"the batch at position {self.position} {text}; go on behind it with seek({end})",
+                        first=self.position, end=end, topic=self.topic, broker=self.broker)
+
     cdef uint32_t _size(self, uint64_t at) except? 0xFFFFFFFF:
         cdef uint32_t size, check
         if at + MESSAGE_HEADER_BYTES > self.nbytes:
-            raise _damaged(f"the batch at position {self.position} ends within a message")
+            raise self._broken("ends within a message")
         memcpy(&size, self.data + at, 4)
         memcpy(&check, self.data + at + 4, 4)
         if check != message_check(size) or at + message_stride(size) > self.nbytes:
-            raise _damaged(f"the batch at position {self.position} is damaged at byte {at}")
+            raise self._broken(f"has no message at byte {at}")
         return size
 
     def messages(self) -> list[bytes]:
@@ -72,7 +78,7 @@ cdef class ReceivedBatch:
 
     cdef int _check_end(self, uint64_t at) except -1:
         if at != self.nbytes:
-            raise _damaged(f"the batch at position {self.position} has {self.nbytes - at} bytes behind its last message")
+            raise self._broken(f"has {self.nbytes - at} bytes behind its last message")
         return 0
 
     def to_messages(self, uint64_t first=0, limit=None) -> list:

@@ -13,7 +13,14 @@ import grpc
 import grpc.aio
 
 from broker.config import check_topic_name
-from broker.errors import BrokerUnavailable, ClosedError, ConfigError, CxlmqError
+from broker.errors import (
+    AttachSlotsFull,
+    BrokerUnavailable,
+    ClosedError,
+    ConfigError,
+    CxlmqError,
+    RegionError,
+)
 from broker.proto import cxlmq_pb2 as pb
 from client.attached_subscriber import AttachedSubscriberEngine
 from client.connection import BrokerAddress, ClientLoop, Connection, translated
@@ -319,16 +326,36 @@ class _SubscriberBase:
         check_start(start)
         if group is None and (protect or auto_commit is not None):
             raise ConfigError(setting="group", value="None", allowed="a name, for protect or auto_commit")
-        engine: type[SubscriberEngine] | type[AttachedSubscriberEngine] = SubscriberEngine
-        if transport == "attached":
-            engine = AttachedSubscriberEngine
-        self._engine = engine(topic, cluster, bootstrap, start, broker, buffer_bytes)
+        self._arguments = topic, cluster, bootstrap, start, broker, buffer_bytes
+        self._falls_back = transport == "auto"
+        self._engine: SubscriberEngine | AttachedSubscriberEngine = (
+            SubscriberEngine(*self._arguments) if transport == "grpc"
+            else AttachedSubscriberEngine(*self._arguments, views=transport == "attached"))
         self._engine.connection.secured(security)
         self._start = start
         self._membership: Membership | None = None
         if group is not None:
             self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
             self._engine.membership = self._membership
+
+    async def _open_engine(self) -> None:
+        """On the client loop. Attaches when it can and may; what stands against it is an error only when asked for."""
+        try:
+            await self._engine.open()
+        except (RegionError, AttachSlotsFull):
+            if not self._falls_back:
+                raise
+            self._falls_back = False
+            fresh = SubscriberEngine(*self._arguments)
+            fresh.connection, fresh.membership, fresh.start = (
+                self._engine.connection, self._engine.membership, self._engine.start)
+            self._engine = fresh
+            await self._open_engine()
+
+    @property
+    def transport(self) -> str:
+        """How batches come: "attached" or "grpc"."""
+        return "grpc" if isinstance(self._engine, SubscriberEngine) else "attached"
 
     @property
     def position(self) -> int | None:
@@ -344,7 +371,7 @@ class _SubscriberBase:
         """Join the group, if any, and subscribe at its place."""
         if self._membership is not None:
             self._engine.start = await self._membership.join(self._start)
-        await self._engine.open()
+        await self._open_engine()
 
     async def _close(self, position: int | None) -> None:
         if self._membership is not None:
@@ -384,7 +411,8 @@ class Subscriber(_SubscriberBase):
 
     `start` is "beginning" (what is kept), "end", a position, or a datetime: the first batch published then or later.
     `broker` chooses the broker that serves (any can).
-    With transport "attached" payloads are read-only views of the segments, which are kept while a view is held.
+    With transport "attached" payloads are read-only views of the segments, which are kept while a view is held; "auto"
+    reads there, too, when the region is on this machine, and gives bytes as "grpc" does.
 
     With `group`, reading starts where the group has committed (`start` counts for a new group only), one member reads
     at a time (`GroupBusy` names the other one; `group_wait` seconds are waited for it), and `commit` moves the group's

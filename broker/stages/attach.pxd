@@ -32,6 +32,7 @@ cdef struct AttachSlot:
     uint64_t released           # a subscriber's released index
     uint64_t committed          # the committed index that a subscriber was told of
     uint64_t closing
+    uint64_t fence_due          # its session is to be fenced as soon as the ring has room for that
     int64_t heard_at
     uint64_t heartbeat
     HeldLease leases[16]
@@ -57,6 +58,7 @@ cdef class AttachStage(Stage):
     cdef int64_t follow(self, uint64_t i) noexcept nogil
     cdef int64_t grant(self, uint64_t i) noexcept nogil
     cdef void fence_slot(self, uint64_t i) noexcept nogil
+    cdef bint fence_session(self, AttachSlot* slot) noexcept nogil
     cdef void write_line(self, uint64_t i) noexcept nogil
     cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil
     cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t start_time)

@@ -115,6 +115,8 @@ cdef class AttachStage(Stage):
                 work += self.take(i)
                 if self.slots[i].state == ATTACH_OPEN:
                     work += self.grant(i)
+            elif state == ATTACH_FENCED and self.slots[i].fence_due:
+                work += self.fence_session(&self.slots[i])
         if limit == 0:
             return 0
         now = self.clock.now_ns()
@@ -220,7 +222,8 @@ cdef class AttachStage(Stage):
     cdef int64_t grant(self, uint64_t i) noexcept nogil:
         """Take back retired leases, and keep a busy client supplied."""
         cdef AttachSlot* slot = &self.slots[i]
-        cdef uint64_t at = self.layout.attach_client(self.first + i), using, retired, wanted, offset = 0, nbytes = 0
+        cdef uint64_t at = self.layout.attach_client(self.first + i), using, retired, wanted, ahead
+        cdef uint64_t offset = 0, nbytes = 0
         cdef HeldLease* lease
         cdef int64_t done = 0
         self.memory.invalidate(at, 64)
@@ -231,8 +234,10 @@ cdef class AttachStage(Stage):
             return 1
         if retired > slot.retired:
             self.end_leases(slot, retired)
-        while slot.granted - slot.retired < LEASE_RING and slot.granted < using + LEASES_AHEAD:
-            wanted = min(max(self.memory.load(at + 24), self.layout.g.segment_bytes), self.layout.g.batch_bytes_max)
+        wanted = min(max(self.memory.load(at + 24), self.layout.g.segment_bytes), self.layout.g.batch_bytes_max)
+        # One large lease at a time: two would be a good part of a small region.
+        ahead = LEASES_AHEAD if wanted <= self.layout.g.segment_bytes else 1
+        while slot.granted - slot.retired < LEASE_RING and slot.granted < using + ahead:
             if self.log.lease(slot.topic, wanted, &offset, &nbytes) != RESERVED:
                 break
             lease = &slot.leases[slot.granted % LEASE_RING]
@@ -249,7 +254,6 @@ cdef class AttachStage(Stage):
             self.memory.store(at + 16, slot.granted)
             self.memory.flush(at, 64)
             self.memory.fence()
-            at = self.layout.attach_client(self.first + i)
             done += 1
         if done:
             self.memory.full_fence()
@@ -266,19 +270,29 @@ cdef class AttachStage(Stage):
     cdef void fence_slot(self, uint64_t i) noexcept nogil:
         """Take nothing more from this client, and have its session fenced."""
         cdef AttachSlot* slot = &self.slots[i]
+        slot.state = ATTACH_FENCED
+        slot.fence_due = 1
+        cxl_count(&self.log.counters.batches_refused, 1)
+        self.fence_session(slot)
+        self.write_line(i)
+        self.acks.ring_client(self.first + i)
+
+    cdef bint fence_session(self, AttachSlot* slot) noexcept nogil:
+        """Tell the sequencer, by a void batch; False while the ring has no room for it."""
         cdef BatchHeader header
         cdef uint64_t ring_slot = 0
-        slot.state = ATTACH_FENCED
-        cxl_count(&self.log.counters.batches_refused, 1)
-        memset(&header, 0, sizeof(header))
-        if self.log.reserve_leased(slot.topic, slot.leases[0].offset, 0, 0, &ring_slot) == RESERVED:
+        cdef int status = self.log.reserve_leased(slot.topic, 0, 0, 0, &ring_slot)
+        if status == RESERVED:
+            memset(&header, 0, sizeof(header))
             header.flags = BATCH_VOID | BATCH_FENCE
             header.session_slot = slot.session_slot
             header.session_epoch = slot.session_epoch
             header.client_id = slot.client_id
             self.log.complete(slot.topic, ring_slot, &header)
-        self.write_line(i)
-        self.acks.ring_client(self.first + i)
+        elif status != RESERVE_TOPIC_CLOSED:
+            return False
+        slot.fence_due = 0
+        return True
 
     cdef void write_line(self, uint64_t i) noexcept nogil:
         cdef AttachSlot* slot = &self.slots[i]
@@ -327,7 +341,7 @@ cdef class AttachStage(Stage):
             cxl_store_release(&slot.state, ATTACH_FREE)
             return 1
         # What it submitted is taken first. The client is gone, or said that it writes no more.
-        if slot.state == ATTACH_OPEN and self.take(i):
+        if slot.fence_due or (slot.state == ATTACH_OPEN and self.take(i)):
             return 1
         self.end_leases(slot, slot.granted)
         slot.state = ATTACH_CLOSING
@@ -390,7 +404,7 @@ cdef class AttachStage(Stage):
             slot.topic = topic
             slot.topic_generation = topic_generation
             slot.heard_at = self.clock.now_ns()
-            at = self.layout.attach_client(self.first + i)
+            at = self.layout.attach_client(self.first + i)      # not its counters: they add up over all clients
             for offset in range(0, 128, 8):
                 self.memory.store(at + offset, 0)
             self.memory.store(at + 48, pid)
@@ -427,7 +441,7 @@ cdef class AttachStage(Stage):
         return slot.generation == generation and cxl_load_acquire(&slot.state) != ATTACH_FREE
 
     def open_slots(self) -> list[dict]:
-        """Slots in use: number, generation, pid, start_time, whether its client is gone, state, leases held."""
+        """Slots in use: number, generation, pid, start_time, whether its client is gone, state, descriptors taken, leases held."""
         cdef uint64_t i, at
         out = []
         for i in range(self.limit):
@@ -441,5 +455,5 @@ cdef class AttachStage(Stage):
                         "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
                         "left": unheard or self.memory.load(at + 32) != 0,
                         "state": self.slots[i].state, "subscriber": bool(self.slots[i].subscriber),
-                        "leases": self.slots[i].granted - self.slots[i].retired})
+                        "taken": self.slots[i].taken, "leases": self.slots[i].granted - self.slots[i].retired})
         return out

@@ -92,8 +92,7 @@ cdef class Memory:
     cdef void count_at(self, uint64_t offset) noexcept:
         # Counters are an instrument, not part of the simulated memory: they are kept in place so that they
         # outlive the process, and are never flushed.
-        if offset and self.writable:
-            self.statistics = <AccessStatistics*>(self.base + offset)
+        self.statistics = <AccessStatistics*>(self.base + offset) if offset and self.writable else &self.private_statistics
 
     def statistics_dict(self) -> dict[str, int]:
         """What this door has counted: flushes, fences, lines, invalidates, atomics, bulk bytes in and out."""
