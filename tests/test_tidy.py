@@ -267,6 +267,21 @@ def test_what_this_test_allows_still_exists() -> None:
         assert not gone, f"{gone} are gone: strike them from tests/test_tidy.py"
 
 
+def test_no_two_test_files_share_a_name() -> None:
+    names = [Path(file).name for file in code() if Path(file).name.startswith("test_")]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    assert not twice, f"{twice}: pytest collects test files by their bare names, so give one of them another"
+
+
+def test_tests_that_the_documents_name_exist() -> None:
+    wanted = {(document, *named) for document in files() if document.startswith("memory-bank/")
+              for named in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text_of(document))}
+    by_name = {Path(file).name: text_of(file) for file in code() if Path(file).name.startswith("test_")}
+    gone = [f"{document}: {file}::{test}" for document, file, test in sorted(wanted)
+            if file not in by_name or (test and f"def {test}(" not in by_name[file])]
+    assert not gone, f"{gone}: name the test that there is"
+
+
 def test_every_test_says_what_it_protects() -> None:
     wrong = [file for file in code() if Path(file).name.startswith("test_") and file.endswith(".py")
              and not ast.get_docstring(ast.parse(text_of(file)))]
