@@ -25,8 +25,8 @@ from libc.string cimport memcpy, memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    ATTACH_OPEN, ATTACH_RING, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE,
-    RESULT_FENCED, RESULT_UNDURABLE, make_tag,
+    ATTACH_OPEN, ATTACH_RING, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DAMAGED,
+    RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
 )
 from broker.wire cimport MESSAGE_HEADER_BYTES, PUBLISHED_NS_AT, REQUEST_HEADER_BYTES, message_check, message_stride
 from client.batch cimport Batch, Delivery, Packer
@@ -755,13 +755,15 @@ cdef class AttachedCore:
     cdef int tell_outcomes(self) except -1:
         """Wake whoever waits. Callbacks may publish and so come back here: only the outermost call tells."""
         cdef Batch batch
+        cdef uint64_t epoch
         if self.telling or not self.outcomes:
             return 0
+        epoch = self.memory.load(self.layout.control()) >> CONTROL_EPOCH_SHIFT     # the head's, as over gRPC
         self.telling = threading.get_ident()
         try:
             while self.outcomes:
                 batch, position, duplicate, error = self.outcomes.popleft()
-                batch.settle(position, self.epoch, batch.broker, duplicate, error)
+                batch.settle(position, epoch, batch.broker, duplicate, error)
         finally:
             self.telling = 0
         return 0

@@ -117,7 +117,7 @@ class Cluster:
         self._changing = threading.Lock()
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._keeper: threading.Thread | None = None
-        self.restarts = 0
+        self.endings: list[tuple[int, int]] = []    # (broker, exit code) of those that were started anew
 
     # ---- what it is -------------------------------------------------------------------------------------------------
 
@@ -149,6 +149,11 @@ class Cluster:
         self.notes.append(text)
         if self._on_note is not None:
             self._on_note(text)
+
+    @property
+    def restarts(self) -> int:
+        """How often brokers were started anew."""
+        return len(self.endings)
 
     # ---- start ------------------------------------------------------------------------------------------------------
 
@@ -279,7 +284,7 @@ class Cluster:
         self._spawn(broker, again=True)
         # Where a test let it end, it would end again.
         self._configure(broker, self._children[broker], msgspec.structs.replace(self.config, crash_points=""))
-        self.restarts += 1
+        self.endings.append((broker, code))
 
     # ---- run and stop -----------------------------------------------------------------------------------------------
 

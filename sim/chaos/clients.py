@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from broker.errors import BufferFull, CxlmqError, MessageTooBig, PoolFull, PositionLost
+from broker.errors import BufferFull, CxlmqError, DamagedData, MessageTooBig, PoolFull, PositionLost, RangeLost
 from client.batch import Delivery
 from client.publisher import Publisher
 from client.subscriber import Subscriber
@@ -62,22 +62,33 @@ def publish(trail: Path, topic: str, cluster: str, client: int, transport: str, 
 def read(trail: Path, topic: str, cluster: str, transport: str, start: int, group: str = "") -> None:
     """Follow the topic from a position on; go on behind what is gone."""
     events, position = Trail(trail), start
-    events.write(Kind.STARTED, 0, position=position)
+    if not group:
+        events.write(Kind.STARTED, 0, position=position)
     while not _stopping.is_set():
         try:
             position = _follow(events, topic, position, group, cluster=cluster, transport=transport)
         except PositionLost as lost:
             position = max(position + 1, int(str(lost.details.get("first_available", 0))))
             events.write(Kind.GAP, 0, position=position)
+        except (DamagedData, RangeLost) as error:
+            events.write(Kind.DAMAGED, 0, position=position)
+            _tell(error)
         except CxlmqError as error:
-            print(f"{error.message} ({error.code})", file=sys.stderr, flush=True)
-            time.sleep(RETRY_SECONDS)
+            _tell(error)
+
+
+def _tell(error: CxlmqError) -> None:
+    print(f"{error.message} ({error.code})", file=sys.stderr, flush=True)
+    time.sleep(RETRY_SECONDS)
 
 
 def _follow(events: Trail, topic: str, position: int, group: str, **target: Any) -> int:
     options: dict[str, Any] = {"group": group} if group else {}
     committed_at = time.monotonic()
     with Subscriber(topic, start=position, **options, **target) as subscriber:
+        if group and subscriber.position is not None:
+            position = subscriber.position
+            events.write(Kind.STARTED, 0, position=position)
         while not _stopping.is_set():
             for batch in subscriber.fetch_batches(FETCH_SECONDS):
                 events.write_reads([(sender_of(message), batch.position + index)

@@ -34,13 +34,12 @@ class FaultyDisk:
                 del os.environ[name]
 
     def fail(self, *rules: str) -> bool:
-        """Rules as in faulty_disk.c, in place of those before; False where nothing was preloaded."""
+        """Rules as in faulty_disk.c, in place of those before; without any all disks are well.
+
+        False where nothing was preloaded.
+        """
         if self.works:
             writing = self._control.with_suffix(".new")
             writing.write_text("".join(rule + "\n" for rule in rules))
             writing.replace(self._control)
         return self.works
-
-    def heal(self) -> None:
-        """All disks are well."""
-        self.fail()

@@ -14,13 +14,15 @@ import time
 from dataclasses import dataclass, field
 from typing import Protocol
 
-DISK_RULES = ("write enospc 1 .replica", "sync eio 1 .replica", "sync delay=200 5 .replica", "write short 1 .replica")
+DISK_RULES = ("write enospc -1 .replica", "write eio -1 .replica", "sync eio -1 .replica", "sync eio 1 .replica",
+              "sync delay=200 -1 .replica", "write short 1 .replica")
 # What is done how often; kills of clients are cheap and many.
 WEIGHTS = {
     "kill publisher": 30, "kill reader": 25, "kill broker": 17, "kill head": 10, "stop broker": 4, "stop head": 3,
-    "stop publisher": 3, "disk": 3, "garbage": 5,
+    "stop publisher": 3, "stop reader": 3, "disk": 3, "garbage": 5,
 }
 STOP_SECONDS = (0.05, 4.0)
+DISK_SECONDS = (0.2, 4.0)
 
 
 class Target(Protocol):
@@ -30,7 +32,7 @@ class Target(Protocol):
     def head(self) -> int | None: ...
     def publishers(self) -> list[int]: ...
     def readers(self) -> list[int]: ...
-    def fail_disks(self, rule: str) -> bool: ...
+    def fail_disks(self, *rules: str) -> bool: ...
     def send_garbage(self, chance: random.Random) -> None: ...
 
 
@@ -53,6 +55,7 @@ class Injector:
     weights: dict[str, int] = field(default_factory=lambda: dict(WEIGHTS))
     done: list[Fault] = field(default_factory=list)
     _stopped: dict[int, float] = field(default_factory=dict)        # pid: when it goes on
+    _heal_at: float | None = None                                   # when disks are well again
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
@@ -75,8 +78,11 @@ class Injector:
             self.target.send_garbage(self._chance)
             return Fault(what, "a broker", now)
         if what == "disk":
-            rule = self._chance.choice(DISK_RULES)
-            return Fault(what, rule, now) if self.target.fail_disks(rule) else None
+            rule, seconds = self._chance.choice(DISK_RULES), self._chance.uniform(*DISK_SECONDS)
+            if not self.target.fail_disks(rule):
+                return None
+            self._heal_at = time.monotonic() + seconds
+            return Fault(what, rule, now, now + int(seconds * 1e9))
         verb, kind = what.split()
         found = self._find(kind)
         if found is None:
@@ -103,7 +109,10 @@ class Injector:
         return (self._chance.choice(pids), f"{kind}") if pids else None
 
     def let_go(self, all_of_them: bool = False) -> None:
-        """Continue whoever was stopped for long enough."""
+        """Continue whoever was stopped for long enough; disks that failed for long enough are well."""
+        if self._heal_at is not None and (all_of_them or time.monotonic() >= self._heal_at):
+            self.target.fail_disks()
+            self._heal_at = None
         for pid, until in list(self._stopped.items()):
             if all_of_them or time.monotonic() >= until:
                 _send(pid, signal.SIGCONT)

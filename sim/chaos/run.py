@@ -12,11 +12,10 @@ Two topics: `fast` at ack level 1, `durable` at level 2 with two copies. At the 
 import contextlib
 import dataclasses
 import json
-import os
 import random
+import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,20 +26,23 @@ from typing import Any
 
 from broker.config import ClusterConfig, load_config
 from broker.errors import CxlmqError
-from broker.head import head_of
+from broker.head import epoch_of, head_of
 from broker.region import Region, attach_region, inspect_region
 from client.admin import Admin
 from client.cluster import Cluster
 from sim.chaos.disk import FaultyDisk
 from sim.chaos.faults import Fault, Injector
+from sim.chaos.garbage import send_garbage
 from sim.chaos.trail import Kind, read_trail
-from sim.chaos.verdict import Trails, acks_of, judge, resume_seconds
+from sim.chaos.verdict import Trails, acks_of, judge, judge_recovered, resume_seconds
 
 TOPICS: dict[str, dict[str, int]] = {
     "fast": {"ack": 1, "replication_factor": 1}, "durable": {"ack": 2, "replication_factor": 2}}
 PUBLISHERS, READERS = 2, 2              # of each topic, beside the auditor
+GROUP = "readers"                       # of each topic, beside them, one member at a time
 BODY_BYTES_MAX = 4096
 DELIVERY_SECONDS = 30.0
+START_SECONDS = 60.0
 SETTLE_SECONDS = 60.0
 BASE_LINE_SECONDS = 30.0
 LOOK_SECONDS = 0.05
@@ -64,7 +66,7 @@ class Settings:
 
     def cluster_config(self) -> ClusterConfig:
         """The cluster under test; its name leaves others alone."""
-        return load_config(name=f"chaos-{os.getpid()}", brokers=self.brokers, region_bytes=self.region_bytes,
+        return load_config(name=f"chaos-{secrets.token_hex(3)}", brokers=self.brokers, region_bytes=self.region_bytes,
                            data_directory=str(self.folder / "data"))
 
 
@@ -77,6 +79,7 @@ class Client:
     what: str
     trail: Path
     disturbed: bool = True
+    started: float = field(default_factory=time.time)
 
 
 @dataclass
@@ -109,6 +112,8 @@ class ChaosRun:
         self._trails = {topic: Trails([], [], settings.folder / f"{topic}-auditor", settings.folder / f"{topic}-last",
                                       options["ack"]) for topic, options in TOPICS.items()}
         self._next_client = 1
+        self._epochs: list[tuple[int, int]] = []    # when which epoch was seen first
+        self._kept_from = 0             # the first position of `durable` that was kept when faults ended
         self._cluster: Cluster
         self._region: Region
         self._disk: FaultyDisk
@@ -121,32 +126,32 @@ class ChaosRun:
 
     def head(self) -> int | None:
         """The broker that is head now."""
-        return head_of(self._region.memory().load_word(self._region.layout.offset_of("control")))
+        return head_of(self._control())
+
+    def _control(self) -> int:
+        return self._region.memory().load_word(self._region.layout.offset_of("control"))
 
     def publishers(self) -> list[int]:
-        """Publisher processes."""
-        return [each.process.pid for each in self._clients if each.what == "publish" and each.process.poll() is None]
+        """Publisher processes that have begun."""
+        return self._begun("publish")
 
     def readers(self) -> list[int]:
-        """Reader processes that may be disturbed."""
-        return [each.process.pid for each in self._clients
-                if each.what == "read" and each.disturbed and each.process.poll() is None]
+        """Reader processes that have begun and may be disturbed."""
+        return self._begun("read")
 
-    def fail_disks(self, rule: str) -> bool:
-        """Let the brokers' disks fail; False when that cannot be done here."""
-        return self._disk.fail(rule)
+    def _begun(self, what: str) -> list[int]:
+        return [each.process.pid for each in self._clients if each.what == what and each.disturbed
+                and each.process.poll() is None and each.trail.exists() and each.trail.stat().st_mtime > each.started]
+
+    def fail_disks(self, *rules: str) -> bool:
+        """Let the brokers' disks fail, without rules no more; False when that cannot be done here."""
+        return self._disk.fail(*rules)
 
     def send_garbage(self, chance: random.Random) -> None:
-        """Random bytes to a broker, behind a proper beginning or not."""
+        """Nonsense to a broker: to a method of the service, or to its socket."""
         addresses = [each.unix for each in self._cluster.addresses.values() if each.unix]
-        if not addresses:
-            return
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(0.5)
-            connection.connect(chance.choice(addresses).removeprefix("unix:"))
-            if chance.random() < 0.7:
-                connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0)))
-            connection.sendall(chance.randbytes(chance.randrange(1, 100_000)))
+        if addresses:
+            send_garbage(chance.choice(addresses), chance.getrandbits(64))
 
     # ---- clients ----------------------------------------------------------------------------------------------------
 
@@ -169,6 +174,7 @@ class ChaosRun:
                     delivery_timeout=DELIVERY_SECONDS)
 
     def _start_reader(self, topic: str, trail: Path, disturbed: bool = True) -> None:
+        group = GROUP if trail in self._trails[topic].groups else ""
         position = 0
         for event in read_trail(trail):
             if event.kind in (Kind.READ, Kind.FOREIGN):
@@ -176,7 +182,7 @@ class ChaosRun:
             elif event.kind == Kind.GAP:
                 position = event.position
         transport = self._chance.choice(("grpc", "auto")) if disturbed else "grpc"
-        self._start("read", topic, trail, disturbed, start=position, transport=transport)
+        self._start("read", topic, trail, disturbed, start=position, transport=transport, group=group)
 
     def _replace_ended(self) -> None:
         """Clients that were killed, or are done, are followed by others."""
@@ -218,10 +224,14 @@ class ChaosRun:
                     trail = self._settings.folder / f"{topic}-reader-{number}"
                     self._trails[topic].readers.append(trail)
                     self._start_reader(topic, trail)
+                trail = self._settings.folder / f"{topic}-group"
+                self._trails[topic].groups.append(trail)
+                self._start_reader(topic, trail)
             self._disturb(outcome)
             wrong = self._finish(outcome)
         wrong_a2 = self._recover()
-        outcome.broken = judge(self._trails, outcome.faults, outcome.begun_ns, outcome.ended_ns, wrong)
+        outcome.broken = judge(self._trails, outcome.faults, outcome.begun_ns, outcome.ended_ns, wrong,
+                               self._epochs)
         outcome.broken["A2"] = wrong_a2
         outcome.acks_ns = acks_of(self._trails.values())
         outcome.resumed = resume_seconds(outcome.acks_ns, outcome.faults)
@@ -247,10 +257,13 @@ class ChaosRun:
     def _disturb(self, outcome: Outcome) -> None:
         settings = self._settings
         injector = Injector(self, settings.seed)
+        publishers = len(TOPICS) * PUBLISHERS
+        _wait(lambda: len(self.publishers()) == publishers and bool(acks_of(self._trails.values()).size), START_SECONDS)
         outcome.begun_ns = time.monotonic_ns()
-        until, due, told = time.monotonic() + settings.seconds, time.monotonic() + 3.0, 0.0
+        until, due, told = time.monotonic() + settings.seconds, time.monotonic(), 0.0
         while time.monotonic() < until and (settings.kills is None or injector.kills() < settings.kills):
             injector.let_go()
+            self._note_epoch()
             self._replace_ended()
             if time.monotonic() >= due:
                 injector.inject()
@@ -261,9 +274,22 @@ class ChaosRun:
                 told = time.monotonic() + 5.0
             time.sleep(LOOK_SECONDS)
         injector.let_go(all_of_them=True)
-        self._disk.heal()
         outcome.ended_ns = time.monotonic_ns()
         outcome.faults, outcome.kills = injector.done, injector.kills()
+
+    def _note_epoch(self) -> None:
+        epoch = epoch_of(self._control())
+        if not self._epochs or epoch != self._epochs[-1][1]:
+            self._epochs.append((time.monotonic_ns(), epoch))
+
+    def _fallen(self, outcome: Outcome) -> list[str]:
+        """Brokers that ended, and nobody had killed them."""
+        killed = sum(fault.what in ("kill broker", "kill head") for fault in outcome.faults)
+        endings = [*self._cluster.endings, *self._cluster.exit_codes.items()]
+        fell = [f"broker {broker} ended with exit code {code}" for broker, code in endings if code != -signal.SIGKILL]
+        if len(endings) - len(fell) > killed:
+            fell.append(f"{len(endings) - len(fell)} brokers were killed, {killed} of them by this run")
+        return fell
 
     def _finish(self, outcome: Outcome) -> list[str]:
         """Let everything come to rest; what does not. Then read all that is kept, and look for what is left over."""
@@ -271,9 +297,11 @@ class ChaosRun:
         deadline = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline and len(self._cluster.processes) < self._settings.brokers:
             time.sleep(LOOK_SECONDS)
-        wrong = self._end("publish")
+        wrong = self._fallen(outcome) + self._end("publish")
         with Admin(cluster=self._cluster.name) as admin:
-            ends = {topic: int(admin.describe_topic(topic)["end_position"]) for topic in TOPICS}
+            found = {topic: admin.describe_topic(topic) for topic in TOPICS}
+        ends = {topic: int(each["end_position"]) for topic, each in found.items()}
+        self._kept_from = int(found["durable"]["first_position"])
         for topic, trails in self._trails.items():
             self._start_reader(topic, trails.last, disturbed=False)
             for trail in (trails.auditor, trails.last):
@@ -319,11 +347,7 @@ class ChaosRun:
                  if event.kind == Kind.READ}
         if not reached:
             return f"the recovered topic could be read to {_read_to(found)} of {end}"
-        for message, position in acked.items():
-            if position >= 0 and there.get(message) != position:
-                return (f"message {message[1]} of client {message[0]} was acknowledged at level 2 at position "
-                        f"{position}; on the disks it is at {there.get(message)}")
-        return ""
+        return judge_recovered(acked, there, self._kept_from)
 
 
 def _read_to(trail: Path) -> int:

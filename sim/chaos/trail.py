@@ -34,8 +34,9 @@ class Kind(enum.IntEnum):
     READ = 5
     FOREIGN = 6         # read, and nobody's message
     GAP = 7             # a reader was told of a range that is gone; position: where it goes on
-    STARTED = 8
+    STARTED = 8         # a reader; of a group: where its place was
     COMMITTED = 9       # a group's place
+    DAMAGED = 10        # a reader was told of damage
 
 
 class Event(NamedTuple):

@@ -1,7 +1,8 @@
 """From the trails of a chaos run to a verdict per invariant, by the same checkers as the simulation."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import bisect
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
@@ -13,6 +14,8 @@ from sim.cluster.history import CHECKERS, Entry, History, Operation, Read, Viola
 RESUME_SECONDS_P99 = 2.0
 STANDSTILL_SECONDS = 15.0
 
+Epochs = Sequence[tuple[int, int]]      # (monotonic ns, epoch), ascending
+
 
 @dataclass
 class Trails:
@@ -23,13 +26,14 @@ class Trails:
     auditor: Path           # the reader that nobody disturbs
     last: Path              # reads everything that is kept, at the end
     level: int = 1
+    groups: list[Path] = field(default_factory=list)    # readers that commit, of one group each
 
 
-def history_of(trails: Trails) -> History:
+def history_of(trails: Trails, epochs: Epochs = ()) -> History:
     """One history. The log is what the auditor read; positions are its indexes, a message an entry."""
     history = History()
     for path in trails.publishers:
-        _add_operations(history, read_trail(path), trails.level)
+        _add_operations(history, read_trail(path), trails.level, epochs)
     for event in read_trail(trails.auditor):
         if event.kind in (Kind.READ, Kind.FOREIGN):
             history.log.append(Entry(event.position, event.client if event.kind == Kind.READ else -1, event.number, 1))
@@ -37,6 +41,13 @@ def history_of(trails: Trails) -> History:
             history.errors.append((f"the auditor lost what lies before position {event.position}", False))
     for number, path in enumerate(trails.readers):
         _add_reads(history, f"reader {number}", read_trail(path))
+    for path in trails.groups:
+        _add_reads(history, path.name, read_trail(path))
+        history.cursors += [(path.name, event.position, len(history.log)) for event in read_trail(path)
+                            if event.kind in (Kind.STARTED, Kind.COMMITTED)]
+    for path in (trails.auditor, *trails.readers, *trails.groups, trails.last):
+        history.errors += [(f"{path.name}: what lies at position {event.position} is damaged", False)
+                           for event in read_trail(path) if event.kind == Kind.DAMAGED]
     history.final = [Read(event.position, event.position, 1, _sender(event)) for event in read_trail(trails.last)
                      if event.kind in (Kind.READ, Kind.FOREIGN)]
     history.reclaimed_index = history.final[0].index if history.final else len(history.log)
@@ -47,7 +58,7 @@ def _sender(event: Event) -> tuple[int, int] | None:
     return (event.client, event.number) if event.kind == Kind.READ else None
 
 
-def _add_operations(history: History, events: Iterable[Event], level: int) -> None:
+def _add_operations(history: History, events: Iterable[Event], level: int, epochs: Epochs) -> None:
     operations: dict[int, Operation] = {}
     for event in events:
         if event.kind == Kind.SENT:
@@ -59,6 +70,9 @@ def _add_operations(history: History, events: Iterable[Event], level: int) -> No
             operation.outcome = "ok"
             operation.position = event.position if event.position >= 0 else None
             history.marks.append((f"the epoch of client {event.client}'s acks", event.epoch))
+            # What was sent when a new epoch had begun is never acknowledged under an older one.
+            since = bisect.bisect_right(epochs, operation.invoked, key=lambda each: each[0])
+            history.epochs.append((event.epoch, epochs[since - 1][1] if since else 0))
         elif event.kind == Kind.FAILED:
             operation.outcome = "failed"
     history.operations.extend(operations.values())
@@ -95,13 +109,25 @@ def resume_seconds(acks: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]", 
     return found
 
 
+def judge_recovered(acked: dict[tuple[int, int], int], there: dict[tuple[int, int], int], kept_from: int) -> str:
+    """What breaks A2, empty text: nothing. `acked`, `there`: positions of (client, message), at level 2 and on disk.
+
+    What the topic kept no more, below `kept_from`, need not be on the disks; if it is, it is where it was.
+    """
+    for (client, number), position in acked.items():
+        if position >= 0 and there.get((client, number), position if position < kept_from else None) != position:
+            return (f"message {number} of client {client} was acknowledged at level 2 at position {position}; "
+                    f"on the disks it is at {there.get((client, number))}")
+    return ""
+
+
 def judge(trails: dict[str, Trails], faults: list[Fault], begun_ns: int, ended_ns: int,
-          leftovers: list[str]) -> dict[str, str]:
-    """What is broken, by invariant; empty text: it holds."""
+          leftovers: list[str], epochs: Epochs = ()) -> dict[str, str]:
+    """What is broken, by invariant; empty text: it holds. `epochs`: when an epoch was seen first, monotonic ns."""
     broken = dict.fromkeys((*CHECKERS, "V"), "")
     del broken["A2"]                # judged by recovering, see run.py
     for topic, each in trails.items():
-        history = history_of(each)
+        history = history_of(each, epochs)
         history.leftovers = leftovers
         for name in broken:
             if name == "V":

@@ -1,5 +1,6 @@
 """The judge of chaos runs: it sees what is wrong in trails, and nothing where nothing is."""
 
+import time
 from pathlib import Path
 
 import numpy
@@ -7,7 +8,7 @@ import pytest
 
 from sim.chaos.faults import Fault, Injector
 from sim.chaos.trail import Kind, Trail, make_message, read_trail, sender_of
-from sim.chaos.verdict import Trails, judge, resume_seconds
+from sim.chaos.verdict import Trails, judge, judge_recovered, resume_seconds
 
 SECOND = 1_000_000_000
 
@@ -37,8 +38,11 @@ class Story:
     def __init__(self, folder: Path) -> None:
         self.publisher, self.reader = Trail(folder / "p"), Trail(folder / "r")
         self.auditor, self.last = Trail(folder / "a"), Trail(folder / "l")
-        self.trails = Trails([folder / "p"], [folder / "r"], folder / "a", folder / "l")
+        self.group = Trail(folder / "g")
+        self.trails = Trails([folder / "p"], [folder / "r"], folder / "a", folder / "l", groups=[folder / "g"])
         self.sent = 0
+        self.epochs: list[tuple[int, int]] = []
+        self.faults: list[Fault] = []
 
     def publish(self, position: int, epoch: int = 1) -> None:
         self.publisher.write(Kind.SENT, 1, self.sent)
@@ -49,9 +53,10 @@ class Story:
         for trail in who or (self.auditor, self.reader, self.last):
             trail.write_reads([((1, number), position) for position, number in enumerate(numbers)])
 
-    def broken(self, leftovers: tuple[str, ...] = ()) -> set[str]:
+    def broken(self, leftovers: tuple[str, ...] = (), late: int = 0) -> set[str]:
         times = [event.at_ns for event in read_trail(self.trails.auditor)]
-        found = judge({"t": self.trails}, [], times[0] - SECOND, times[-1] + SECOND, list(leftovers))
+        found = judge({"t": self.trails}, self.faults, times[0] - SECOND, times[-1] + SECOND + late, list(leftovers),
+                      self.epochs)
         return {name for name, text in found.items() if text}
 
 
@@ -98,6 +103,78 @@ def test_an_epoch_that_goes_back_breaks_m(story: Story) -> None:
     assert story.broken() == {"M"}
 
 
+def test_an_ack_under_an_old_epoch_for_what_was_sent_under_a_new_one_breaks_z(story: Story) -> None:
+    story.publish(4, epoch=1)           # sent before anybody saw epoch 2
+    story.epochs.append((time.monotonic_ns(), 2))
+    story.publish(5, epoch=2)
+    story.read([0, 1, 2, 3, 4, 5])
+    assert story.broken() == set()
+    story.epochs.append((time.monotonic_ns(), 3))
+    story.publish(6, epoch=2)
+    story.read([0, 1, 2, 3, 4, 5, 6], story.auditor, story.last)
+    assert "Z" in story.broken()
+
+
+def test_a_message_sent_after_anothers_ack_and_ordered_before_it_breaks_r(story: Story) -> None:
+    first, second = Trail(story.trails.auditor.parent / "p1"), Trail(story.trails.auditor.parent / "p2")
+    first.write(Kind.SENT, 11, 0)
+    first.write(Kind.ACKED, 11, 0, 5, 1)
+    second.write(Kind.SENT, 12, 0)
+    second.write(Kind.ACKED, 12, 0, 4, 1)
+    story.trails.publishers += [story.trails.auditor.parent / "p1", story.trails.auditor.parent / "p2"]
+    story.read([0, 1, 2, 3], story.auditor, story.last)
+    for trail in (story.auditor, story.last):
+        trail.write_reads([((12, 0), 4), ((11, 0), 5)])
+    assert story.broken() == {"R"}
+
+
+@pytest.mark.parametrize("events", [
+    [(Kind.COMMITTED, 3), (Kind.STARTED, 2)], [(Kind.COMMITTED, 3), (Kind.COMMITTED, 2)], [(Kind.COMMITTED, 5)]],
+    ids=["found further back", "back", "beyond the tail"])
+def test_a_group_that_goes_back_or_beyond_the_tail_breaks_c(story: Story, events: list[tuple[Kind, int]]) -> None:
+    story.read([0, 1, 2, 3])
+    for kind, position in ((Kind.STARTED, 0), (Kind.COMMITTED, 2)):
+        story.group.write(kind, 0, position=position)
+    assert story.broken() == set()
+    for kind, position in events:
+        story.group.write(kind, 0, position=position)
+    assert story.broken() == {"C"}
+
+
+def test_damage_and_an_auditor_that_lost_something_break_i(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    story.reader.write(Kind.DAMAGED, 0, position=4)
+    assert story.broken() == {"I"}
+
+
+def test_the_auditor_may_lose_nothing(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    story.auditor.write(Kind.GAP, 0, position=4)
+    assert story.broken() == {"I"}
+
+
+def test_nothing_acknowledged_for_long_breaks_v(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    assert story.broken(late=20 * SECOND) == {"V"}
+
+
+def test_acks_that_resume_late_after_a_heads_death_break_v(story: Story) -> None:
+    story.faults.append(Fault("kill head", "broker 0", time.monotonic_ns() - 3 * SECOND))
+    story.publish(4)
+    story.read([0, 1, 2, 3, 4])
+    story.faults[0].at_ns = min(event.at_ns for event in read_trail(story.trails.publishers[0])) - 3 * SECOND
+    assert story.broken() == {"V"}
+
+
+def test_what_does_not_come_back_from_the_disks_breaks_a2() -> None:
+    acked = {(1, 0): 7, (1, 1): 8, (2, 0): 3}
+    assert judge_recovered(acked, {(1, 0): 7, (1, 1): 8}, kept_from=5) == ""
+    assert "at None" in judge_recovered(acked, {(1, 0): 7}, kept_from=5)
+    assert "at 9" in judge_recovered(acked, {(1, 0): 7, (1, 1): 9}, kept_from=5)
+    assert "at 4" in judge_recovered(acked, {(1, 0): 7, (1, 1): 8, (2, 0): 4}, kept_from=5)
+    assert judge_recovered(acked, {(1, 0): 7, (1, 1): 8}, kept_from=0)
+
+
 def test_what_is_left_over_breaks_b(story: Story) -> None:
     story.read([0, 1, 2, 3])
     assert story.broken(("3 segments are in use",)) == {"B"}
@@ -125,7 +202,7 @@ class Nobody:
     def readers(self) -> list[int]:
         return []
 
-    def fail_disks(self, rule: str) -> bool:
+    def fail_disks(self, *rules: str) -> bool:
         return True
 
     def send_garbage(self, chance: object) -> None:
