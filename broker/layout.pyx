@@ -256,7 +256,8 @@ cdef class Layout:
         Atomics work there and nowhere else. Doorbells, locks of one process and counters are instruments.
         """
         g = self.g
-        bitmaps = [(self.bitmap(), 2 * self._bitmap_bytes)]
+        # Behind the bitmaps lie the owners' words: who allocates takes a segment there first.
+        bitmaps = [(self.bitmap(), 2 * self._bitmap_bytes + g.segment_count * 8)]
         control = (g.coherent, (1 + g.bank_count) * LINE_BYTES)
         needed = [control, *bitmaps] if self.pool_strategy == "atomic" else [control]
         instruments = [(control[0] + control[1], self.bitmap() - control[0] - control[1]),

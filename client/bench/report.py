@@ -281,3 +281,34 @@ def plot_bars(path: Path, title: str, values: Sequence[tuple[str, float]], unit:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     return True
+
+
+def plot_costs(path: Path, rows: Sequence[dict[str, Any]], copy_gigabytes_per_second: float) -> bool:
+    """ns a message over its size, a line a call, beside the copy alone; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    sizes = sorted({row["message_bytes"] for row in rows})
+    for call in dict.fromkeys(row["call"] for row in rows):
+        mine = [row for row in rows if row["call"] == call]
+        axes.plot([row["message_bytes"] for row in mine], [row["nanoseconds_per_message"] for row in mine], "o-",
+                  label=call)
+        crossing = next((row for row in mine if row["of_nontemporal"] >= 0.5), None)
+        if crossing is not None:
+            axes.annotate("copying is most of it", (crossing["message_bytes"], crossing["nanoseconds_per_message"]),
+                          textcoords="offset points", xytext=(8, -12), fontsize=8)
+    axes.plot(sizes, [size / copy_gigabytes_per_second for size in sizes], "--", color="#888888",
+              label=f"copy alone, {copy_gigabytes_per_second:.1f} GB/s")
+    axes.set(xscale="log", yscale="log", xlabel="bytes of a message", ylabel="ns a message")
+    axes.set_xticks(sizes, [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB" if size >> 10 else f"{size} B"
+                            for size in sizes])
+    axes.legend()
+    axes.grid(True, which="major", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    return True

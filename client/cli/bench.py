@@ -1,141 +1,27 @@
 """`cxlmq bench`: the limits of this machine, and what a cluster makes of them."""
 
-import contextlib
-import functools
 import json
-import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from broker.errors import ConfigError, TmpfsTooSmall
-from client.cli.common import (
-    DURATION,
-    EXIT_FAILED,
-    SIZE,
-    CommandExit,
-    CommandFunction,
-    RunSettings,
-    say,
+from broker.errors import ConfigError
+from client.cli.bench_attached import copies, publish, sizes, subscribe
+from client.cli.bench_common import (
+    CLUSTER_OPTIONS,
+    debug_option,
+    figure,
+    finish,
+    json_option,
+    measuring,
+    progress_to,
+    quiet_option,
+    results_option,
+    with_about,
+    workload_options,
 )
-
-# Option -> (metavar, help); the values stay text, `Workload.parse` checks all of them before anything starts.
-_WORKLOAD: dict[str, tuple[str, str]] = {
-    "transport": ("grpc|attached|both", "How publishers reach the brokers; both measures one after the other [both]."),
-    "brokers": ("N", "Broker processes [4]."),
-    "publishers": ("N", "Publisher processes, at once [1]."),
-    "message_bytes": ("SIZE", "Size of a message [1KiB]."),
-    "total_bytes": ("SIZE", "What all publishers publish together [2GiB]."),
-    "batch_bytes": ("SIZE|adaptive", "Size of a batch; adaptive lets the publisher choose [1MiB]."),
-    "order": ("0|1|2|5", "Order of the topic: none, per broker, total, total and per session [5]."),
-    "ack": ("0|1|2", "What publishers wait for: nothing, ordered in memory, durable on disks [1]."),
-    "replication_factor": ("N", "Copies: 1 is the memory alone, N adds N-1 disks [1]."),
-    "sequencer_lock": ("mutex|semaphore|atomic", "How scanners agree on the next position [atomic]."),
-    "scanners": ("N", "Threads of the sequencer, at most one a broker [1]."),
-    "waiting": ("latency|balanced|saver", "What an idle thread does [balanced]."),
-    "thread_plan": ("fused|staged", "One thread a broker, or one a stage [fused]."),
-    "region_bytes": ("SIZE", "Shared memory of all brokers [1GiB]."),
-    "network": ("unix|tcp", "Sockets that gRPC uses [unix]."),
-    "memory": ("mapped|noncoherent|checked", "This machine's own memory, hosts with private caches, or the same with "
-                                             "every access checked [mapped]."),
-    "profile": ("DEVICE", "Latencies and bandwidths of a device, when memory is not mapped; see `cxlmq profiles` "
-                          "[this machine's]."),
-}
-_CLUSTER = ("brokers", "waiting", "thread_plan", "region_bytes")
-
-
-# ---- options and output --------------------------------------------------------------------------------------------
-
-
-def workload_options(*names: str) -> Callable[[CommandFunction], CommandFunction]:
-    """Options of a workload (all without `names`), given to the command as the dictionary `values`."""
-    chosen = names or tuple(_WORKLOAD)
-
-    def decorate(function: CommandFunction) -> CommandFunction:
-        @functools.wraps(function)
-        def command(*args: Any, **arguments: Any) -> Any:
-            return function(*args, values={name: arguments.pop(name) for name in chosen}, **arguments)
-
-        for name in reversed(chosen):
-            metavar, text = _WORKLOAD[name]
-            command = click.option("--" + name.replace("_", "-"), name, metavar=metavar, help=text)(command)
-        return command  # type: ignore[return-value]
-
-    return decorate
-
-
-def _json_target(context: click.Context, _: click.Parameter, value: str | None) -> str | None:
-    """Check that the file can be written before hours are spent; errors are JSON too when the output is."""
-    if value is None:
-        return None
-    if value == "-":
-        context.ensure_object(RunSettings).as_json = True
-    elif not Path(value).resolve().parent.is_dir() or Path(value).is_dir():
-        raise ConfigError(setting="json", value=repr(value), allowed="- or a file in a folder that exists")
-    return value
-
-
-json_option = click.option("--json", "json_target", metavar="FILE|-", callback=_json_target,
-                           help="Write the results as JSON to a file, or to standard output for -.")
-results_option = click.option("--results", "results", metavar="FOLDER", type=click.Path(file_okay=False),
-                              help="Keep report, table and picture in a new folder below this one.")
-
-
-def _remember_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    context.ensure_object(RunSettings).debug |= value
-
-
-debug_option = click.option("--debug", is_flag=True, expose_value=False, is_eager=True, callback=_remember_debug,
-                            help="Show the traceback of an error.")
-quiet_option = click.option("--quiet", "-q", is_flag=True, help="Do not say what is being measured.")
-
-
-def _progress(quiet: bool) -> Callable[[str], None]:
-    return (lambda _: None) if quiet else say
-
-
-@contextlib.contextmanager
-def _measuring() -> Iterator[None]:
-    """Signals end a measurement like Ctrl-C; what the measurement raises becomes an error of ours."""
-    from client.bench.harness import LimitError
-    from client.bench.sequencer_bench import BenchError
-    from client.bench.throughput import RunFailed
-    from client.cluster import interrupted_by_signals
-    from sim.cxl.region import TmpfsFull
-
-    try:
-        with interrupted_by_signals():
-            yield
-    except (LimitError, BenchError) as error:
-        raise RunFailed(f"the measurement failed: {error}") from error
-    except TmpfsFull as error:
-        raise TmpfsTooSmall(wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from error
-
-
-def _finish(value: dict[str, Any], text: str, json_target: str | None, results: str | None, name: str,
-            chart: list[tuple[str, float]] | None = None, unit: str = "GB/s") -> None:
-    """Print, write JSON, and keep a folder of results."""
-    from client.bench.report import save_results, write_json
-
-    if json_target != "-":
-        click.echo(text)
-    if json_target is not None:
-        write_json(json_target, value)
-    if results is not None:
-        folder = save_results(Path(results), re.sub(r"[^A-Za-z0-9._-]+", "-", name), value, text, chart or [], unit)
-        say(f"results: {folder}")
-
-
-def _about(value: dict[str, Any]) -> dict[str, Any]:
-    from client.bench.report import about
-
-    return {**value, **about()}
-
-
-def _figure(value: float | None, digits: int = 0) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+from client.cli.common import DURATION, EXIT_FAILED, SIZE, CommandExit
 
 
 @click.group()
@@ -151,7 +37,12 @@ def bench() -> None:
       cxlmq bench throughput                2 GiB through 4 brokers, read back and verified
       cxlmq bench latency --waiting latency
       cxlmq bench contention                mutex or lock-free?
+      cxlmq bench publish                   messages a second from a Python loop
     """
+
+
+for each in (publish, subscribe, sizes, copies):
+    bench.add_command(each)
 
 
 # ---- limits --------------------------------------------------------------------------------------------------------
@@ -186,16 +77,16 @@ def limits(which: tuple[str, ...], batch_bytes: int, brokers: int, publishers: i
     for name in which:
         if name not in limit.WHICH:
             raise ConfigError(setting="which", value=repr(name), allowed=", ".join(limit.WHICH))
-    with _measuring():
+    with measuring():
         found = limit.measure_limits(which or limit.WHICH, batch_bytes=batch_bytes, servers=brokers,
-                                     publishers=publishers, tcp=tcp, progress=_progress(quiet))
+                                     publishers=publishers, tcp=tcp, progress=progress_to(quiet))
     labels = {name.replace("_gigabytes", "_two_cores_gigabytes"): label.replace("1 core", "2 cores")
               for name, label in LIMIT_NAMES.items() if "1 core" in label} | LIMIT_NAMES
     chart = sorted(((label.removeprefix("limit: "), found[name]) for name, label in labels.items() if found.get(name)),
                    key=lambda bar: bar[1])
     notes = [f"{found['footprint_bytes'] >> 20} MiB of memory, {found['bulk_copy']}"] if "bulk_copy" in found else []
     notes += [f"batches of {found['transport_batch_bytes']:,} bytes"] if "transport_batch_bytes" in found else []
-    _finish(_about(found), "\n".join([bar_chart(chart), *notes]), json_target, results, "limits", chart)
+    finish(with_about(found), "\n".join([bar_chart(chart), *notes]), json_target, results, "limits", chart)
 
 
 # ---- throughput ----------------------------------------------------------------------------------------------------
@@ -231,10 +122,10 @@ def throughput(values: dict[str, Any], trials: str | None, limits_too: bool, war
     from client.bench.workload import Workload
 
     workload = Workload.parse({**values, "trials": trials})
-    with _measuring():
-        measured = measure_workload(workload, limits=limits_too, warm_up=warm_up, progress=_progress(quiet))
+    with measuring():
+        measured = measure_workload(workload, limits=limits_too, warm_up=warm_up, progress=progress_to(quiet))
     found = report.document(measured)
-    _finish(found, report.throughput_text(found), json_target, results, name, report.bars(found))
+    finish(found, report.throughput_text(found), json_target, results, name, report.bars(found))
     if not found["verified"]:
         raise CommandExit(EXIT_FAILED)
 
@@ -277,15 +168,15 @@ def repeat(values: dict[str, Any], trials: str, matrix: bool, csv_file: str | No
     given = {name: value for name, value in values.items() if value is not None}
     cases = {name: Workload.parse({**case, **given, "trials": trials})
              for name, case in (repeats.BASELINE_CASES if matrix else {"run": {}}).items()}
-    with _measuring():
-        found = repeats.measure_cases(cases, limits=limits_too, progress=_progress(quiet))
+    with measuring():
+        found = repeats.measure_cases(cases, limits=limits_too, progress=progress_to(quiet))
     changes = repeats.compare(found["rows"], before)
-    value = _about({**found, "comparison": changes})
+    value = with_about({**found, "comparison": changes})
     if csv_file is not None:
         Path(csv_file).write_text(repeats.csv_text(found["rows"]))
     if baseline and store_baseline:
         Path(baseline).write_text(json.dumps(value, indent=2, default=str) + "\n")
-    _finish(value, _repeat_text(found, changes), json_target, results, "repeat")
+    finish(value, _repeat_text(found, changes), json_target, results, "repeat")
     if not found["verified"] or any(change["verdict"] == "worse" for change in changes):
         raise CommandExit(EXIT_FAILED)
 
@@ -295,12 +186,12 @@ def _repeat_text(found: dict[str, Any], changes: list[dict[str, Any]]) -> str:
 
     figures = ("mean", "median", "deviation", "p95", "p99")
     rows = [[row["case"], row["transport"], row["figure"], row["trials"],
-             *(_figure(row[name], 3 if row["mean"] < 100 else 0) for name in figures)] for row in found["rows"]]
+             *(figure(row[name], 3 if row["mean"] < 100 else 0) for name in figures)] for row in found["rows"]]
     parts = [table_text("Repeated runs", ["case", "transport", "figure", ">trials", *(f">{name}" for name in figures)],
                         rows)]
     if changes:
-        rows = [[each["case"], each["transport"], each["figure"], _figure(each["baseline"], 3),
-                 _figure(each["now"], 3), f"{each['change']:+.1%}", each["verdict"]] for each in changes]
+        rows = [[each["case"], each["transport"], each["figure"], figure(each["baseline"], 3),
+                 figure(each["now"], 3), f"{each['change']:+.1%}", each["verdict"]] for each in changes]
         parts.append(table_text("Against the baseline", ["case", "transport", "figure", ">baseline", ">now", ">change",
                                                          "verdict"], rows))
     return "\n\n".join(parts)
@@ -310,7 +201,7 @@ def _repeat_text(found: dict[str, Any], changes: list[dict[str, Any]]) -> str:
 
 
 @bench.command()
-@workload_options("transport", "message_bytes", "order", "ack", "replication_factor", "network", *_CLUSTER)
+@workload_options("transport", "message_bytes", "order", "ack", "replication_factor", "network", *CLUSTER_OPTIONS)
 @click.option("--gap", type=DURATION, default="1ms", show_default=True, help="Pause before each batch.")
 @click.option("--batches", type=click.IntRange(1), default=3000, show_default=True, help="How many are measured.")
 @quiet_option
@@ -335,16 +226,16 @@ def latency(values: dict[str, Any], gap: float, batches: int, quiet: bool, resul
     from client.bench.workload import Workload
 
     workload = Workload.parse(values)
-    with _measuring():
-        runs = [measure_latency(workload, transport, gap_seconds=gap, batches=batches, progress=_progress(quiet))
+    with measuring():
+        runs = [measure_latency(workload, transport, gap_seconds=gap, batches=batches, progress=progress_to(quiet))
                 for transport in wanted_transports(workload)]
     names = ("p50", "p99", "p999", "max")
-    rows = [[run["transport"], *(_figure(run["ack_latency_us"][name], 1) for name in names),
-             *(_figure(run["sent_to_ack_us"][name], 1) for name in ("p50", "p99")), f"{run['broker_cores']:.3f}"]
+    rows = [[run["transport"], *(figure(run["ack_latency_us"][name], 1) for name in names),
+             *(figure(run["sent_to_ack_us"][name], 1) for name in ("p50", "p99")), f"{run['broker_cores']:.3f}"]
             for run in runs]
     columns = ["transport", ">p50 us", ">p99 us", ">p99.9 us", ">max us", ">sent to ack p50", ">p99", ">broker cores"]
     text = table_text(f"Lone batches of {workload.message_bytes:,} bytes, {gap * 1e6:,.0f} us apart", columns, rows)
-    _finish(_about({"runs": runs}), text, json_target, results, "latency")
+    finish(with_about({"runs": runs}), text, json_target, results, "latency")
 
 
 # ---- contention ----------------------------------------------------------------------------------------------------
@@ -370,13 +261,13 @@ def contention(quick: bool, stage_only: bool, quiet: bool, results: str | None, 
     """
     from client.bench import contention as contentions
 
-    with _measuring():
+    with measuring():
         found = contentions.compare(rounds=5 if quick else 20, batches=0 if stage_only else 3000 if quick else 20_000,
                                     end_to_end_scanners=(4,) if quick else contentions.SCANNER_COUNTS,
-                                    progress=_progress(quiet))
+                                    progress=progress_to(quiet))
     chart = [(f"{row['lock']}, {row['scanners']} scanners", row["million_batches_per_second"])
              for row in found["stage_alone"]]
-    _finish(_about(found), _contention_text(found), json_target, results, "contention", chart, "M batches/s")
+    finish(with_about(found), _contention_text(found), json_target, results, "contention", chart, "M batches/s")
 
 
 def _contention_text(found: dict[str, Any]) -> str:
@@ -386,9 +277,9 @@ def _contention_text(found: dict[str, Any]) -> str:
                ">mean hold us", "advice"]
     parts = []
     for key, title in (("stage_alone", "The sequencer's stage alone"), ("end_to_end", "End to end, tiny batches")):
-        rows = [[row["lock"], row["scanners"], _figure(row["million_batches_per_second"], 4),
-                 f"{row['acquisitions']:,}", f"{row['contended']:,}", _figure(row["contended_per_second"]),
-                 _figure(row["wait_us_mean"], 2), _figure(row["hold_us_mean"], 3), row["advice"]]
+        rows = [[row["lock"], row["scanners"], figure(row["million_batches_per_second"], 4),
+                 f"{row['acquisitions']:,}", f"{row['contended']:,}", figure(row["contended_per_second"]),
+                 figure(row["wait_us_mean"], 2), figure(row["hold_us_mean"], 3), row["advice"]]
                 for row in found[key]]
         if rows:
             parts.append(table_text(title, columns, rows))
@@ -425,15 +316,15 @@ def pipeline(broker_counts: str, topic_counts: str, batches: int, runs: int, qui
     from client.bench.report import table_text
 
     brokers, topics = _numbers("brokers", broker_counts), _numbers("topics", topic_counts)
-    with _measuring():
-        found = measure_matrix(brokers, topics, batches=batches, runs=runs, progress=_progress(quiet))
-    rows = [[each["brokers"], each["topics"], _figure(each["batches_per_second"]), _figure(each["ns_per_batch"]),
-             _figure(each["cpu_ns_per_batch"]), _figure(each["pushed_back"])] for each in found["results"]]
+    with measuring():
+        found = measure_matrix(brokers, topics, batches=batches, runs=runs, progress=progress_to(quiet))
+    rows = [[each["brokers"], each["topics"], figure(each["batches_per_second"]), figure(each["ns_per_batch"]),
+             figure(each["cpu_ns_per_batch"]), figure(each["pushed_back"])] for each in found["results"]]
     text = table_text("Header written to ack", [">brokers", ">topics", ">batches/s", ">ns a batch", ">CPU ns a batch",
                                                 ">pushed back"], rows)
     chart = [(f"{each['brokers']} brokers, {each['topics']} topics", each["batches_per_second"])
              for each in found["results"]]
-    _finish(_about(found), text, json_target, results, "pipeline", chart, "batches/s")
+    finish(with_about(found), text, json_target, results, "pipeline", chart, "batches/s")
 
 
 def _numbers(setting: str, text: str) -> list[int]:
@@ -474,9 +365,9 @@ def durability(total_bytes: int, batch_bytes: int, brokers: int, runs: int, fold
     from client.bench.durability import measure_durability
     from client.bench.report import table_text
 
-    with _measuring():
+    with measuring():
         found = measure_durability(total_bytes, batch_bytes, brokers=brokers, runs=runs, folder=folder,
-                                   progress=_progress(quiet))
+                                   progress=progress_to(quiet))
     rows = [[number + 1, f"{each['gigabytes_per_second']:.3f}", f"{each['bare_gigabytes_per_second']:.3f}",
              f"{each['ratio']:.2f}", f"{each['bytes_per_sync']:,}"] for number, each in enumerate(found["rounds"])]
     rows.append(["median", f"{found['gigabytes_per_second']:.3f}", f"{found['bare_gigabytes_per_second']:.3f}",
@@ -484,14 +375,14 @@ def durability(total_bytes: int, batch_bytes: int, brokers: int, runs: int, fold
     text = table_text("Level 2 and bare files", ["round", ">level 2 GB/s", ">bare GB/s", ">ratio", ">bytes a sync"],
                       rows)
     text += f"\n\nthe bar of {found['bar']} is {'reached' if found['reached'] else 'missed'}"
-    _finish(_about(found), text, json_target, results, "durability")
+    finish(with_about(found), text, json_target, results, "durability")
 
 
 # ---- idle ----------------------------------------------------------------------------------------------------------
 
 
 @bench.command()
-@workload_options(*_CLUSTER)
+@workload_options(*CLUSTER_OPTIONS)
 @click.option("--seconds", type=DURATION, default="10s", show_default=True, help="How long to look on.")
 @quiet_option
 @results_option
@@ -513,8 +404,8 @@ def idle(values: dict[str, Any], seconds: float, quiet: bool, results: str | Non
     workload = Workload.parse(values)
     if seconds <= 0:
         raise ConfigError(setting="seconds", value=seconds, allowed="more than 0")
-    with _measuring():
-        found = measure_idle(workload, seconds, _progress(quiet))
+    with measuring():
+        found = measure_idle(workload, seconds, progress_to(quiet))
     rows = [[broker, f"{cores:.4f}", bytes_text(found["memory_bytes_by_broker"][broker])]
             for broker, cores in found["cores_by_broker"].items()]
     rows.append(["all", f"{found['cores']:.4f}", f"at most {bytes_text(found['memory_bytes_max'])}"])
@@ -522,4 +413,4 @@ def idle(values: dict[str, Any], seconds: float, quiet: bool, results: str | Non
                       rows)
     text += (f"\n\nready after {found['ready_seconds']:.2f} s, {found['command_seconds']:.2f} s after the command "
              f"was given")
-    _finish(_about(found), text, json_target, results, "idle")
+    finish(with_about(found), text, json_target, results, "idle")

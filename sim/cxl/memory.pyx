@@ -6,7 +6,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from sim.cxl.primitives cimport (
-    CXL_COPY_AVX512, CXL_COPY_MEMCPY, CXL_COPY_MOVDIR64B, CXL_COPY_SSE, CXL_COPY_STNP,
+    CXL_COPY_AVX512, CXL_COPY_MEMCPY, CXL_COPY_MOVDIR64B, CXL_COPY_PAGES, CXL_COPY_SSE, CXL_COPY_STNP,
     cxl_compare_and_swap, cxl_copy_kind, cxl_copy_nontemporal, cxl_count, cxl_fetch_add, cxl_fetch_and, cxl_fetch_or,
     cxl_flush_kind, cxl_flush_range, cxl_full_fence, cxl_futex_wait, cxl_futex_wake, cxl_invalidate_range,
     cxl_load_acquire, cxl_read_line, cxl_store_fence, cxl_store_release, cxl_stream, cxl_stream_finish,
@@ -338,4 +338,5 @@ def processor_features() -> dict[str, object]:
     names = {CXL_COPY_MEMCPY: "memcpy+flush", CXL_COPY_SSE: "non-temporal SSE", CXL_COPY_AVX512: "non-temporal AVX-512",
              CXL_COPY_MOVDIR64B: "movdir64b", CXL_COPY_STNP: "stnp"}
     flushes = ("clflush", "clflushopt", "clwb", "dc cvac")
-    return {"flush": flushes[cxl_flush_kind()], "bulk_copy": names[cxl_copy_kind()]}
+    pages = ", four pages in turn" if cxl_copy_kind() & CXL_COPY_PAGES else ""
+    return {"flush": flushes[cxl_flush_kind()], "bulk_copy": names[cxl_copy_kind() & ~CXL_COPY_PAGES] + pages}

@@ -25,13 +25,13 @@ cdef extern from "primitives.h" nogil:
     void cxl_yield()
     void cxl_write_line(void* line, const void* source)
     int cxl_read_line(void* target, const void* line)
+    int cxl_has_avx512, cxl_has_movdir64b     # known once a kind was asked for
     int cxl_copy_kind()
     void cxl_copy_nontemporal(void* target, const void* source, uint64_t bytes, int kind, int flush_kind)
     struct cxl_stream:
         uint8_t* start
         uint8_t* at
     void cxl_stream_start(cxl_stream* s, void* target)
-    void cxl_stream_append(cxl_stream* s, const void* source, uint64_t bytes, int kind, int flush_kind)
     void cxl_stream_message(cxl_stream* s, const void* source, uint64_t bytes, uint32_t check, int kind, int flush_kind)
     void cxl_stream_finish(cxl_stream* s, int kind, int flush_kind)
     uint32_t cxl_crc32c(uint32_t seed, const void* data, uint64_t bytes)
@@ -45,4 +45,4 @@ cdef extern from "primitives.h" nogil:
     int cxl_mutex_lock(void* m)
     void cxl_mutex_unlock(void* m)
     uint64_t cxl_mutex_bytes()
-    enum: CXL_COPY_MEMCPY, CXL_COPY_SSE, CXL_COPY_AVX512, CXL_COPY_MOVDIR64B, CXL_COPY_STNP
+    enum: CXL_COPY_MEMCPY, CXL_COPY_SSE, CXL_COPY_AVX512, CXL_COPY_MOVDIR64B, CXL_COPY_STNP, CXL_COPY_PAGES
