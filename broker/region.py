@@ -223,9 +223,9 @@ def _attach_once(name: str, writable: bool, run_id: int | None, folder_root: Pat
 
 def _check_superblock(name: str, mapping: Any, run_id: int | None) -> tuple[dict[str, Any], Layout]:
     superblock = read_superblock(mapping)
-    if _is_blank(superblock):
+    if superblock.get("magic", 0) == 0:     # written last
         raise RegionMissing(f"region {name} is not ready: its creator has not written it yet", region=name)
-    if superblock.get("magic") != LAYOUT_MAGIC:
+    if superblock["magic"] != LAYOUT_MAGIC:
         raise RegionForeign(region=name, reason="the file has not our magic number")
     if superblock["version"] != LAYOUT_VERSION:
         raise RegionStale(region=name, reason=f"layout version {superblock['version']}, here it is {LAYOUT_VERSION}")
