@@ -24,6 +24,7 @@ FETCH_SECONDS = 0.2
 RETRY_SECONDS = 0.1
 FLUSH_SECONDS = 45.0
 COMMIT_SECONDS = 0.5
+GROUP_WAIT_SECONDS = 5.0
 _NOT_IN_THE_LOG = (BufferFull, PoolFull, MessageTooBig)
 
 _stopping = threading.Event()
@@ -83,7 +84,7 @@ def _tell(error: CxlmqError) -> None:
 
 
 def _follow(events: Trail, topic: str, position: int, group: str, **target: Any) -> int:
-    options: dict[str, Any] = {"group": group} if group else {}
+    options: dict[str, Any] = {"group": group, "group_wait": GROUP_WAIT_SECONDS} if group else {}
     committed_at = time.monotonic()
     with Subscriber(topic, start=position, **options, **target) as subscriber:
         if group and subscriber.position is not None:
