@@ -13,6 +13,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -36,6 +37,7 @@ SEQUENCER_LOCKS = ("mutex", "semaphore", "atomic")
 THREAD_PLANS = ("fused", "staged")
 WAITINGS = ("latency", "balanced", "saver")
 MEMORIES = ("mapped", "noncoherent", "checked")
+MEMBERSHIPS = ("region", "etcd")
 
 _UNITS = {"": 1, "b": 1, "k": KIB, "kib": KIB, "m": MIB, "mib": MIB, "g": GIB, "gib": GIB,
           "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -97,7 +99,7 @@ def _chosen(region_bytes: int) -> dict[str, int]:
 # ---- what is allowed ------------------------------------------------------------------------------------------------
 
 _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THREAD_PLANS, "waiting": WAITINGS,
-            "memory": MEMORIES}
+            "memory": MEMORIES, "membership": MEMBERSHIPS}
 _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes",
           "coherent_bytes")
 _DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds")
@@ -143,6 +145,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     group_lease_seconds: float = 10.0       # how long a silent member keeps its consumer group
     heartbeat_ms: int = 100
     head_lease_seconds: float = 1.0         # a head that is silent for so long is replaced; at once when it is dead
+    membership: str = "region"              # who says which brokers live, and elects the head: region or etcd
+    etcd_endpoints: str = ""                # HOST:PORT,... for membership "etcd"
     restart: bool = True                    # the supervisor starts brokers that ended anew
     crash_points: str = ""                  # for tests: BROKER:POINT:VISIT,... (broker/crash.pyx)
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
@@ -192,6 +196,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 _refuse(setting, getattr(self, setting), "more than 0")
         self.host_numbers()
         self._check_profile()
+        if self.membership == "etcd":
+            parse_endpoints(self.etcd_endpoints)
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
         if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
@@ -248,6 +254,24 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
         if not isinstance(values, dict):
             raise ConfigError(setting="configuration", value=repr(values), allowed="a JSON object")
         return load_config(environment={}, **values)
+
+
+def parse_endpoints(endpoints: str) -> list[tuple[str, str, int]]:
+    """(scheme, host, port) of "host:port,https://host:port". Raises `ConfigError`."""
+    found = []
+    for each in filter(None, (part.strip() for part in endpoints.split(","))):
+        try:
+            parts = urlsplit(each if "://" in each else f"http://{each}")
+            if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/"):
+                raise ValueError
+            found.append((parts.scheme, parts.hostname, parts.port or 2379))
+        except ValueError:
+            raise ConfigError(setting="etcd_endpoints", value=repr(each),
+                              allowed="HOST:PORT or https://HOST:PORT, with commas between several") from None
+    if not found:
+        raise ConfigError(setting="etcd_endpoints", value=repr(endpoints),
+                          allowed="the address of at least one etcd server for membership 'etcd'")
+    return found
 
 
 def _is_loopback(host: str) -> bool:

@@ -242,6 +242,14 @@ class BrokerUnavailable(CxlmqError):
     template = "no broker answers at {address}: is the cluster up (`cxlmq cluster status`)?"
 
 
+class MembershipUnavailable(CxlmqError):
+    """etcd does not answer; details: endpoints, reason."""
+
+    code = "membership-unavailable"
+    status = "UNAVAILABLE"
+    template = "etcd does not answer at {endpoints} ({reason}): start it, or set etcd_endpoints or membership"
+
+
 class BadBatch(CxlmqError):
     """A batch contradicts itself; details: reason."""
 

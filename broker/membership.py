@@ -30,6 +30,14 @@ class Membership(Protocol):
         """This broker leaves."""
 
 
+def store_heartbeat(memory: Memory, layout: Layout, broker: int, clock: Clock) -> None:
+    """Change a broker's heartbeat in the region."""
+    at = layout.offset_of("broker", broker) + HEARTBEAT
+    memory.store_word(at, clock.now())
+    memory.flush_range(at, 8)
+    memory.store_fence()
+
+
 @dataclass
 class _Seen:
     """What was seen of a broker's heartbeat, and since when by our own clock."""
@@ -56,10 +64,7 @@ class RegionMembership:
 
     def beat(self) -> None:
         """Change our heartbeat, and look at those of the others."""
-        at = self._layout.offset_of("broker", self._broker) + HEARTBEAT
-        self._memory.store_word(at, self._clock.now())
-        self._memory.flush_range(at, 8)
-        self._memory.store_fence()
+        store_heartbeat(self._memory, self._layout, self._broker, self._clock)
         now = self._clock.now()
         for broker in range(self._count):
             line = self._line(broker)

@@ -174,6 +174,13 @@ class BrokerNode:
         return self.leadership.serves
 
     def _membership(self, founder: bool) -> Membership:
+        config = self.config
+        if config.membership == "etcd":
+            from broker.etcd_membership import EtcdMembership
+
+            return EtcdMembership(self._door(Role.ROLE_BROKER), self.layout, self.clock, self.broker, self.incarnation,
+                                  f"{config.name}/{self.region.run_id}", config.etcd_endpoints,
+                                  config.head_lease_seconds)
         return RegionMembership(self._door(Role.ROLE_BROKER), self.layout, self.clock, self.broker,
                                 int(self.config.head_lease_seconds * 1e9), self.is_dead, founder)
 
