@@ -148,7 +148,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     membership: str = "region"              # who says which brokers live, and elects the head: region or etcd
     etcd_endpoints: str = ""                # HOST:PORT,... for membership "etcd"
     restart: bool = True                    # the supervisor starts brokers that ended anew
-    crash_points: str = ""                  # for tests: BROKER:POINT:VISIT,... (broker/crash.pyx)
+    crash_points: str = ""                  # for tests: BROKER:POINT:VISIT[:stop],... (broker/crash.pyx)
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
     replica_file_bytes: int = 64 * MIB      # a replica's file is followed by the next one at this size
     listen_host: str = "127.0.0.1"

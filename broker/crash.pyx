@@ -1,4 +1,4 @@
-"""Places where a test kills this process: at the boundaries of the stages, between two stores that belong together.
+"""Places where a test kills or stops this process: at the boundaries of the stages, between two stores that belong together.
 
 Compiled in and free when off: one load and one branch. `arm` is called when a broker starts, from its configuration.
 """
@@ -10,12 +10,13 @@ from sim.cxl.primitives cimport cxl_fetch_add
 
 cdef extern from "<signal.h>" nogil:
     int kill(int pid, int number)
-    int SIGKILL
+    int SIGKILL, SIGSTOP
 
 cdef extern from "<unistd.h>" nogil:
     int getpid()
 
 cdef uint64_t visits_left = 0
+cdef int armed_signal = SIGKILL
 
 CRASH_POINTS = {
     "reserved": CRASH_RESERVED, "mid-payload": CRASH_MID_PAYLOAD, "slot-claimed": CRASH_SLOT_CLAIMED,
@@ -30,24 +31,25 @@ cdef void crash_now(uint64_t point) noexcept nogil:
     global armed_point
     if cxl_fetch_add(&visits_left, <uint64_t>-1) != 1:
         return
-    kill(getpid(), SIGKILL)
+    kill(getpid(), armed_signal)
 
 
-def parse_crash_points(setting: str) -> dict[int, tuple[str, int]]:
-    """Broker -> (point, visit) from "BROKER:POINT:VISIT,...". Raises `ConfigError`."""
+def parse_crash_points(setting: str) -> dict[int, tuple[str, int, bool]]:
+    """Broker -> (point, visit, only stop) from "BROKER:POINT:VISIT[:stop],...". Raises `ConfigError`."""
     found = {}
     for each in filter(None, setting.split(",")):
-        broker, _, rest = each.partition(":")
-        point, _, visit = rest.partition(":")
-        if not broker.isdigit() or point not in CRASH_POINTS or not (visit or "1").isdigit() or visit == "0":
+        broker, point, visit, what, *more = [*each.split(":"), "", "", ""][:max(4, each.count(":") + 1)]
+        if (not broker.isdigit() or point not in CRASH_POINTS or not (visit or "1").isdigit() or visit == "0"
+                or what not in ("", "stop") or more):
             raise ConfigError(setting="crash_points", value=repr(each),
-                              allowed="BROKER:POINT:VISIT with a point of " + ", ".join(CRASH_POINTS))
-        found[int(broker)] = point, int(visit or "1")
+                              allowed="BROKER:POINT:VISIT or BROKER:POINT:VISIT:stop with a point of " +
+                                      ", ".join(CRASH_POINTS))
+        found[int(broker)] = point, int(visit or "1"), what == "stop"
     return found
 
 
-def arm(point: str, visit: int = 1) -> None:
-    """Kill this process when it reaches `point` for the `visit`-th time. An empty point disarms."""
-    global armed_point, visits_left
-    visits_left = visit
+def arm(point: str, visit: int = 1, stop: bool = False) -> None:
+    """Kill this process when it reaches `point` for the `visit`-th time, or stop it. An empty point disarms."""
+    global armed_point, visits_left, armed_signal
+    visits_left, armed_signal = visit, SIGSTOP if stop else SIGKILL
     armed_point = CRASH_POINTS[point] if point else 0

@@ -426,7 +426,7 @@ def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: 
         _check_place(region, broker)
     try:
         node = BrokerNode(config, broker, region, founder)
-        arm(*parse_crash_points(config.crash_points).get(broker, ("", 1)))
+        arm(*parse_crash_points(config.crash_points).get(broker, ("", 1, False)))
         node.write_line(BrokerState.BROKER_STARTING)
         asyncio.run(_run_until_signal(node))
     finally:

@@ -165,6 +165,10 @@ cdef class AttachedReader:
             self.own.flush(self.own_offset + 32, 8)
             self.own.full_fence()
 
+    def after_fork(self) -> None:
+        """In a child: views that end here say nothing, for the slot is the parent's."""
+        self.left = True
+
     def error(self, int status):
         """The ReadError for a status."""
         return self.reader.error(status)

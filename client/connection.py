@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from broker.config import load_config
-from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, Unauthenticated, from_metadata
+from broker.errors import BrokerUnavailable, ClosedError, CxlmqError, RegionMissing, Unauthenticated, from_metadata
 from broker.grpc_options import channel_options
 from broker.layout import BrokerState
 from broker.proto import cxlmq_pb2 as pb
@@ -54,7 +54,11 @@ class ClientLoop:
             return cls._current
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine there; its future."""
+        """Run a coroutine there; its future. Raises `ClosedError` in a forked child, where that thread is not."""
+        if self.pid != os.getpid():
+            coroutine.close()
+            raise ClosedError("this client was opened before this process was forked and belongs to the parent: "
+                              "open one here", what="the client")
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:

@@ -5,7 +5,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from broker.config import check_topic_name
 from broker.errors import (
@@ -20,6 +20,7 @@ from client.attached import Loan
 from client.attached_publisher import AttachedEngine
 from client.batch import Delivery
 from client.engine import FLUSH_GRACE_SECONDS, Engine
+from client.fork import ForkedEngine, end_in_child, keep
 from client.grpc_publisher import PublisherEngine
 
 POLICIES = ("block", "error", "drop_oldest", "drop_newest")
@@ -79,6 +80,12 @@ class _PublisherBase:
         self._falls_back = transport == "auto" and compression is None
         self._engine = self._new_engine(AttachedEngine if transport == "attached" or self._falls_back
                                         else PublisherEngine)
+        end_in_child(self)
+
+    def after_fork(self) -> None:
+        """In a child of the process that opened it. What would be packed there would go where the parent packs."""
+        self.__dict__.pop("publish", None)
+        self._engine = cast(Engine, keep(self._engine))
 
     def _new_engine(self, kind: type[Engine]) -> Engine:
         engine = kind(self._topic, **self._options)
@@ -175,7 +182,9 @@ class Publisher(_PublisherBase):
         self._engine.flush(timeout)
 
     def close(self) -> None:
-        """Flush, then end the session."""
+        """Flush, then end the session. In a forked child there is nothing to end: it is the parent's."""
+        if isinstance(self._engine, ForkedEngine):
+            return
         try:
             if self._engine.packer is not None and not self._engine.closed:
                 self._engine.flush(None)
@@ -183,6 +192,8 @@ class Publisher(_PublisherBase):
             self._end()
 
     def _end(self) -> None:
+        if isinstance(self._engine, ForkedEngine):
+            return
         self.__dict__.pop("publish", None)
         self._engine.client_loop.run(self._engine.close())
 

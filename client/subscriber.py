@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -24,6 +24,7 @@ from broker.errors import (
 from broker.proto import cxlmq_pb2 as pb
 from client.attached_subscriber import AttachedSubscriberEngine
 from client.connection import BrokerAddress, ClientLoop, Connection, translated
+from client.fork import ForkedEngine, end_in_child, keep
 from client.group import Membership
 from client.received import Message, ReceivedBatch, parse_response
 from client.start import Start, check_start, fill_start
@@ -337,6 +338,14 @@ class _SubscriberBase:
         if group is not None:
             self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
             self._engine.membership = self._membership
+        end_in_child(self)
+
+    def after_fork(self) -> None:
+        """In a child of the process that opened it. Views that end there must not end the parent's."""
+        reader = getattr(self._engine, "reader", None)
+        if reader is not None:
+            reader.after_fork()
+        self._engine, self._membership = cast(SubscriberEngine, keep(self._engine)), None
 
     async def _open_engine(self) -> None:
         """On the client loop. Attaches when it can and may; what stands against it is an error only when asked for."""
@@ -491,6 +500,8 @@ class Subscriber(_SubscriberBase):
 
     def close(self) -> None:
         """End the subscription; with `auto_commit`, commit what was given out."""
+        if isinstance(self._engine, ForkedEngine):
+            return
         self._engine.client_loop.run(self._close(self._last_handed()))
 
     def __enter__(self) -> "Subscriber":

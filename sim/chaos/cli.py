@@ -31,8 +31,11 @@ def chaos(minutes: float, seed: int | None, kills: int | None, brokers: int, pau
           results: str | None) -> None:
     """Run a cluster under load and faults, and judge every invariant.
 
-    Brokers, the head, publishers and readers are killed and stopped, disks fail, garbage is sent. Afterwards the
-    history of everything that was sent, acknowledged and read is checked, and level 2 by recovering from the disks.
+    Brokers, the head, publishers and readers are killed and stopped, disks fail, garbage is sent, bits of the region
+    are flipped. Afterwards the history of everything that was sent, acknowledged and read is checked, and level 2 by
+    recovering from the disks. Bits are flipped in the order entries of a topic of its own, which is judged by itself:
+    what memory has lost cannot be acknowledged and readable as well, but nobody may fall, no other topic may notice,
+    and its readers get true messages or a typed error.
 
     \b
     Examples:

@@ -62,17 +62,18 @@ def publish(trail: Path, topic: str, cluster: str, client: int, transport: str, 
 
 def read(trail: Path, topic: str, cluster: str, transport: str, start: int, group: str = "") -> None:
     """Follow the topic from a position on; go on behind what is gone."""
-    events, position = Trail(trail), start
+    follower = _Follower(Trail(trail), topic, start, group)
     if not group:
-        events.write(Kind.STARTED, 0, position=position)
+        follower.events.write(Kind.STARTED, 0, position=start)
     while not _stopping.is_set():
         try:
-            position = _follow(events, topic, position, group, cluster=cluster, transport=transport)
+            follower.follow(cluster=cluster, transport=transport)
         except PositionLost as lost:
-            position = max(position + 1, int(str(lost.details.get("first_available", 0))))
-            events.write(Kind.GAP, 0, position=position)
+            follower.position = max(follower.position + 1, int(str(lost.details.get("first_available", 0))))
+            follower.events.write(Kind.GAP, 0, position=follower.position)
         except (DamagedData, RangeLost) as error:
-            events.write(Kind.DAMAGED, 0, position=position)
+            follower.events.write(Kind.DAMAGED, 0, position=follower.position)
+            follower.position += 1
             _tell(error)
         except CxlmqError as error:
             _tell(error)
@@ -83,24 +84,30 @@ def _tell(error: CxlmqError) -> None:
     time.sleep(RETRY_SECONDS)
 
 
-def _follow(events: Trail, topic: str, position: int, group: str, **target: Any) -> int:
-    options: dict[str, Any] = {"group": group, "group_wait": GROUP_WAIT_SECONDS} if group else {}
-    committed_at = time.monotonic()
-    with Subscriber(topic, start=position, **options, **target) as subscriber:
-        if group and subscriber.position is not None:
-            position = subscriber.position
-            events.write(Kind.STARTED, 0, position=position)
-        while not _stopping.is_set():
-            for batch in subscriber.fetch_batches(FETCH_SECONDS):
-                events.write_reads([(sender_of(message), batch.position + index)
-                                    for index, message in enumerate(batch.messages())])
-                position = batch.position + batch.count
-                del batch           # an attached one holds its segment
-            if group and time.monotonic() > committed_at + COMMIT_SECONDS:
-                subscriber.commit()
-                events.write(Kind.COMMITTED, 0, position=position)
-                committed_at = time.monotonic()
-    return position
+class _Follower:
+    """Reads a topic on; `position` is where it is, whatever comes between."""
+
+    def __init__(self, events: Trail, topic: str, position: int, group: str) -> None:
+        self.events, self.topic, self.position, self.group = events, topic, position, group
+
+    def follow(self, **target: Any) -> None:
+        """Read until told to stop. Raises what reading raises."""
+        options: dict[str, Any] = {"group": self.group, "group_wait": GROUP_WAIT_SECONDS} if self.group else {}
+        committed_at = time.monotonic()
+        with Subscriber(self.topic, start=self.position, **options, **target) as subscriber:
+            if self.group and subscriber.position is not None:
+                self.position = subscriber.position
+                self.events.write(Kind.STARTED, 0, position=self.position)
+            while not _stopping.is_set():
+                for batch in subscriber.fetch_batches(FETCH_SECONDS):
+                    self.events.write_reads([(sender_of(message), batch.position + index)
+                                             for index, message in enumerate(batch.messages())])
+                    self.position = batch.position + batch.count
+                    del batch           # an attached one holds its segment
+                if self.group and time.monotonic() > committed_at + COMMIT_SECONDS:
+                    subscriber.commit()
+                    self.events.write(Kind.COMMITTED, 0, position=self.position)
+                    committed_at = time.monotonic()
 
 
 def main(what: str, arguments: str) -> int:

@@ -4,6 +4,7 @@
     stop         SIGSTOP of one of them, for shorter or longer than any lease, then SIGCONT
     disk         full, failing or slow, for a while, where the faulty disk is preloaded
     garbage      random bytes to a random gRPC method
+    damage       one bit of the region, in an order entry of a topic that is there for this
 """
 
 import contextlib
@@ -19,8 +20,9 @@ DISK_RULES = ("write enospc -1 .replica", "write eio -1 .replica", "sync eio -1 
 # What is done how often; kills of clients are cheap and many.
 WEIGHTS = {
     "kill publisher": 30, "kill reader": 25, "kill broker": 17, "kill head": 10, "stop broker": 4, "stop head": 3,
-    "stop publisher": 3, "stop reader": 3, "disk": 3, "garbage": 5,
+    "stop publisher": 3, "stop reader": 3, "disk": 3, "garbage": 5, "damage": 3,
 }
+TRIES = 100             # to bring a kind once that finds nobody at first
 STOP_SECONDS = (0.05, 4.0)
 DISK_SECONDS = (0.2, 4.0)
 
@@ -34,6 +36,7 @@ class Target(Protocol):
     def readers(self) -> list[int]: ...
     def fail_disks(self, *rules: str) -> bool: ...
     def send_garbage(self, chance: random.Random) -> None: ...
+    def damage(self, chance: random.Random) -> str: ...
 
 
 @dataclass
@@ -59,6 +62,9 @@ class Injector:
 
     def __post_init__(self) -> None:
         self._chance = random.Random(self.seed)
+        self._first = sorted(self.weights)              # each kind once, then by chance
+        self._chance.shuffle(self._first)
+        self._tries = TRIES
 
     def next_pause(self, mean_seconds: float) -> float:
         """Seconds until the next fault."""
@@ -66,8 +72,12 @@ class Injector:
 
     def inject(self) -> Fault | None:
         """Do one fault; None when there is nobody to do it to just now."""
-        what = self._chance.choices(list(self.weights), list(self.weights.values()))[0]
+        first = self._first.pop() if self._first else None
+        what = first or self._chance.choices(list(self.weights), list(self.weights.values()))[0]
         done = self._do(what)
+        if done is None and first is not None and self._tries:
+            self._tries -= 1
+            self._first.insert(0, first)
         if done is not None:
             self.done.append(done)
         return done
@@ -77,6 +87,9 @@ class Injector:
         if what == "garbage":
             self.target.send_garbage(self._chance)
             return Fault(what, "a broker", now)
+        if what == "damage":
+            where = self.target.damage(self._chance)
+            return Fault(what, where, now) if where else None
         if what == "disk":
             rule, seconds = self._chance.choice(DISK_RULES), self._chance.uniform(*DISK_SECONDS)
             if not self.target.fail_disks(rule):

@@ -6,7 +6,7 @@
        └──── trails ────┴──► history ──► the simulation's checkers
 
 Two topics: `fast` at ack level 1, `durable` at level 2 with two copies. At the end everything that was acknowledged on
-`durable` has to come back from a copy of the disks alone.
+`durable` has to come back from a copy of the disks alone. A third one, `damaged`, is judged by itself.
 """
 
 import contextlib
@@ -26,17 +26,19 @@ from typing import Any
 from broker.config import ClusterConfig, load_config
 from broker.errors import CxlmqError
 from broker.head import epoch_of, head_of
-from broker.region import Region, attach_region, inspect_region
+from broker.region import Region, attach_region, inspect_region, layout_of_head
 from client.admin import Admin
 from client.cluster import Cluster
+from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.disk import FaultyDisk
 from sim.chaos.faults import Fault, Injector
 from sim.chaos.garbage import send_garbage
 from sim.chaos.trail import Kind, read_trail
-from sim.chaos.verdict import Trails, acks_of, judge, judge_recovered, resume_seconds
+from sim.chaos.verdict import Trails, acks_of, judge, judge_recovered, reads_of, resume_seconds
 
 TOPICS: dict[str, dict[str, int]] = {
     "fast": {"ack": 1, "replication_factor": 1}, "durable": {"ack": 2, "replication_factor": 2}}
+DAMAGED = "damaged"                     # the region is damaged in this topic alone
 PUBLISHERS, READERS = 2, 2              # of each topic, beside the auditor
 GROUP = "readers"                       # of each topic, beside them, one member at a time
 BODY_BYTES_MAX = 4096
@@ -92,6 +94,7 @@ class Outcome:
     ended_ns: int = 0
     messages: dict[str, int] = field(default_factory=dict)
     acks_ns: Any = None
+    reads_ns: Any = None                # of the undisturbed readers
     resumed: list[float] = field(default_factory=list)
 
     @property
@@ -110,8 +113,11 @@ class ChaosRun:
         self._clients: list[Client] = []
         self._trails = {topic: Trails([], [], settings.folder / f"{topic}-auditor", settings.folder / f"{topic}-last",
                                       options["ack"]) for topic, options in TOPICS.items()}
+        self._damaged = settings.folder / DAMAGED
+        self._damaged_number = 0
         self._next_client = 1
         self._epochs: list[tuple[int, int]] = []    # when which epoch was seen first
+        self._wrong_i: list[str] = []
         self._kept_from = 0             # the first position of `durable` that was kept when faults ended
         self._cluster: Cluster
         self._region: Region
@@ -152,6 +158,10 @@ class ChaosRun:
         if addresses:
             send_garbage(chance.choice(addresses), chance.getrandbits(64))
 
+    def damage(self, chance: random.Random) -> str:
+        """Flip one bit of the region; where, empty text: nowhere yet."""
+        return flip_bit(self._region.memory(), layout_of_head(self._region), self._damaged_number, chance)
+
     # ---- clients ----------------------------------------------------------------------------------------------------
 
     def _start(self, what: str, topic: str, trail: Path, disturbed: bool = True, **settings: Any) -> Client:
@@ -167,13 +177,15 @@ class ChaosRun:
     def _start_publisher(self, topic: str) -> None:
         number, self._next_client = self._next_client, self._next_client + 1
         trail = self._settings.folder / f"{topic}-publisher-{number}"
-        self._trails[topic].publishers.append(trail)
-        self._start("publish", topic, trail, client=number, ack=TOPICS[topic]["ack"], rate=self._settings.rate,
-                    transport=self._chance.choice(("grpc", "auto")), body_bytes_max=BODY_BYTES_MAX,
-                    delivery_timeout=DELIVERY_SECONDS)
+        options = TOPICS.get(topic, TOPICS["fast"])
+        if topic in TOPICS:
+            self._trails[topic].publishers.append(trail)
+        self._start("publish", topic, trail, topic in TOPICS, client=number, ack=options["ack"],
+                    rate=self._settings.rate, transport=self._chance.choice(("grpc", "auto")),
+                    body_bytes_max=BODY_BYTES_MAX, delivery_timeout=DELIVERY_SECONDS)
 
     def _start_reader(self, topic: str, trail: Path, disturbed: bool = True) -> None:
-        group = GROUP if trail in self._trails[topic].groups else ""
+        group = GROUP if topic in TOPICS and trail in self._trails[topic].groups else ""
         position = 0
         for event in read_trail(trail):
             if event.kind in (Kind.READ, Kind.FOREIGN):
@@ -226,13 +238,17 @@ class ChaosRun:
                 trail = self._settings.folder / f"{topic}-group"
                 self._trails[topic].groups.append(trail)
                 self._start_reader(topic, trail)
+            self._start_publisher(DAMAGED)
+            self._start_reader(DAMAGED, self._damaged, disturbed=False)
             self._disturb(outcome)
             wrong = self._finish(outcome)
         wrong_a2 = self._recover()
         outcome.broken = judge(self._trails, outcome.faults, outcome.begun_ns, outcome.ended_ns, wrong,
                                self._epochs)
         outcome.broken["A2"] = wrong_a2
+        outcome.broken["I"] = outcome.broken["I"] or "; ".join(self._wrong_i)
         outcome.acks_ns = acks_of(self._trails.values())
+        outcome.reads_ns = reads_of(self._trails.values())
         outcome.resumed = resume_seconds(outcome.acks_ns, outcome.faults)
         outcome.messages = {topic: sum(event.kind == Kind.ACKED for path in trails.publishers
                                        for event in read_trail(path)) for topic, trails in self._trails.items()}
@@ -241,11 +257,12 @@ class ChaosRun:
     @contextlib.contextmanager
     def _cluster_running(self) -> Iterator[None]:
         with Cluster(self._settings.cluster_config(), exact_name=True) as self._cluster:
-            self._region = attach_region(self._cluster.name, writable=False)
+            self._region = attach_region(self._cluster.name)
             try:
                 with Admin(cluster=self._cluster.name) as admin:
                     for topic, options in TOPICS.items():
                         admin.create_topic(topic, **options)
+                    self._damaged_number = int(admin.create_topic(DAMAGED)["number"])
                 yield
             finally:
                 for client in self._clients:
@@ -298,7 +315,7 @@ class ChaosRun:
             time.sleep(LOOK_SECONDS)
         wrong = self._fallen(outcome) + self._end("publish")
         with Admin(cluster=self._cluster.name) as admin:
-            found = {topic: admin.describe_topic(topic) for topic in TOPICS}
+            found = {topic: admin.describe_topic(topic) for topic in (*TOPICS, DAMAGED)}
         ends = {topic: int(each["end_position"]) for topic, each in found.items()}
         self._kept_from = int(found["durable"]["first_position"])
         for topic, trails in self._trails.items():
@@ -306,10 +323,12 @@ class ChaosRun:
             for trail in (trails.auditor, trails.last):
                 if not _wait_for_position(trail, ends[topic]):
                     wrong.append(f"{trail.name} came to {_read_to(trail)} of {ends[topic]}")
+        _wait_for_position(self._damaged, ends[DAMAGED])
+        self._wrong_i = judge_damaged(self._damaged, ends[DAMAGED], _read_to(self._damaged))
         wrong += self._end("read")
         shutil.copytree(self._settings.folder / "data", self._settings.folder / "disks", dirs_exist_ok=True)
         with Admin(cluster=self._cluster.name) as admin:
-            for topic in TOPICS:
+            for topic in (*TOPICS, DAMAGED):
                 admin.delete_topic(topic)
         _wait(lambda: not self._left_over(), BASE_LINE_SECONDS)
         return wrong + self._left_over()
@@ -356,7 +375,7 @@ def _read_to(trail: Path) -> int:
     """The position behind the last message of a trail."""
     last = -1
     for event in read_trail(trail):
-        if event.kind in (Kind.READ, Kind.FOREIGN):
+        if event.kind in (Kind.READ, Kind.FOREIGN, Kind.DAMAGED):
             last = event.position
     return last + 1
 

@@ -91,8 +91,16 @@ def _add_reads(history: History, name: str, events: Iterable[Event]) -> None:
 
 def acks_of(trails: Iterable[Trails]) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]":
     """When acks arrived, monotonic ns, sorted."""
-    times = [event.at_ns for each in trails for path in each.publishers for event in read_trail(path)
-             if event.kind == Kind.ACKED]
+    return _moments((path for each in trails for path in each.publishers), Kind.ACKED)
+
+
+def reads_of(trails: Iterable[Trails]) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]":
+    """When the auditors read, monotonic ns, sorted."""
+    return _moments((each.auditor for each in trails), Kind.READ)
+
+
+def _moments(paths: Iterable[Path], kind: Kind) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]":
+    times = [event.at_ns for path in paths for event in read_trail(path) if event.kind == kind]
     return numpy.sort(numpy.array(times, numpy.int64))
 
 

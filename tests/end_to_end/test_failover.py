@@ -5,9 +5,11 @@ Each test publishes numbered messages through the fault, and then looks at every
 
 import contextlib
 import signal
+import threading
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from broker.region import attach_region, inspect_region
@@ -133,6 +135,59 @@ def test_a_stopped_head_is_replaced_and_changes_nothing_when_it_wakes_up(transpo
         assert epoch_of(cluster) == epoch + 1
 
     run("", transport, stop_and_wake)
+
+
+def run_stopped(broker: int, point: str, transport: str, until: Callable[[Cluster], bool]) -> None:
+    """Broker `broker` is stopped at its 10th visit of a point, and goes on when `until` says so."""
+    with Cluster(small_config(brokers=3, crash_points=f"{broker}:{point}:10:stop")) as cluster, Admin(cluster=cluster.name) as admin:
+        eventually(lambda: inspected(cluster)["pool"]["warm"] >= inspected(cluster)["pool"]["segments"])
+        free = inspected(cluster)["pool"]["free"]
+        admin.create_topic("t")
+        seen: list[bool] = []
+
+        def wake() -> None:
+            stopped = psutil.Process(cluster.processes[broker])
+            seen.append(eventually(lambda: stopped.status() == psutil.STATUS_STOPPED) and eventually(lambda: until(cluster)))
+            cluster.kill(broker, signal.SIGCONT)
+
+        waking = threading.Thread(target=wake)
+        waking.start()
+        publish_through(cluster, transport)
+        waking.join()
+        assert seen == [True]
+        assert cluster.restarts == 0
+        assert_base_line(cluster, free)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+@pytest.mark.parametrize("point", ["before-number", "number-taken", "mid-entry", "entry-written", "progress-written", "committed"])
+def test_a_head_stopped_at_a_boundary_is_replaced_and_what_it_stores_later_counts_for_nobody(point: str, transport: str) -> None:
+    run_stopped(0, point, transport, lambda cluster: head_of(cluster) != 0 and inspected(cluster)["control"]["serving"])
+
+
+@pytest.mark.parametrize(("point", "transport"), [
+    ("slot-claimed", "grpc"), ("slot-valid", "grpc"), ("before-ack", "grpc"), ("slot-claimed", "attached")])
+def test_a_broker_stopped_with_a_slot_in_its_hands_goes_on_with_it(point: str, transport: str) -> None:
+    def long_enough(_: Cluster) -> bool:
+        time.sleep(3.0)                 # three times the lease of a head
+        return True
+
+    run_stopped(1, point, transport, long_enough)
+
+
+def test_a_stopped_replica_delays_level_2_alone() -> None:
+    with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t", ack=2, replication_factor=3)        # every broker is a replica
+        stopped = (head_of(cluster) + 1) % 3
+        cluster.kill(stopped, signal.SIGSTOP)
+        with Publisher("t", cluster=cluster.name, ack=1) as first, Publisher("t", cluster=cluster.name, ack=2) as second:
+            waiting = second.publish(b"on all disks")
+            for _ in range(20):
+                first.publish(b"in memory").result(SECONDS)
+            with pytest.raises(TimeoutError):
+                waiting.result(1.0)
+            cluster.kill(stopped, signal.SIGCONT)
+            assert waiting.result(SECONDS).level == 2
 
 
 @pytest.mark.parametrize("lock", ["mutex", "semaphore"])

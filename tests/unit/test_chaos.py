@@ -1,14 +1,19 @@
 """The judge of chaos runs: it sees what is wrong in trails, and nothing where nothing is."""
 
+import random
 import time
 from pathlib import Path
 
 import numpy
 import pytest
 
+from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.faults import Fault, Injector
+from sim.chaos.run import Outcome
+from sim.chaos.timeline import plot_timeline, timeline_text
 from sim.chaos.trail import Kind, Trail, make_message, read_trail, sender_of
 from sim.chaos.verdict import Trails, judge, judge_recovered, resume_seconds
+from tests.manual_cluster import ManualCluster
 
 SECOND = 1_000_000_000
 
@@ -187,6 +192,41 @@ def test_a_long_silence_after_a_heads_death_is_measured() -> None:
     assert resume_seconds(acks.astype(numpy.int64), [Fault("kill broker", "broker 1", SECOND)]) == []
 
 
+def test_readers_of_the_damaged_topic_are_told_and_go_on_or_i_is_broken(tmp_path: Path) -> None:
+    trail = Trail(tmp_path / "d")
+    trail.write_reads([((1, 0), 0), ((1, 1), 1)])
+    trail.write(Kind.DAMAGED, 0, position=2)
+    trail.write_reads([((1, 3), 3)])
+    assert judge_damaged(tmp_path / "d", 4, 4) == []
+    assert "did not go on" in judge_damaged(tmp_path / "d", 6, 4)[0]
+    trail.write_reads([(None, 4)])
+    assert "nobody sent" in judge_damaged(tmp_path / "d", 5, 5)[0]
+
+
+def test_one_bit_of_a_recent_order_entry_is_flipped() -> None:
+    cluster = ManualCluster(brokers=2)
+    session = cluster.open_session(cluster.create())
+    assert flip_bit(cluster.memory, cluster.order.layout, session.topic.number, random.Random(1)) == "", "nothing is committed yet"
+    cluster.publish_all(session, range(5))
+    before = bytes(cluster.mapping)
+    where = flip_bit(cluster.memory, cluster.order.layout, session.topic.number, random.Random(1))
+    assert where.startswith("order entry ")
+    assert sum((a ^ b).bit_count() for a, b in zip(before, bytes(cluster.mapping), strict=True)) == 1
+
+
+def test_the_timeline_shows_acks_and_faults(tmp_path: Path) -> None:
+    acks = numpy.sort(numpy.random.default_rng(1).integers(0, 10 * SECOND, 1000))
+    faults = [Fault("kill head", "broker 0", 2 * SECOND), Fault("stop head", "broker 1", 5 * SECOND, 6 * SECOND),
+              Fault("kill reader", "reader", 9 * SECOND)]
+    outcome = Outcome(faults=faults, begun_ns=0, ended_ns=10 * SECOND, acks_ns=acks, reads_ns=acks)
+    head, kills, rate = timeline_text(outcome, width=10).splitlines()
+    assert head.removeprefix("head   ") == "  H  s    "
+    assert kills.removeprefix("kills  ") == "         k"
+    assert " " not in rate.removeprefix("acks/s ")[:10]
+    if plot_timeline(tmp_path / "timeline.png", outcome):
+        assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
 class Nobody:
     """A target whose processes never end; garbage is all that reaches it."""
 
@@ -208,6 +248,9 @@ class Nobody:
     def send_garbage(self, chance: object) -> None:
         pass
 
+    def damage(self, chance: object) -> str:
+        return "an entry"
+
 
 def test_the_same_seed_brings_the_same_faults() -> None:
     def story_of(seed: int) -> list[tuple[str, str, float]]:
@@ -219,4 +262,4 @@ def test_the_same_seed_brings_the_same_faults() -> None:
         return [(fault.what, fault.whom, pauses[number]) for number, fault in enumerate(injector.done)]
 
     assert story_of(3) == story_of(3) != story_of(4)
-    assert {"disk", "garbage"} == {what for what, _, _ in story_of(3)}
+    assert {"damage", "disk", "garbage"} == {what for what, _, _ in story_of(3)}
