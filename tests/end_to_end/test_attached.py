@@ -274,3 +274,25 @@ def test_a_view_cannot_be_written(cluster, fresh):
         with pytest.raises(TypeError):
             payload[0] = 1
         del payload
+
+
+# ---- waiting -------------------------------------------------------------------------------------------------------
+
+
+def test_only_who_has_news_is_woken_and_at_most_once_for_each_batch(cluster, fresh):
+    def bells() -> list[int]:
+        """How often each slot's client was woken so far."""
+        slots = range(region.layout.numbers["attach_slot_count"])
+        return [region.memory().load_word(region.layout.offset_of("attach_doorbell", slot)) for slot in slots]
+
+    options = {"cluster": cluster.name, "transport": "attached"}
+    with attach_region(cluster.name, writable=False) as region, Publisher(fresh, **options) as busy, \
+            Publisher(fresh, **options) as idle, Subscriber(fresh, start="end", **options) as reader:
+        idle.publish(b"there").result()
+        before = bells()
+        for _ in range(300):
+            busy.publish(b"news").result()
+        rung = [after - earlier for after, earlier in zip(bells(), before, strict=True)]
+        assert sum(1 for each in rung if each) <= cluster.config.brokers, "others than the busy publisher were woken"
+        assert sum(rung) <= 300
+        assert len(reader.fetch(300, timeout=10)) > 0
