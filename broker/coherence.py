@@ -64,6 +64,7 @@ OWNED = (
     Owned("OrderEntry", "order_entry", ("topic", "index"), "sequencer", False),
     Owned("SessionLine", "session", ("session",), "broker", False),
     Owned("SessionProgressLine", "session_progress", ("session",), "sequencer"),
+    Owned("SessionWindowLine", "session_window", ("session",), "sequencer", False),
     Owned("CursorLine", "cursor", ("cursor",), "delivery receiver", False),
     Owned("CursorGrantLine", "cursor_grant", ("cursor",), "reclaim"),
     Owned("CursorName", "cursor_name", ("cursor",), "delivery"),

@@ -211,7 +211,7 @@ cdef packed struct OffsetSequencerLine:     # writer: sequencer
     uint64_t ordered                        # messages
     uint64_t ordered_bytes
     uint64_t ordered_address                # region offset of the last ordered batch
-    uint64_t resolved                       # slots below this sequence have a result
+    uint64_t counted_index                  # order entries below it are counted here
     uint64_t reserved[3]
 
 cdef packed struct ReplicaLine:             # writer: replica
@@ -271,6 +271,12 @@ cdef packed struct SessionProgressLine:     # writer: sequencer
     uint64_t predecessor_epoch
     uint64_t gap_since_ns
     uint64_t held
+
+cdef packed struct SessionWindowLine:       # writer: sequencer, before SessionProgressLine; at order levels below 5
+    uint64_t base                           # stored last
+    uint64_t generation                     # of the session
+    uint64_t in_log[4]                      # bit i: batch sequence base + i is in the log
+    uint64_t reserved[2]
 
 cdef packed struct CursorLine:              # writer: the broker that serves the reader
     uint64_t state                          # request number << 8 | CursorState
@@ -453,6 +459,7 @@ cdef packed struct Geometry:
     uint64_t topic_stride
     uint64_t answers
     uint64_t progress
+    uint64_t windows
     uint64_t grants
     uint64_t groups
     uint64_t results
@@ -491,6 +498,7 @@ cdef class Layout:
     cdef uint64_t order_entry(self, uint64_t t, uint64_t index) noexcept nogil
     cdef uint64_t session(self, uint64_t s) noexcept nogil
     cdef uint64_t session_progress(self, uint64_t s) noexcept nogil
+    cdef uint64_t session_window(self, uint64_t s) noexcept nogil
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil

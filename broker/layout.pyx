@@ -75,6 +75,7 @@ def _records() -> dict:
     cdef GroupHolder oo
     cdef BankLine kk
     cdef HeadLine ll
+    cdef SessionWindowLine pp
     views = {
         "Superblock": <Superblock[:1]>&a, "ControlLine": <ControlLine[:1]>&b, "DirectoryLine": <DirectoryLine[:1]>&c,
         "ActivityLine": <ActivityLine[:1]>&bb, "BrokerLine": <BrokerLine[:1]>&d, "BrokerAddress": <BrokerAddress[:1]>&e,
@@ -91,6 +92,7 @@ def _records() -> dict:
         "SegmentLine": <SegmentLine[:1]>&w, "DoorbellLine": <DoorbellLine[:1]>&x, "LockLine": <LockLine[:1]>&dd,
         "BrokerCounters": <BrokerCounters[:1]>&y, "SequencerCounters": <SequencerCounters[:1]>&z,
         "AccessStatistics": <AccessStatistics[:1]>&aa, "BankLine": <BankLine[:1]>&kk, "HeadLine": <HeadLine[:1]>&ll,
+        "SessionWindowLine": <SessionWindowLine[:1]>&pp,
         "GroupLine": <GroupLine[:1]>&mm, "GroupName": <GroupName[:1]>&nn, "GroupHolder": <GroupHolder[:1]>&oo,
     }
     return {name: _fields(view) for name, view in views.items()}
@@ -224,6 +226,7 @@ cdef class Layout:
         g.topics = section("topics", g.topic_count_max * g.topic_stride)
         g.answers = section("answers", g.broker_count * (2 * LINE_BYTES + sizeof(PoolRing)))
         g.progress = section("progress of sessions", g.session_count_max * LINE_BYTES)
+        g.windows = section("windows of sessions", g.session_count_max * LINE_BYTES)
         g.grants = section("grants", g.cursor_count_max * LINE_BYTES)
         g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
         g.results = section("results", slots * sizeof(BatchResult))
@@ -280,6 +283,7 @@ cdef class Layout:
         self.g.topics += shift
         self.g.answers += shift
         self.g.progress += shift
+        self.g.windows += shift
         self.g.grants += shift
         self.g.groups += shift
         self.g.results += shift
@@ -337,6 +341,7 @@ cdef class Layout:
 
     cdef uint64_t session(self, uint64_t s) noexcept nogil: return self.g.sessions + s * 64
     cdef uint64_t session_progress(self, uint64_t s) noexcept nogil: return self.g.progress + s * 64
+    cdef uint64_t session_window(self, uint64_t s) noexcept nogil: return self.g.windows + s * 64
     cdef uint64_t cursor(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128
     cdef uint64_t cursor_name(self, uint64_t c) noexcept nogil: return self.g.cursors + c * 128 + 64
     cdef uint64_t cursor_grant(self, uint64_t c) noexcept nogil: return self.g.grants + c * 64
@@ -404,6 +409,7 @@ cdef class Layout:
             "replica": lambda t, b, r: self.replica(t, b, r), "ring": lambda t, b, s: self.ring(t, b, s),
             "result": lambda t, b, s: self.result(t, b, s), "order_entry": lambda t, i: self.order_entry(t, i),
             "session": lambda s: self.session(s), "session_progress": lambda s: self.session_progress(s),
+            "session_window": lambda s: self.session_window(s),
             "cursor": lambda c: self.cursor(c), "cursor_grant": lambda c: self.cursor_grant(c),
             "cursor_name": lambda c: self.cursor_name(c), "reclaim_answer": lambda b: self.reclaim_answer(b),
             "group": lambda n: self.group(n), "group_name": lambda n: self.group(n) + 64,
@@ -435,6 +441,7 @@ WRITERS = {
     "OffsetBrokerLine": "delegation", "OffsetSequencerLine": "sequencer", "ReplicaLine": "replication",
     "BatchHeader": "receiver, then delegation of the same broker", "BatchResult": "sequencer",
     "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
+    "SessionWindowLine": "sequencer",
     "AttachLine": "receiver", "Lease": "receiver", "AttachClientLine": "client", "Descriptor": "client",
     "CursorName": "delivery", "ReclaimAnswerLine": "reclaim", "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
     "GroupLine": "admin", "GroupName": "admin", "GroupHolder": "admin", "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
@@ -450,7 +457,7 @@ def _assert_sizes() -> None:
                         (sizeof(TopicLine), 1), (sizeof(TopicName), 2), (sizeof(TopicOrderLine), 1),
                         (sizeof(TopicReclaimLine), 1), (sizeof(OffsetBrokerLine), 1), (sizeof(OffsetSequencerLine), 1),
                         (sizeof(ReplicaLine), 1), (sizeof(BatchHeader), 1), (sizeof(OrderEntry), 1),
-                        (sizeof(SessionLine), 1), (sizeof(SessionProgressLine), 1), (sizeof(CursorLine), 1),
+                        (sizeof(SessionLine), 1), (sizeof(SessionProgressLine), 1), (sizeof(SessionWindowLine), 1), (sizeof(CursorLine), 1),
                         (sizeof(CursorGrantLine), 1), (sizeof(CursorName), 1),
                         (sizeof(ReclaimAnswerLine), 1), (sizeof(AttachLine), 1),
                         (sizeof(AttachClientLine), 1), (sizeof(Descriptor), 1), (sizeof(SegmentLine), 1), (sizeof(DoorbellLine), 1),

@@ -197,9 +197,9 @@ class BrokerNode:
     def _new_takeover(self) -> Takeover:
         if self.config.sequencer_lock == "semaphore":
             self.region.renew_semaphore()       # the last head may have ended, or stopped, while it held it
-        return Takeover(self._door(Role.ROLE_SEQUENCER), self.layout, self.clock, self.broker,
+        return Takeover(self._door(Role.ROLE_ADMIN), self.layout, self.clock, self.broker,
                         LOCK_MODES[self.config.sequencer_lock], self.config.scanners,
-                        semaphore_name="/" + self.region.semaphore_name)
+                        semaphore_name="/" + self.region.semaphore_name, order_memory=self._door(Role.ROLE_SEQUENCER))
 
     def _sit_down(self, takeover: Takeover) -> list[Stage]:
         """What a head runs: scanners, then reclaim."""

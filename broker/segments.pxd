@@ -50,14 +50,18 @@ cdef class LeaderPool(SegmentPool):
     cdef uint64_t granted_runs
     cdef uint64_t asked             # failed allocations since the last wish
 
+cdef class LeaderBitmap(AtomicPool):
+    cdef uint64_t stamp             # of this leader's epoch
+
 cdef class PoolLeader:
     cdef Memory memory
     cdef Layout layout
-    cdef AtomicPool pool            # the leader is the only one who touches the bitmap
+    cdef LeaderBitmap pool            # the leader is the only one who touches the bitmap
     cdef uint64_t* granted_runs
     cdef uint64_t* granted_segments
     cdef uint64_t* taken
     cdef uint64_t warmed_to         # no cold segment that was free lies below
 
+    cdef int64_t take_returns(self, uint64_t b) noexcept nogil
     cdef int64_t step(self) noexcept nogil
     cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil

@@ -18,6 +18,7 @@ from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_popcount
 
 
 cdef enum:
+    LEADER_STAMP = 1 << 30          # above all broker numbers
     ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
 
 
@@ -366,6 +367,38 @@ cdef class LeaderPool(SegmentPool):
         return -1
 
 
+cdef class LeaderBitmap(AtomicPool):
+    """The whole pool, as one leader has it. What is taken bears its stamp: another leader's stores change nothing of it.
+
+    The owner word decides; the bit is only where it is looked for.
+    """
+
+    def __init__(self, Memory memory, Layout layout, int broker):
+        cdef uint64_t segment, owner
+        AtomicPool.__init__(self, memory, layout, broker)
+        self.stamp = LEADER_STAMP | memory.load(layout.head_line())
+        for segment in range(layout.g.segment_count):
+            owner = memory.load(layout.segment_owner(segment))
+            while owner and not memory.compare_and_swap(layout.segment_owner(segment), owner, self.stamp):
+                owner = memory.load(layout.segment_owner(segment))
+            if owner:
+                memory.fetch_or(layout.bitmap() + self.word_of(segment), self.bit_of(segment))
+            else:
+                memory.fetch_and(layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
+
+    cdef bint take_bit(self, uint64_t segment) noexcept nogil:
+        if not self.memory.compare_and_swap(self.layout.segment_owner(segment), 0, self.stamp):
+            return False
+        self.memory.fetch_or(self.layout.bitmap() + self.word_of(segment), self.bit_of(segment))
+        return True
+
+    cdef void give_bit(self, uint64_t segment) noexcept nogil:
+        if self.memory.load(self.layout.segment_owner(segment)) != self.stamp:
+            return                              # given back before
+        self.memory.fetch_and(self.layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
+        self.memory.compare_and_swap(self.layout.segment_owner(segment), self.stamp, 0)
+
+
 cdef class PoolLeader:
     """The head's side of the leader strategy: answers wishes, takes returns."""
 
@@ -373,7 +406,7 @@ cdef class PoolLeader:
         cdef uint64_t b, brokers = layout.g.broker_count
         self.memory = memory
         self.layout = layout
-        self.pool = AtomicPool(memory, layout, broker)
+        self.pool = LeaderBitmap(memory, layout, broker)
         self.granted_runs = <uint64_t*>calloc(3 * brokers, 8)
         if self.granted_runs == NULL:
             raise MemoryError
@@ -383,28 +416,20 @@ cdef class PoolLeader:
             self.granted_runs[b] = memory.load(layout.pool_grant(b))
             self.granted_segments[b] = memory.load(layout.pool_grant(b) + 8)
             self.taken[b] = memory.load(layout.pool_grant(b) + 16)
+        # What was given back is taken in before anything is granted: the last leader may have taken it in already.
+        for b in range(brokers):
+            self.take_returns(b)
 
     def __dealloc__(self):
         free(self.granted_runs)
 
     cdef int64_t step(self) noexcept nogil:
-        cdef uint64_t b, wish, grant, run, i, returned, slot
+        cdef uint64_t b, wish, grant, run, i, slot
         cdef int64_t first, work = 0
         for b in range(self.layout.g.broker_count):
             wish = self.layout.pool_wish(b)
             grant = self.layout.pool_grant(b)
-            self.memory.invalidate(wish, 64)
-            returned = self.memory.load(wish + 16)
-            if returned - self.taken[b] > POOL_RING:
-                returned = self.taken[b]        # no ring holds that: a damaged count is not followed
-            while self.taken[b] < returned:
-                slot = self.layout.pool_returns(b) + self.taken[b] % POOL_RING * 8
-                self.memory.invalidate(slot, 8)
-                if self.pool.valid(self.memory.load(slot)):
-                    self.pool.release(self.memory.load(slot))
-                self.taken[b] += 1
-                self.memory.store(grant + 16, self.taken[b])
-                work += 1
+            work += self.take_returns(b)
             if self.memory.load(wish) > self.granted_runs[b]:
                 run = self.memory.load(wish + 8)
                 first = self.pool.allocate(run) if 0 < run <= POOL_RING else -1
@@ -423,6 +448,23 @@ cdef class PoolLeader:
             if work:
                 self.memory.flush(grant, 64)
                 self.memory.fence()
+        return work
+
+    cdef int64_t take_returns(self, uint64_t b) noexcept nogil:
+        cdef uint64_t wish = self.layout.pool_wish(b), grant = self.layout.pool_grant(b), returned, slot
+        cdef int64_t work = 0
+        self.memory.invalidate(wish, 64)
+        returned = self.memory.load(wish + 16)
+        if returned - self.taken[b] > POOL_RING:
+            returned = self.taken[b]            # no ring holds that: a damaged count is not followed
+        while self.taken[b] < returned:
+            slot = self.layout.pool_returns(b) + self.taken[b] % POOL_RING * 8
+            self.memory.invalidate(slot, 8)
+            if self.pool.valid(self.memory.load(slot)):
+                self.pool.release(self.memory.load(slot))
+            self.taken[b] += 1
+            self.memory.store(grant + 16, self.taken[b])
+            work += 1
         return work
 
     cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil:

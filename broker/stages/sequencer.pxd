@@ -131,6 +131,9 @@ cdef class Scanner(Stage):
     cdef void claim(self, Session* session) noexcept nogil
     cdef void unclaim(self, Session* session) noexcept nogil
     cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil
+    cdef void write_all_ordered(self) noexcept nogil
+    cdef uint64_t index_of(self, TopicOrder* order) noexcept nogil
+    cdef void put_window(self, uint64_t number) noexcept nogil
     cdef void touch(self, Session* session) noexcept nogil
     cdef void finish(self) noexcept nogil
     cdef void advance(self, uint64_t topic) noexcept nogil

@@ -19,7 +19,7 @@ from broker.head cimport make_control
 from broker.layout cimport (
     BATCH_FENCE, BATCH_VOID, BatchHeader, CONTROL_SERVING, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
     RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
-    SequencerCounters, SessionLine, SessionProgressLine, TopicLine, make_tag,
+    SequencerCounters, SessionLine, SessionProgressLine, SessionWindowLine, TopicLine, make_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
 from broker.planted cimport (
@@ -243,12 +243,6 @@ cdef class Scanner(Stage):
                     topic = word * 64 + cxl_count_trailing_zeros(bits)
                     bits &= bits - 1
                     work += self.scan(topic, b)
-                if cxl_load_relaxed(&self.state.ordered_news[16 * b + word]):
-                    bits = cxl_fetch_and(&self.state.ordered_news[16 * b + word], 0)
-                    while bits:
-                        self.write_ordered(word * 64 + cxl_count_trailing_zeros(bits), b)
-                        bits &= bits - 1
-                        work += 1
         if self.state.gaps and self.number == 0:
             work += self.check_gaps()
         if work:
@@ -332,8 +326,23 @@ cdef class Scanner(Stage):
         if done:
             self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
             self.memory.store(self.layout.offset_sequencer(topic, broker), max(place.scanned, place.rescan_to))
-            self.write_ordered(topic, broker)
+            self.memory.flush(self.layout.offset_sequencer(topic, broker), 64)
         return done
+
+    cdef void write_all_ordered(self) noexcept nogil:
+        cdef uint64_t b, word, bits
+        for b in range(self.layout.g.broker_count):
+            for word in range(self.pending_words):
+                if cxl_load_relaxed(&self.state.ordered_news[16 * b + word]):
+                    bits = cxl_fetch_and(&self.state.ordered_news[16 * b + word], 0)
+                    while bits:
+                        self.write_ordered(word * 64 + cxl_count_trailing_zeros(bits), b)
+                        bits &= bits - 1
+
+    cdef uint64_t index_of(self, TopicOrder* order) noexcept nogil:
+        """The next order index. 16 bits of it are in the word; the committed one is at most 32,768 behind."""
+        cdef uint64_t base = cxl_load_acquire(&order.committed_index)
+        return base + <uint16_t>((cxl_load_relaxed(&order.assigned) >> POSITION_BITS) - <uint16_t>base)
 
     cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
         """Write down how much of this broker is in the order: also what another broker's batch brought there."""
@@ -344,6 +353,7 @@ cdef class Scanner(Stage):
         self.memory.store(at + 8, cxl_load_relaxed(&ordered.messages))
         self.memory.store(at + 16, cxl_load_relaxed(&ordered.nbytes))
         self.memory.store(at + 24, cxl_load_relaxed(&ordered.address))
+        self.memory.store(at + 32, self.index_of(&self.state.topics[topic]))
         self.memory.flush(at, 64)
 
     cdef bint is_answered(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t generation) noexcept nogil:
@@ -458,7 +468,6 @@ cdef class Scanner(Stage):
             if not self.commit(order, topic, held.broker, held.slot, &header, session):
                 cxl_store_release(&order.stalled, 1)
                 break
-            cxl_fetch_or(&self.state.ordered_news[16 * held.broker + topic // 64], <uint64_t>1 << (topic % 64))
             held.sequence_and_one = 0
             session.held_count -= 1
             self.state.add(&self.state.counters.held_now, <uint64_t>-1)
@@ -521,6 +530,7 @@ cdef class Scanner(Stage):
         self.state.add(&ordered.messages, header.message_count)
         self.state.add(&ordered.nbytes, header.payload_bytes)
         ordered.address = header.payload_offset
+        cxl_fetch_or(&self.state.ordered_news[16 * broker + topic // 64], <uint64_t>1 << (topic % 64))
         self.state.add(&self.state.counters.batches_ordered, 1)
         self.state.add(&self.state.counters.messages_ordered, header.message_count)
         self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
@@ -587,6 +597,8 @@ cdef class Scanner(Stage):
         if not planted(PLANT_DONE_BEFORE_FENCE):
             self.memory.fence()
         crash_point(CRASH_ENTRY_WRITTEN)
+        if self.fresh_count:
+            self.write_all_ordered()
         if self.touched_count:
             for i in range(self.touched_count):
                 self.write_progress(self.touched_sessions[i])
@@ -657,6 +669,8 @@ cdef class Scanner(Stage):
         cdef SessionProgressLine line
         cdef uint64_t at = self.layout.session_progress(number)
         session.touched = 0
+        if self.state.topics[session.topic & 0xFFFF].order != 5:
+            self.put_window(number)
         line.state = session.state
         line.expected = session.expected
         line.committed_messages = session.messages
@@ -665,6 +679,21 @@ cdef class Scanner(Stage):
         line.predecessor_epoch = session.predecessor_epoch
         line.gap_since_ns = session.gap_since
         line.held = session.held_count
+        self.memory.write_line(at, &line)
+        self.memory.flush(at, 64)
+
+    cdef void put_window(self, uint64_t number) noexcept nogil:
+        """Write which batches beyond the expected one are in the log: without order the next head must know them, too."""
+        cdef Session* session = &self.state.sessions[number]
+        cdef SessionWindowLine line
+        cdef uint64_t i, sequence, at = self.layout.session_window(number)
+        memset(&line, 0, sizeof(line))
+        line.base = session.expected
+        line.generation = session.state >> 8
+        for i in range(WINDOW if session.held != NULL else 0):
+            sequence = session.expected + i
+            if session.held[sequence % WINDOW].sequence_and_one == sequence + 1:
+                line.in_log[i // 64] |= <uint64_t>1 << (i % 64)
         self.memory.write_line(at, &line)
         self.memory.flush(at, 64)
 

@@ -17,9 +17,9 @@ from broker.head cimport make_control
 from broker.layout cimport (
     BatchHeader, BatchResult, CONTROL_BANK_SHIFT, CONTROL_EPOCH_SHIFT, CONTROL_SERVING, CONTROL_SOURCE_SHIFT, HeadLine, Layout,
     OffsetSequencerLine, OrderEntry, RESULT_COMMITTED, RESULT_DUPLICATE, SESSION_CLOSED, SESSION_OPEN, SessionLine,
-    SessionProgressLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag,
+    SessionProgressLine, SessionWindowLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag,
 )
-from broker.stages.sequencer cimport OrderState, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, Held
+from broker.stages.sequencer cimport OrderState, Ordered, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, Held
 from broker.stages.stage cimport Stage
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
@@ -39,7 +39,7 @@ cdef enum:
 cdef class Takeover(Stage):
     """One attempt of one broker. `begin` raises the epoch; then `step` until `done` or `lost`.
 
-    `memory` is the sequencer's door. When done, `order` is ready for scanners; `prepare` makes one continue.
+    `memory` is the door of whoever hands records over (admin), `order_memory` the sequencer's. When done, `order` is ready for scanners; `prepare` makes one continue.
     """
 
     cdef Memory memory
@@ -62,7 +62,7 @@ cdef class Takeover(Stage):
     cdef uint64_t key_mask
 
     def __init__(self, Memory memory, Layout layout, Clock clock, int broker, int lock_mode, int scanners,
-                 semaphore_name=None):
+                 semaphore_name=None, Memory order_memory=None):
         self.memory = memory
         self.layout = layout.with_bank(0)
         self.clock = clock
@@ -79,7 +79,7 @@ cdef class Takeover(Stage):
             raise MemoryError
         self.positions = self.committed + self.topic_count
         self.make_order = lambda epoch, control: OrderState(
-            memory, self.layout, broker, lock_mode, scanners, epoch, semaphore_name, control)
+            order_memory or memory, self.layout, broker, lock_mode, scanners, epoch, semaphore_name, control)
 
     def __dealloc__(self):
         free(self.committed)
@@ -208,7 +208,24 @@ cdef class Takeover(Stage):
             session.epoch = line.session_epoch
             session.topic = line.topic
             session.held = <Held*>calloc(WINDOW, sizeof(Held))
+            self.read_window(number)
             self.remember(number)
+
+    cdef void read_window(self, uint64_t number) noexcept nogil:
+        """At order levels below 5: what lies beyond the expected batch and is in the log."""
+        cdef Session* session = &self.order.sessions[number]
+        cdef SessionWindowLine line
+        cdef uint64_t i, at = self.source.session_window(number)
+        if self.order.topics[session.topic & 0xFFFF].order == 5:
+            return
+        self.memory.invalidate(at, 64)
+        self.memory.read_line(at, &line)
+        if line.generation != session.state >> 8:
+            return
+        session.expected = max(session.expected, line.base)
+        for i in range(WINDOW):
+            if line.in_log[i // 64] >> (i % 64) & 1 and line.base + i >= session.expected:
+                session.held[(line.base + i) % WINDOW].sequence_and_one = line.base + i + 1
 
     cdef uint64_t key_of(self, uint64_t client, uint64_t epoch, uint64_t topic) noexcept nogil:
         return ((client ^ epoch << 17 ^ topic << 5) * <uint64_t>0x9E3779B97F4A7C15) >> 20
@@ -247,9 +264,25 @@ cdef class Takeover(Stage):
             line.committed_position = session.position
             line.predecessor_expected = session.predecessor_expected
             line.predecessor_epoch = session.predecessor_epoch
+            self.write_window(number)
             self.memory.write_line(self.layout.session_progress(number), &line)
             self.memory.flush(self.layout.session_progress(number), 64)
         self.memory.fence()
+
+    cdef void write_window(self, uint64_t number) noexcept nogil:
+        cdef Session* session = &self.order.sessions[number]
+        cdef SessionWindowLine line
+        cdef uint64_t i, sequence, at = self.layout.session_window(number)
+        memset(&line, 0, sizeof(line))
+        line.base = session.expected
+        line.generation = session.state >> 8
+        if session.held != NULL and self.order.topics[session.topic & 0xFFFF].order != 5:
+            for i in range(WINDOW):
+                sequence = session.expected + i
+                if session.held[sequence % WINDOW].sequence_and_one == sequence + 1:
+                    line.in_log[i // 64] |= <uint64_t>1 << (i % 64)
+        self.memory.write_line(at, &line)
+        self.memory.flush(at, 64)
 
     # ---- topics --------------------------------------------------------------------------------------------------------
 
@@ -282,6 +315,7 @@ cdef class Takeover(Stage):
         order.assigned = order.committed_index << POSITION_BITS | order.committed_position
         for b in range(self.layout.g.broker_count):
             self.take_results(topic, b)
+            self.write_ordered(topic, b)
         self.write_frontier(topic)
         self.memory.fence()
 
@@ -318,9 +352,29 @@ cdef class Takeover(Stage):
         cdef uint64_t at = self.layout.offset_sequencer(topic, broker), i = topic * self.layout.g.broker_count + broker
         cdef OffsetSequencerLine line
         self.memory.read_line(at, &line)
-        self.order.ordered[i].messages = line.ordered
-        self.order.ordered[i].nbytes = line.ordered_bytes
-        self.order.ordered[i].address = line.ordered_address
+        cdef uint64_t index, committed = self.committed[topic]
+        cdef OrderEntry entry
+        cdef Ordered* ordered = &self.order.ordered[i]
+        ordered.messages = line.ordered
+        ordered.nbytes = line.ordered_bytes
+        ordered.address = line.ordered_address
+        # The line was written when entries were fenced, and before the frontier moved over them.
+        for index in range(max(line.counted_index, self.order.topics[topic].reclaimed_index), committed):
+            self.memory.read_line(self.layout.order_entry(topic, index), &entry)
+            if entry.broker == broker:
+                ordered.messages += entry.message_count
+                ordered.nbytes += entry.payload_bytes
+        for index in range(committed, min(line.counted_index, committed + self.layout.g.order_entry_count)):
+            if self.is_uncommitted(topic, index, &entry) and entry.broker == broker:
+                ordered.messages -= entry.message_count
+                ordered.nbytes -= entry.payload_bytes
+
+    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        cdef uint64_t at = self.layout.offset_sequencer(topic, broker), i = topic * self.layout.g.broker_count + broker
+        self.memory.store(at + 8, self.order.ordered[i].messages)
+        self.memory.store(at + 16, self.order.ordered[i].nbytes)
+        self.memory.store(at + 32, self.order.topics[topic].committed_index)
+        self.memory.flush(at, 64)
 
     cdef void adopt(self, uint64_t topic) noexcept nogil:
         """Give the next numbers to what the last head had written and not committed, as far as its session is whole."""
@@ -329,12 +383,8 @@ cdef class Takeover(Stage):
         cdef OrderEntry entry
         cdef Session* session
         for index in range(self.committed[topic], order.reclaimed_index + self.layout.g.order_entry_count):
-            at = self.source.order_entry(topic, index)
-            self.memory.invalidate(at, 64)
-            if not self.memory.read_line(at, &entry) or entry.commit != make_tag(order.generation, index):
+            if not self.is_uncommitted(topic, index, &entry):
                 continue
-            if entry.epoch != <uint16_t>self.source_epoch or not self.is_sound(&entry):
-                continue                        # left by an earlier head that had this bank
             session = self.session_of(&entry, key)
             if session != NULL:
                 if order.order == 5 and entry.batch_sequence > session.expected:
@@ -347,6 +397,14 @@ cdef class Takeover(Stage):
             if session != NULL:
                 session.position = max(session.position, order.committed_position)
 
+    cdef bint is_uncommitted(self, uint64_t topic, uint64_t index, OrderEntry* entry) noexcept nogil:
+        """Whether the last head wrote this entry; if not, an earlier one left it, or it is not whole."""
+        cdef uint64_t at = self.source.order_entry(topic, index)
+        self.memory.invalidate(at, 64)
+        return (self.memory.read_line(at, entry)
+                and entry.commit == make_tag(self.order.topics[topic].generation, index)
+                and entry.epoch == <uint16_t>self.source_epoch and self.is_sound(entry))
+
     cdef bint is_sound(self, OrderEntry* entry) noexcept nogil:
         return (entry.message_count > 0 and entry.broker < self.layout.g.broker_count and entry.payload_offset % 64 == 0
                 and entry.payload_offset >= self.layout.g.segments
@@ -356,6 +414,7 @@ cdef class Takeover(Stage):
     cdef void renumber(self, uint64_t topic, OrderEntry* entry) noexcept nogil:
         cdef TopicOrder* order = &self.order.topics[topic]
         cdef uint64_t at = self.layout.order_entry(topic, order.committed_index)
+        cdef Ordered* ordered = &self.order.ordered[topic * self.layout.g.broker_count + entry.broker]
         entry.commit = make_tag(order.generation, order.committed_index)
         entry.position = order.committed_position
         entry.epoch = <uint16_t>self.order.epoch
@@ -364,6 +423,8 @@ cdef class Takeover(Stage):
         order.committed_index += 1
         order.committed_position += entry.message_count
         order.committed_bytes += entry.payload_bytes
+        ordered.messages += entry.message_count
+        ordered.nbytes += entry.payload_bytes
         self.adopted += 1
 
     # ---- results -------------------------------------------------------------------------------------------------------

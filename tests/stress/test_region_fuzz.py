@@ -37,6 +37,7 @@ PLACES: dict[str, tuple[str, tuple[str | int, ...]]] = {
     "replica": ("ReplicaLine", (2, "broker_count", "broker_count")), "ring": ("BatchHeader", (2, "broker_count", 16)),
     "result": ("BatchResult", (2, "broker_count", 16)), "order_entry": ("OrderEntry", (2, 40)),
     "session": ("SessionLine", (6,)), "session_progress": ("SessionProgressLine", (6,)), "cursor": ("CursorLine", (6,)),
+    "session_window": ("SessionWindowLine", (6,)),
     "group": ("GroupLine", (3,)), "group_name": ("GroupName", (3,)), "group_holder": ("GroupHolder", (3,)),
     "cursor_grant": ("CursorGrantLine", (6,)), "cursor_name": ("CursorName", (6,)), "segment_line": ("SegmentLine", (12,)),
     "pool_grants": ("PoolRing", ("broker_count",)), "pool_returns": ("PoolRing", ("broker_count",)),
