@@ -273,9 +273,9 @@ cdef packed struct SessionProgressLine:     # writer: sequencer
     uint64_t held
 
 cdef packed struct SessionWindowLine:       # writer: sequencer, before SessionProgressLine; at order levels below 5
-    uint64_t base                           # stored last
+    uint64_t base                           # the batch expected then
     uint64_t generation                     # of the session
-    uint64_t in_log[4]                      # bit i: batch sequence base + i is in the log
+    uint64_t in_log[4]                      # bit n % 256: of those from base on, batch n is in the log
     uint64_t reserved[2]
 
 cdef packed struct CursorLine:              # writer: the broker that serves the reader
@@ -460,6 +460,7 @@ cdef packed struct Geometry:
     uint64_t answers
     uint64_t progress
     uint64_t windows
+    uint64_t grantees
     uint64_t grants
     uint64_t groups
     uint64_t results
@@ -513,6 +514,7 @@ cdef class Layout:
     cdef uint64_t segment_line(self, uint64_t s) noexcept nogil
     cdef uint64_t segment(self, uint64_t s) noexcept nogil
     cdef uint64_t segment_owner(self, uint64_t segment) noexcept nogil
+    cdef uint64_t grantee(self, uint64_t segment) noexcept nogil
     cdef uint64_t bitmap(self) noexcept nogil
     cdef uint64_t warm_bitmap(self) noexcept nogil
     cdef uint64_t bitmap_words(self) noexcept nogil

@@ -229,6 +229,8 @@ cdef class Layout:
         g.windows = section("windows of sessions", g.session_count_max * LINE_BYTES)
         g.grants = section("grants", g.cursor_count_max * LINE_BYTES)
         g.groups = section("groups", g.group_count_max * 3 * LINE_BYTES)
+        if self.pool_strategy == "leader":
+            g.grantees = section("grantees", _round_up(segment_count * 8, LINE_BYTES))
         g.results = section("results", slots * sizeof(BatchResult))
         g.order = section("order indexes", g.topic_count_max * g.order_entry_count * sizeof(OrderEntry))
         at = _round_up(at, ATTACH_PAGE)
@@ -265,8 +267,6 @@ cdef class Layout:
         needed = [control, *bitmaps] if self.pool_strategy == "atomic" else [control]
         instruments = [(control[0] + control[1], self.bitmap() - control[0] - control[1]),
                        *((start, nbytes) for name, start, nbytes in self.sections if name == "statistics")]
-        if self.pool_strategy == "leader":      # one host alone uses them, and its own cache makes atomics work
-            instruments += bitmaps
         instruments += [(self.attach_doorbell(a), LINE_BYTES) for a in range(g.attach_slot_count)]
         return needed, instruments
 
@@ -286,6 +286,8 @@ cdef class Layout:
         self.g.windows += shift
         self.g.grants += shift
         self.g.groups += shift
+        if self.g.grantees:
+            self.g.grantees += shift
         self.g.results += shift
         self.g.order += shift
 
@@ -379,6 +381,8 @@ cdef class Layout:
     cdef uint64_t segment_owner(self, uint64_t s) noexcept nogil:
         return self.warm_bitmap() + self._bitmap_bytes + s * 8
 
+    cdef uint64_t grantee(self, uint64_t s) noexcept nogil: return self.g.grantees + s * 8
+
     cdef uint64_t bitmap_words(self) noexcept nogil: return self._bitmap_bytes // 8
 
     cdef uint64_t broker_counters(self, uint64_t b) noexcept nogil:
@@ -420,7 +424,7 @@ cdef class Layout:
             "attach_completion": lambda a, n: self.attach_completion(a, n),
             "attach_descriptor": lambda a, n: self.attach_descriptor(a, n),
             "segment_line": lambda s: self.segment_line(s), "segment": lambda s: self.segment(s),
-            "bitmap": lambda: self.bitmap(), "segment_owner": lambda s: self.segment_owner(s), "warm_bitmap": lambda: self.warm_bitmap(),
+            "bitmap": lambda: self.bitmap(), "segment_owner": lambda s: self.segment_owner(s), "grantee": lambda s: self.grantee(s), "warm_bitmap": lambda: self.warm_bitmap(),
             "doorbell": lambda b, w: self.doorbell(b, w), "order_lock": lambda: self.order_lock(),
             "role_statistics": lambda b, r: self.role_statistics(b, r),
             "broker_counters": lambda b: self.broker_counters(b),

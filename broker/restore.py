@@ -19,7 +19,7 @@ from broker.records import pack
 from broker.recovery import Range, RecoveredBatch, RecoveredTopic, RecoveryPlan, write_manifest
 from broker.region import Region
 from broker.replica_files import path_descriptor
-from broker.segments import AtomicPool, PartitionedPool, SegmentPool
+from broker.segments import GRANTEE_BITS, AtomicPool, PartitionedPool, SegmentPool
 from broker.topics import KEEP_FOREVER
 from sim.cxl.memory import Memory, Role
 
@@ -109,7 +109,16 @@ class Restorer:
                 self._put(self._layout.offset_of("segment_line", segment), pack(
                     "SegmentLine", owner=(broker + 1) | number << 16 | generation << 32, opened_ns=time.time_ns(),
                     end_position=ends.get(segment, 0)))
+                self._grant(segment, broker)
         return places
+
+    def _grant(self, segment: int, broker: int) -> None:
+        """Where a leader gives segments out, let its table say so; the count of grants is set beyond it."""
+        if self._layout.pool_strategy == "leader":
+            for at, value in ((self._layout.offset_of("grantee", segment), (broker + 1) << GRANTEE_BITS),
+                              (self._layout.offset_of("pool_grant", broker) + 8, 1)):
+                self._memory.store_word(at, value)
+                self._memory.flush_range(at, 8)
 
     def _forget(self, topic: RecoveredTopic, batch: RecoveredBatch) -> None:
         """This batch and everything before it does not fit into the region."""

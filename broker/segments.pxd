@@ -24,6 +24,8 @@ cdef class SegmentPool:
     cdef void give_bit(self, uint64_t segment) noexcept nogil
     cdef uint64_t word_of(self, uint64_t segment) noexcept nogil
     cdef uint64_t bit_of(self, uint64_t segment) noexcept nogil
+    cdef uint64_t taken_word(self, uint64_t offset) noexcept nogil
+    cdef uint64_t warm_word(self, uint64_t offset) noexcept nogil
     cdef bint is_warm(self, uint64_t segment) noexcept nogil
     cdef void mark_warm(self, uint64_t segment) noexcept nogil
     cdef bint owns(self, uint64_t segment) noexcept nogil
@@ -47,16 +49,23 @@ cdef class LeaderPool(SegmentPool):
     cdef uint64_t wanted
     cdef uint64_t collected         # granted segments taken from the grant ring
     cdef uint64_t returned
-    cdef uint64_t granted_runs
+    cdef bint known                 # the counts above are those of the head that serves
     cdef uint64_t asked             # failed allocations since the last wish
 
-cdef class LeaderBitmap(AtomicPool):
-    cdef uint64_t stamp             # of this leader's epoch
+    cdef bint knows_head(self) noexcept nogil
+
+cdef class LeaderBitmap(SegmentPool):
+    cdef uint64_t* taken            # one bit a segment: granted, or being touched
+    cdef uint64_t* warm
+    cdef uint64_t grantee           # whom the next allocation is for
+
+    cdef bint take_for(self, uint64_t segment, uint64_t grantee) noexcept nogil
+    cdef void note(self, uint64_t segment, uint64_t grantee) noexcept nogil
 
 cdef class PoolLeader:
     cdef Memory memory
     cdef Layout layout
-    cdef LeaderBitmap pool            # the leader is the only one who touches the bitmap
+    cdef LeaderBitmap pool
     cdef uint64_t* granted_runs
     cdef uint64_t* granted_segments
     cdef uint64_t* taken

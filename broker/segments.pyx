@@ -2,7 +2,7 @@
 
     atomic       all brokers fetch-or one bitmap: coherent memory, a coherent area, or device atomics
     partitioned  each broker owns whole lines of the bitmap and uses plain stores: no atomics anywhere
-    leader       the head owns the bitmap; brokers ask and give back through single-writer lines
+    leader       the head gives them out; brokers ask and give back through single-writer lines: no atomics either
 
 Segment s belongs to part s // share of the bitmap; a broker looks in its own part first, from where it stopped last
 (next-fit), so brokers drift to different words. Warm segments (touched before) are preferred to cold ones.
@@ -14,12 +14,18 @@ from libc.stdlib cimport calloc, free
 from broker.head cimport HeadView
 from broker.layout cimport Layout, POOL_RING, PoolWishLine, PoolGrantLine
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_popcount
+from sim.cxl.primitives cimport (
+    cxl_count_trailing_zeros, cxl_fetch_and, cxl_fetch_or, cxl_load_relaxed, cxl_popcount,
+)
 
 
 cdef enum:
-    LEADER_STAMP = 1 << 30          # above all broker numbers
     ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
+    GRANTEE_SHIFT = 40              # of a segment's word: broker + 1 above, how many it had been granted before below
+
+GRANTEE_BITS = GRANTEE_SHIFT
+cdef uint64_t GRANT_NUMBER = (<uint64_t>1 << GRANTEE_SHIFT) - 1
+cdef uint64_t WARMING = GRANT_NUMBER    # nobody's: a leader that ends meanwhile leaves it free
 
 
 cdef class SegmentPool:
@@ -42,8 +48,14 @@ cdef class SegmentPool:
     cdef bint valid(self, uint64_t segment) noexcept nogil:
         return segment < self.layout.g.segment_count
 
+    cdef uint64_t taken_word(self, uint64_t offset) noexcept nogil:
+        return self.memory.load(self.layout.bitmap() + offset)
+
+    cdef uint64_t warm_word(self, uint64_t offset) noexcept nogil:
+        return self.memory.load(self.layout.warm_bitmap() + offset)
+
     cdef bint is_warm(self, uint64_t segment) noexcept nogil:
-        return (self.memory.load(self.layout.warm_bitmap() + self.word_of(segment)) & self.bit_of(segment)) != 0
+        return (self.warm_word(self.word_of(segment)) & self.bit_of(segment)) != 0
 
     cdef void mark_warm(self, uint64_t segment) noexcept nogil:
         if not self.is_warm(segment):
@@ -81,9 +93,9 @@ cdef class SegmentPool:
         for i in range(words + 1):
             w = (start + i) % words
             base = (part * words + w) * 8
-            free_bits = ~self.memory.load(self.layout.bitmap() + base)
+            free_bits = ~self.taken_word(base)
             if warm:
-                free_bits &= self.memory.load(self.layout.warm_bitmap() + base)
+                free_bits &= self.warm_word(base)
             if i == 0 and part == <uint64_t>self.broker:
                 free_bits &= <uint64_t>-1 << (self.hint % 64)
             while free_bits:
@@ -108,7 +120,7 @@ cdef class SegmentPool:
                 break
             if at == 0:
                 length = 0                      # a run does not go round
-            if self.memory.load(self.layout.bitmap() + self.word_of(at)) & self.bit_of(at):
+            if self.taken_word(self.word_of(at)) & self.bit_of(at):
                 length = 0
                 continue
             length += 1
@@ -248,15 +260,28 @@ cdef class LeaderPool(SegmentPool):
         self.mine = <uint64_t*>calloc(layout.bitmap_words(), 8)
         if self.mine == NULL:
             raise MemoryError
-        # A restarted broker goes on counting where its lines stand.
         self.head = HeadView(memory, layout)
-        self.head.begin()
-        self.wanted = memory.load(self.head.layout.pool_grant(broker))
-        self.collected = memory.load(self.head.layout.pool_grant(broker) + 8)
         self.returned = memory.load(layout.pool_wish(broker) + 16)
 
     def __dealloc__(self):
         free(self.mine)
+
+    cdef bint knows_head(self) noexcept nogil:
+        """Whether a head serves. The first one says how far an earlier process of this broker has counted."""
+        cdef uint64_t grant, wanted, collected
+        if not self.head.begin():
+            return False
+        if not self.known:
+            grant = self.head.layout.pool_grant(self.broker)
+            self.memory.invalidate(grant, 64)
+            wanted = self.memory.load(grant)
+            collected = self.memory.load(grant + 8)
+            if not self.head.same():
+                return False
+            self.wanted = wanted
+            self.collected = collected
+            self.known = True
+        return True
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
         cdef uint64_t word = self.word_of(segment) // 8, bit = self.bit_of(segment)
@@ -288,7 +313,7 @@ cdef class LeaderPool(SegmentPool):
         cdef uint64_t words = self.layout.bitmap_words(), w, bit, segment, at, length = 0
         cdef uint64_t wish = self.layout.pool_wish(self.broker), answered
         # How many wishes were granted is read before the grants are: what we then still wish for is not on its way.
-        if not self.head.begin():
+        if not self.knows_head():
             return -1
         self.memory.invalidate(self.head.layout.pool_grant(self.broker), 64)
         answered = self.memory.load(self.head.layout.pool_grant(self.broker))
@@ -307,11 +332,11 @@ cdef class LeaderPool(SegmentPool):
                 if length == run and self.claim(at + 1 - run, run):
                     return <int64_t>(at + 1 - run)
         self.asked += 1
-        if self.wanted == answered and self.head.same():
-            # One wish at a time: run first, then the count that makes it visible.
-            self.wanted += 1
+        # One wish at a time. That of an earlier process may have been granted to us.
+        if self.wanted <= answered and self.head.same():
+            self.wanted = answered + 1
             self.asked = 0
-            self.memory.store(wish + 8, run)
+            self.memory.store(wish + 8, run)    # the run before the count that makes it visible
             self.memory.store(wish, self.wanted)
             self.memory.flush(wish, 64)
             self.memory.fence()
@@ -321,11 +346,27 @@ cdef class LeaderPool(SegmentPool):
         return self.asked <= ANSWER_TRIES
 
     cdef bint owns(self, uint64_t segment) noexcept nogil:
-        return False                        # the leader knows
+        """Whether an earlier process of this broker was granted the segment, and did not give it back."""
+        cdef uint64_t grantee, taken, i, at
+        if not self.knows_head():
+            return False
+        # On its way back is between what was taken back, read first, and what we have given.
+        at = self.head.layout.pool_grant(self.broker)
+        self.memory.invalidate(at, 64)
+        taken = self.memory.load(at + 16)
+        at = self.head.layout.grantee(segment)
+        self.memory.invalidate(at, 8)
+        grantee = self.memory.load(at)
+        if not self.head.same() or self.returned - taken > POOL_RING:
+            return False
+        for i in range(taken, self.returned):
+            if self.memory.load(self.layout.pool_returns(self.broker) + i % POOL_RING * 8) == segment:
+                return False
+        return grantee >> GRANTEE_SHIFT == <uint64_t>self.broker + 1 and grantee & GRANT_NUMBER < self.collected
 
     cdef void release(self, uint64_t segment) noexcept nogil:
         cdef uint64_t wish = self.layout.pool_wish(self.broker), slot, grant
-        cdef bint serving = self.head.begin()
+        cdef bint serving = self.knows_head()
         self.released += 1
         grant = self.head.layout.pool_grant(self.broker)
         self.memory.invalidate(grant, 64)
@@ -343,7 +384,7 @@ cdef class LeaderPool(SegmentPool):
 
     cdef void poll(self) noexcept nogil:
         cdef uint64_t grant, ring, granted, segment
-        if not self.head.begin():
+        if not self.knows_head():
             return
         grant = self.head.layout.pool_grant(self.broker)
         ring = self.head.layout.pool_grants(self.broker)
@@ -367,36 +408,78 @@ cdef class LeaderPool(SegmentPool):
         return -1
 
 
-cdef class LeaderBitmap(AtomicPool):
-    """The whole pool, as one leader has it. What is taken bears its stamp: another leader's stores change nothing of it.
+cdef class LeaderBitmap(SegmentPool):
+    """All segments, as their leader has them: one process, plain stores, no atomics in memory.
 
-    The owner word decides; the bit is only where it is looked for.
+    Who was granted a segment, and as the how manieth, lies in the leader's own bank, and is there before the grant is: so
+    the next leader knows what was granted, what was about to be, and what a broker that is started again has. The bitmaps
+    are for those who inspect the region.
     """
 
     def __init__(self, Memory memory, Layout layout, int broker):
-        cdef uint64_t segment, owner
-        AtomicPool.__init__(self, memory, layout, broker)
-        self.stamp = LEADER_STAMP | memory.load(layout.head_line())
+        SegmentPool.__init__(self, memory, layout, broker)
+        self.taken = <uint64_t*>calloc(2 * layout.bitmap_words(), 8)
+        if self.taken == NULL:
+            raise MemoryError
+        self.warm = self.taken + layout.bitmap_words()
+        cdef uint64_t segment, at, grantee, owner
+        memory.invalidate(layout.warm_bitmap(), layout.bitmap_words() * 8)
         for segment in range(layout.g.segment_count):
-            owner = memory.load(layout.segment_owner(segment))
-            while owner and not memory.compare_and_swap(layout.segment_owner(segment), owner, self.stamp):
-                owner = memory.load(layout.segment_owner(segment))
-            if owner:
-                memory.fetch_or(layout.bitmap() + self.word_of(segment), self.bit_of(segment))
-            else:
-                memory.fetch_and(layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
+            if memory.load(layout.warm_bitmap() + self.word_of(segment)) & self.bit_of(segment):
+                self.warm[self.word_of(segment) // 8] |= self.bit_of(segment)
+            at = layout.grantee(segment)
+            grantee = memory.load(at)
+            owner = grantee >> GRANTEE_SHIFT
+            if grantee == 0:
+                continue
+            if owner == 0 or owner > layout.g.broker_count or (
+                    grantee & GRANT_NUMBER >= memory.load(layout.pool_grant(owner - 1) + 8)):
+                memory.store(at, 0)             # the last leader ended before it had granted it
+                memory.flush(at, 8)
+                continue
+            self.taken[self.word_of(segment) // 8] |= self.bit_of(segment)
+        for at in range(layout.bitmap_words()):
+            memory.store(layout.bitmap() + at * 8, self.taken[at])
+        memory.flush(layout.bitmap(), layout.bitmap_words() * 8)
+        memory.fence()
+
+    def __dealloc__(self):
+        free(self.taken)
+
+    cdef uint64_t taken_word(self, uint64_t offset) noexcept nogil:
+        return cxl_load_relaxed(&self.taken[offset // 8])
+
+    cdef uint64_t warm_word(self, uint64_t offset) noexcept nogil:
+        return cxl_load_relaxed(&self.warm[offset // 8])
+
+    cdef void mark_warm(self, uint64_t segment) noexcept nogil:
+        cdef uint64_t word = self.word_of(segment)
+        if not self.is_warm(segment):
+            cxl_fetch_or(&self.warm[word // 8], self.bit_of(segment))
+            self.memory.store(self.layout.warm_bitmap() + word, self.warm_word(word))
+            self.memory.flush(self.layout.warm_bitmap() + word, 8)
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
-        if not self.memory.compare_and_swap(self.layout.segment_owner(segment), 0, self.stamp):
+        return self.take_for(segment, self.grantee)
+
+    cdef bint take_for(self, uint64_t segment, uint64_t grantee) noexcept nogil:
+        # The warming thread takes segments, too.
+        if cxl_fetch_or(&self.taken[self.word_of(segment) // 8], self.bit_of(segment)) & self.bit_of(segment):
             return False
-        self.memory.fetch_or(self.layout.bitmap() + self.word_of(segment), self.bit_of(segment))
+        self.note(segment, grantee)
         return True
 
     cdef void give_bit(self, uint64_t segment) noexcept nogil:
-        if self.memory.load(self.layout.segment_owner(segment)) != self.stamp:
-            return                              # given back before
-        self.memory.fetch_and(self.layout.bitmap() + self.word_of(segment), ~self.bit_of(segment))
-        self.memory.compare_and_swap(self.layout.segment_owner(segment), self.stamp, 0)
+        self.note(segment, 0)
+        cxl_fetch_and(&self.taken[self.word_of(segment) // 8], ~self.bit_of(segment))
+
+    cdef void note(self, uint64_t segment, uint64_t grantee) noexcept nogil:
+        cdef uint64_t word = self.word_of(segment), at = self.layout.grantee(segment)
+        cdef uint64_t bits = self.taken_word(word)
+        self.memory.store(at, grantee)
+        self.memory.flush(at, 8)
+        self.memory.store(self.layout.bitmap() + word, bits if grantee else bits & ~self.bit_of(segment))
+        self.memory.flush(self.layout.bitmap() + word, 8)
 
 
 cdef class PoolLeader:
@@ -416,9 +499,6 @@ cdef class PoolLeader:
             self.granted_runs[b] = memory.load(layout.pool_grant(b))
             self.granted_segments[b] = memory.load(layout.pool_grant(b) + 8)
             self.taken[b] = memory.load(layout.pool_grant(b) + 16)
-        # What was given back is taken in before anything is granted: the last leader may have taken it in already.
-        for b in range(brokers):
-            self.take_returns(b)
 
     def __dealloc__(self):
         free(self.granted_runs)
@@ -432,6 +512,7 @@ cdef class PoolLeader:
             work += self.take_returns(b)
             if self.memory.load(wish) > self.granted_runs[b]:
                 run = self.memory.load(wish + 8)
+                self.pool.grantee = (b + 1) << GRANTEE_SHIFT | self.granted_segments[b]
                 first = self.pool.allocate(run) if 0 < run <= POOL_RING else -1
                 if first < 0:
                     continue
@@ -444,14 +525,13 @@ cdef class PoolLeader:
                 self.granted_runs[b] += 1
                 self.memory.store(grant + 8, self.granted_segments[b])
                 self.memory.store(grant, self.granted_runs[b])
-                work += 1
-            if work:
                 self.memory.flush(grant, 64)
                 self.memory.fence()
+                work += 1
         return work
 
     cdef int64_t take_returns(self, uint64_t b) noexcept nogil:
-        cdef uint64_t wish = self.layout.pool_wish(b), grant = self.layout.pool_grant(b), returned, slot
+        cdef uint64_t wish = self.layout.pool_wish(b), grant = self.layout.pool_grant(b), returned, slot, segment
         cdef int64_t work = 0
         self.memory.invalidate(wish, 64)
         returned = self.memory.load(wish + 16)
@@ -460,18 +540,24 @@ cdef class PoolLeader:
         while self.taken[b] < returned:
             slot = self.layout.pool_returns(b) + self.taken[b] % POOL_RING * 8
             self.memory.invalidate(slot, 8)
-            if self.pool.valid(self.memory.load(slot)):
-                self.pool.release(self.memory.load(slot))
+            segment = self.memory.load(slot)
+            # What the last leader took back, and had no time to count, is nobody's any more.
+            if self.pool.valid(segment) and self.memory.load(self.layout.grantee(segment)) >> GRANTEE_SHIFT == b + 1:
+                self.pool.release(segment)
             self.taken[b] += 1
-            self.memory.store(grant + 16, self.taken[b])
             work += 1
+        if work:
+            self.memory.fence()                 # it is free before it counts as taken back
+            self.memory.store(grant + 16, self.taken[b])
+            self.memory.flush(grant, 64)
+            self.memory.fence()
         return work
 
     cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil:
         cdef uint64_t segment, size = self.layout.g.segment_bytes
         cdef int result
         for segment in range(from_segment, self.layout.g.segment_count):
-            if not self.pool.is_warm(segment) and self.pool.take_bit(segment):
+            if not self.pool.is_warm(segment) and self.pool.take_for(segment, WARMING):
                 result = self.memory.touch(self.layout.segment(segment), size)
                 self.pool.give_warm(segment, result == 0)
                 return <int64_t>segment + 1 if result == 0 else -1
@@ -480,7 +566,7 @@ cdef class PoolLeader:
     def warm_segment(self) -> bool:
         """Touch one cold free segment ahead of use, without the GIL; False when none is left or tmpfs is full.
 
-        The leader warms for all: nobody else may take a segment without asking. Its bitmap is atomic, so any thread may.
+        The leader warms for all: nobody else may take a segment without asking.
         """
         cdef int64_t following
         with nogil:

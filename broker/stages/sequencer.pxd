@@ -30,7 +30,16 @@ cdef struct Session:
     int64_t gap_since
     uint64_t held_count
     uint64_t touched            # its progress line has to be written
-    Held* held                  # by sequence % WINDOW; also the set of what is in the log beyond `expected`
+    Held* held                  # order 5: what waits, by sequence % WINDOW
+    uint64_t in_log[4]          # order below 5: what is in the log beyond `expected`, bit sequence % WINDOW
+
+cdef struct Done:
+    # An entry that was written; it may be passed when its index is there.
+    uint64_t index_and_one      # once it is fenced
+    uint64_t payload_offset
+    uint32_t messages
+    uint32_t nbytes
+    uint64_t broker
 
 cdef struct TopicOrder:
     # Invariant: reclaimed_index <= committed_index <= assigned index <= reclaimed_index + order entries.
@@ -45,8 +54,8 @@ cdef struct TopicOrder:
     uint64_t reclaimed_index
     uint64_t advancing          # a scanner is moving the committed frontier
     uint64_t stalled            # held batches wait for room in the order index
-    uint64_t* done              # index + 1 once that entry is fenced, by index % entries
-    uint64_t* done_batch        # messages << 32 | bytes of that entry
+    uint64_t news               # brokers whose line has to be written
+    Done* done                  # by index % entries
 
 cdef struct ScanPlace:
     uint64_t scanned
@@ -54,10 +63,14 @@ cdef struct ScanPlace:
     uint64_t generation
 
 cdef struct Ordered:
-    # What a broker has in the order. Any scanner adds, the broker's own scanner writes it down.
+    # What a broker has below the committed frontier; whoever moves that adds and writes the line.
+    uint64_t scanned            # by the broker's own scanner
     uint64_t messages
     uint64_t nbytes
     uint64_t address
+
+cdef bint in_log(Session* session, uint64_t sequence) noexcept nogil
+cdef void note_in_log(Session* session, uint64_t sequence) noexcept nogil
 
 cdef class OrderState:
     cdef readonly Layout layout
@@ -76,7 +89,6 @@ cdef class OrderState:
     cdef uint64_t topics_open
     cdef uint64_t replicated_topics
     cdef Ordered* ordered               # topic * brokers + broker
-    cdef uint64_t* ordered_news         # topics whose line has to be written, broker * 16 + word
     cdef uint64_t activity_claimed
     cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
 
@@ -86,6 +98,8 @@ cdef class OrderState:
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil
     cdef void add(self, uint64_t* counter, uint64_t value) noexcept nogil
     cdef bint has_room(self, TopicOrder* order) noexcept nogil
+    cdef void write_ordered(self, Memory memory, uint64_t topic, uint64_t broker) noexcept nogil
+    cdef void write_window(self, Memory memory, uint64_t number) noexcept nogil
 
 cdef struct Fresh:
     uint64_t topic
@@ -130,10 +144,6 @@ cdef class Scanner(Stage):
                      uint64_t position) noexcept nogil
     cdef void claim(self, Session* session) noexcept nogil
     cdef void unclaim(self, Session* session) noexcept nogil
-    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil
-    cdef void write_all_ordered(self) noexcept nogil
-    cdef uint64_t index_of(self, TopicOrder* order) noexcept nogil
-    cdef void put_window(self, uint64_t number) noexcept nogil
     cdef void touch(self, Session* session) noexcept nogil
     cdef void finish(self) noexcept nogil
     cdef void advance(self, uint64_t topic) noexcept nogil

@@ -8,7 +8,7 @@ a crash is never passed. Held batches take no number and keep their ring slot.
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from broker.crash cimport (
     CRASH_BEFORE_NUMBER, CRASH_COMMITTED, CRASH_ENTRY_WRITTEN, CRASH_MID_ENTRY, CRASH_NUMBER_TAKEN,
@@ -19,7 +19,7 @@ from broker.head cimport make_control
 from broker.layout cimport (
     BATCH_FENCE, BATCH_VOID, BatchHeader, CONTROL_SERVING, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
     RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
-    SequencerCounters, SessionLine, SessionProgressLine, SessionWindowLine, TopicLine, make_tag,
+    OffsetSequencerLine, SequencerCounters, SessionLine, SessionProgressLine, SessionWindowLine, TopicLine, make_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
 from broker.planted cimport (
@@ -42,6 +42,18 @@ cdef enum:
 
 cdef uint64_t RESULT_STATUS = <uint64_t>0xFF << 40
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
+
+
+cdef bint in_log(Session* session, uint64_t sequence) noexcept nogil:
+    return session.in_log[sequence % WINDOW // 64] >> (sequence % 64) & 1
+
+
+cdef void note_in_log(Session* session, uint64_t sequence) noexcept nogil:
+    """Below order 5: a batch of the window is in the log; `expected` moves over all that are."""
+    session.in_log[sequence % WINDOW // 64] |= <uint64_t>1 << (sequence % 64)
+    while in_log(session, session.expected):
+        session.in_log[session.expected % WINDOW // 64] &= ~(<uint64_t>1 << (session.expected % 64))
+        session.expected += 1
 
 
 cdef class OrderState:
@@ -68,8 +80,7 @@ cdef class OrderState:
         self.topics = <TopicOrder*>calloc(layout.g.topic_count_max, sizeof(TopicOrder))
         self.sessions = <Session*>calloc(layout.g.session_count_max, sizeof(Session))
         self.ordered = <Ordered*>calloc(layout.g.topic_count_max * layout.g.broker_count, sizeof(Ordered))
-        self.ordered_news = <uint64_t*>calloc(16 * layout.g.broker_count, 8)
-        if self.topics == NULL or self.sessions == NULL or self.ordered == NULL or self.ordered_news == NULL:
+        if self.topics == NULL or self.sessions == NULL or self.ordered == NULL:
             raise MemoryError
         self.counters = <SequencerCounters*>memory.coherent_area(layout.sequencer_counters())
         self.lock = OrderLock.make(lock_mode, memory.coherent_area(layout.order_lock()), self.counters,
@@ -115,22 +126,19 @@ cdef class OrderState:
         if self.topics != NULL:
             for i in range(self.topic_count):
                 free(self.topics[i].done)
-                free(self.topics[i].done_batch)
             free(self.topics)
         if self.sessions != NULL:
             for i in range(self.session_count):
                 free(self.sessions[i].held)
             free(self.sessions)
         free(self.ordered)
-        free(self.ordered_news)
 
     cdef void open_topic(self, uint64_t topic, TopicLine* line) noexcept nogil:
         cdef TopicOrder* order = &self.topics[topic]
         cdef uint64_t entries = self.layout.g.order_entry_count
         if order.done == NULL:
-            order.done = <uint64_t*>calloc(entries, 8)
-            order.done_batch = <uint64_t*>calloc(entries, 8)
-        memset(order.done, 0, entries * 8)
+            order.done = <Done*>calloc(entries, sizeof(Done))
+        memset(order.done, 0, entries * sizeof(Done))
         order.order = line.order
         order.lease_ns = line.lease_ns
         order.replicated = line.replication_factor > 1
@@ -141,7 +149,7 @@ cdef class OrderState:
         order.committed_bytes = self.memory.load(self.layout.topic_order(topic) + 24)
         order.assigned = order.committed_index << POSITION_BITS | order.committed_position
         order.reclaimed_index = self.memory.load(self.layout.topic_reclaim(topic))
-        order.advancing = order.stalled = 0
+        order.advancing = order.stalled = order.news = 0
         memset(&self.ordered[topic * self.layout.g.broker_count], 0, self.layout.g.broker_count * sizeof(Ordered))
         self.topics_open += 1
         cxl_store_release(&order.generation, line.state >> 8)
@@ -174,6 +182,34 @@ cdef class OrderState:
         cdef uint64_t low = cxl_load_relaxed(&order.assigned) >> POSITION_BITS
         cdef uint64_t used = <uint16_t>(low - <uint16_t>cxl_load_acquire(&order.reclaimed_index))
         return used + self.scanners < self.layout.g.order_entry_count or planted(PLANT_INDEX_OVERRUN)
+
+    cdef void write_ordered(self, Memory memory, uint64_t topic, uint64_t broker) noexcept nogil:
+        """Write how much of this broker is below the committed frontier. One store: none of it is newer than the rest."""
+        cdef Ordered* ordered = &self.ordered[topic * self.layout.g.broker_count + broker]
+        cdef uint64_t at = self.layout.offset_sequencer(topic, broker)
+        cdef OffsetSequencerLine line
+        memset(&line, 0, sizeof(line))
+        line.scanned = cxl_load_acquire(&ordered.scanned)
+        line.ordered = ordered.messages
+        line.ordered_bytes = ordered.nbytes
+        line.ordered_address = ordered.address
+        line.counted_index = self.topics[topic].committed_index
+        memory.write_line(at, &line)
+        memory.flush(at, 64)
+
+    cdef void write_window(self, Memory memory, uint64_t number) noexcept nogil:
+        """Write what is in the log beyond the expected batch. What was written before stays true: the log only grows."""
+        cdef Session* session = &self.sessions[number]
+        cdef SessionWindowLine line
+        cdef uint64_t at = self.layout.session_window(number)
+        if not (session.in_log[0] | session.in_log[1] | session.in_log[2] | session.in_log[3]):
+            return
+        memset(&line, 0, sizeof(line))
+        line.base = session.expected
+        line.generation = session.state >> 8
+        memcpy(line.in_log, session.in_log, sizeof(line.in_log))
+        memory.write_line(at, &line)
+        memory.flush(at, 64)
 
     def session_state(self, uint64_t number) -> dict:
         """A session as the sequencer sees it, for tests."""
@@ -325,36 +361,10 @@ cdef class Scanner(Stage):
             self.pending[broker * self.pending_words + topic // 64] &= ~(<uint64_t>1 << (topic % 64))
         if done:
             self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
-            self.memory.store(self.layout.offset_sequencer(topic, broker), max(place.scanned, place.rescan_to))
-            self.memory.flush(self.layout.offset_sequencer(topic, broker), 64)
+            cxl_store_release(&self.state.ordered[topic * self.layout.g.broker_count + broker].scanned,
+                              max(place.scanned, place.rescan_to))
+            cxl_fetch_or(&order.news, <uint64_t>1 << broker)
         return done
-
-    cdef void write_all_ordered(self) noexcept nogil:
-        cdef uint64_t b, word, bits
-        for b in range(self.layout.g.broker_count):
-            for word in range(self.pending_words):
-                if cxl_load_relaxed(&self.state.ordered_news[16 * b + word]):
-                    bits = cxl_fetch_and(&self.state.ordered_news[16 * b + word], 0)
-                    while bits:
-                        self.write_ordered(word * 64 + cxl_count_trailing_zeros(bits), b)
-                        bits &= bits - 1
-
-    cdef uint64_t index_of(self, TopicOrder* order) noexcept nogil:
-        """The next order index. 16 bits of it are in the word; the committed one is at most 32,768 behind."""
-        cdef uint64_t base = cxl_load_acquire(&order.committed_index)
-        return base + <uint16_t>((cxl_load_relaxed(&order.assigned) >> POSITION_BITS) - <uint16_t>base)
-
-    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
-        """Write down how much of this broker is in the order: also what another broker's batch brought there."""
-        cdef Ordered* ordered = &self.state.ordered[topic * self.layout.g.broker_count + broker]
-        cdef uint64_t at = self.layout.offset_sequencer(topic, broker)
-        if cxl_load_acquire(&self.state.topics[topic].generation) == 0:
-            return
-        self.memory.store(at + 8, cxl_load_relaxed(&ordered.messages))
-        self.memory.store(at + 16, cxl_load_relaxed(&ordered.nbytes))
-        self.memory.store(at + 24, cxl_load_relaxed(&ordered.address))
-        self.memory.store(at + 32, self.index_of(&self.state.topics[topic]))
-        self.memory.flush(at, 64)
 
     cdef bint is_answered(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t generation) noexcept nogil:
         """Whether the takeover found a result that stands."""
@@ -425,12 +435,13 @@ cdef class Scanner(Stage):
             return True
         held = &session.held[sequence % WINDOW]
         if held.sequence_and_one == sequence + 1:
+            # The first copy is still held; this one needs no result of its own kind: resend until it commits.
             self.state.add(&self.state.counters.duplicates, 1)
-            if order.order == 5:
-                # The first copy is still held; this one needs no result of its own kind: resend until it commits.
-                self.answer(topic, broker, slot, RESULT_REFUSED, 0)
-            else:
-                self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
+            self.answer(topic, broker, slot, RESULT_REFUSED, 0)
+            return True
+        if order.order != 5 and in_log(session, sequence):
+            self.state.add(&self.state.counters.duplicates, 1)
+            self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
             return True
         if order.order == 5 and sequence > session.expected and not planted(PLANT_GAP_SKIPPED):
             held.sequence_and_one = sequence + 1
@@ -450,9 +461,7 @@ cdef class Scanner(Stage):
             session.expected += 1
             self.commit_held(order, topic, session)
         else:
-            held.sequence_and_one = sequence + 1
-            while session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1:
-                session.expected += 1
+            note_in_log(session, sequence)
         self.touch(session)
         return True
 
@@ -484,7 +493,7 @@ cdef class Scanner(Stage):
         """Take an order number and write the entry and the result; False when the index is full."""
         cdef uint64_t taken, index, base, at
         cdef OrderEntry entry
-        cdef Ordered* ordered
+        cdef Done* done
         if self.fresh_count >= 65536 or not self.state.has_room(order):
             self.state.add(&self.state.counters.order_full, 1)
             return False
@@ -517,20 +526,16 @@ cdef class Scanner(Stage):
             crash_point(CRASH_MID_ENTRY)
         self.memory.write_line(at, &entry)
         self.memory.flush(at, 64)
-        order.done_batch[index & (self.layout.g.order_entry_count - 1)] = (
-            <uint64_t>header.message_count << 32 | header.payload_bytes)
+        done = &order.done[index & (self.layout.g.order_entry_count - 1)]
+        done.payload_offset = header.payload_offset
+        done.messages = header.message_count
+        done.nbytes = header.payload_bytes
+        done.broker = broker
         self.fresh[self.fresh_count].topic = topic
         self.fresh[self.fresh_count].index = index
         self.fresh_count += 1
         session.messages += header.message_count
         session.position = entry.position + header.message_count
-        ordered = &self.state.ordered[topic * self.layout.g.broker_count + broker]
-        if planted(PLANT_ORDERED_OVERWRITTEN):
-            ordered.messages = 0
-        self.state.add(&ordered.messages, header.message_count)
-        self.state.add(&ordered.nbytes, header.payload_bytes)
-        ordered.address = header.payload_offset
-        cxl_fetch_or(&self.state.ordered_news[16 * broker + topic // 64], <uint64_t>1 << (topic % 64))
         self.state.add(&self.state.counters.batches_ordered, 1)
         self.state.add(&self.state.counters.messages_ordered, header.message_count)
         self.touched_topics[topic // 64] |= <uint64_t>1 << (topic % 64)
@@ -597,8 +602,6 @@ cdef class Scanner(Stage):
         if not planted(PLANT_DONE_BEFORE_FENCE):
             self.memory.fence()
         crash_point(CRASH_ENTRY_WRITTEN)
-        if self.fresh_count:
-            self.write_all_ordered()
         if self.touched_count:
             for i in range(self.touched_count):
                 self.write_progress(self.touched_sessions[i])
@@ -609,7 +612,7 @@ cdef class Scanner(Stage):
         # Entries and results are in memory: now, and not before, the frontier may pass them.
         for i in range(self.fresh_count):
             order = &self.state.topics[self.fresh[i].topic]
-            cxl_store_release(&order.done[self.fresh[i].index & (self.layout.g.order_entry_count - 1)],
+            cxl_store_release(&order.done[self.fresh[i].index & (self.layout.g.order_entry_count - 1)].index_and_one,
                               self.fresh[i].index + 1)
         self.fresh_count = 0
         for word in range(self.pending_words):
@@ -630,16 +633,25 @@ cdef class Scanner(Stage):
     cdef void advance(self, uint64_t topic) noexcept nogil:
         """Move the committed frontier over every entry that is fenced, in order. One scanner at a time."""
         cdef TopicOrder* order = &self.state.topics[topic]
-        cdef uint64_t mask = self.layout.g.order_entry_count - 1, index, start, line, word, batch
+        cdef uint64_t mask = self.layout.g.order_entry_count - 1, index, start, line, brokers
+        cdef Done* done
+        cdef Ordered* ordered
         while True:
             if not cxl_compare_and_swap(&order.advancing, 0, 1):
                 return                      # whoever advances looks again after letting go
+            brokers = cxl_fetch_and(&order.news, 0)
             start = index = order.committed_index
-            while cxl_load_acquire(&order.done[index & mask]) == index + 1:
-                batch = order.done_batch[index & mask]
-                order.committed_position += batch >> 32
-                order.committed_bytes += <uint32_t>batch
+            done = &order.done[index & mask]
+            while cxl_load_acquire(&done.index_and_one) == index + 1:
+                order.committed_position += done.messages
+                order.committed_bytes += done.nbytes
+                ordered = &self.state.ordered[topic * self.layout.g.broker_count + done.broker]
+                ordered.messages = done.messages + (0 if planted(PLANT_ORDERED_OVERWRITTEN) else ordered.messages)
+                ordered.nbytes += done.nbytes
+                ordered.address = done.payload_offset
+                brokers |= <uint64_t>1 << done.broker
                 index += 1
+                done = &order.done[index & mask]
             if index != start:
                 cxl_store_release(&order.committed_index, index)
                 line = self.layout.topic_order(topic)
@@ -651,9 +663,12 @@ cdef class Scanner(Stage):
                 self.memory.store(line + 8, order.committed_position)
                 self.memory.flush(line, 64)
                 self.state.count_activity(self.memory, topic)
+            while brokers and cxl_load_acquire(&order.generation):
+                self.state.write_ordered(self.memory, topic, cxl_count_trailing_zeros(brokers))
+                brokers &= brokers - 1
             cxl_store_release(&order.advancing, 0)
             cxl_full_fence()
-            if cxl_load_acquire(&order.done[index & mask]) != index + 1:
+            if cxl_load_acquire(&done.index_and_one) != index + 1 and not cxl_load_relaxed(&order.news):
                 return
 
     cdef void write_progress(self, uint64_t number) noexcept nogil:
@@ -669,8 +684,7 @@ cdef class Scanner(Stage):
         cdef SessionProgressLine line
         cdef uint64_t at = self.layout.session_progress(number)
         session.touched = 0
-        if self.state.topics[session.topic & 0xFFFF].order != 5:
-            self.put_window(number)
+        self.state.write_window(self.memory, number)
         line.state = session.state
         line.expected = session.expected
         line.committed_messages = session.messages
@@ -679,21 +693,6 @@ cdef class Scanner(Stage):
         line.predecessor_epoch = session.predecessor_epoch
         line.gap_since_ns = session.gap_since
         line.held = session.held_count
-        self.memory.write_line(at, &line)
-        self.memory.flush(at, 64)
-
-    cdef void put_window(self, uint64_t number) noexcept nogil:
-        """Write which batches beyond the expected one are in the log: without order the next head must know them, too."""
-        cdef Session* session = &self.state.sessions[number]
-        cdef SessionWindowLine line
-        cdef uint64_t i, sequence, at = self.layout.session_window(number)
-        memset(&line, 0, sizeof(line))
-        line.base = session.expected
-        line.generation = session.state >> 8
-        for i in range(WINDOW if session.held != NULL else 0):
-            sequence = session.expected + i
-            if session.held[sequence % WINDOW].sequence_and_one == sequence + 1:
-                line.in_log[i // 64] |= <uint64_t>1 << (i % 64)
         self.memory.write_line(at, &line)
         self.memory.flush(at, 64)
 
@@ -732,6 +731,7 @@ cdef class Scanner(Stage):
         if session.held == NULL:
             session.held = <Held*>calloc(WINDOW, sizeof(Held))
         memset(session.held, 0, WINDOW * sizeof(Held))
+        memset(session.in_log, 0, sizeof(session.in_log))
         session.predecessor_expected = session.predecessor_epoch = 0
         session.expected = session.messages = session.position = session.held_count = 0
         session.gap_since = 0

@@ -19,7 +19,9 @@ from broker.layout cimport (
     OffsetSequencerLine, OrderEntry, RESULT_COMMITTED, RESULT_DUPLICATE, SESSION_CLOSED, SESSION_OPEN, SessionLine,
     SessionProgressLine, SessionWindowLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag,
 )
-from broker.stages.sequencer cimport OrderState, Ordered, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, Held
+from broker.stages.sequencer cimport (
+    Held, OrderState, Ordered, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, note_in_log,
+)
 from broker.stages.stage cimport Stage
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
@@ -39,7 +41,8 @@ cdef enum:
 cdef class Takeover(Stage):
     """One attempt of one broker. `begin` raises the epoch; then `step` until `done` or `lost`.
 
-    `memory` is the door of whoever hands records over (admin), `order_memory` the sequencer's. When done, `order` is ready for scanners; `prepare` makes one continue.
+    `memory` is the door of whoever hands records over (admin), `order_memory` the sequencer's. When done, `order` is ready
+    for scanners; `prepare` makes one continue.
     """
 
     cdef Memory memory
@@ -165,12 +168,18 @@ cdef class Takeover(Stage):
         """A new region: nothing was there before us, but a head that died before it served."""
         self.zero(self.layout.directory(), self.layout.g.results - self.layout.directory())
 
+    cdef uint64_t copied_last(self) noexcept nogil:
+        return self.source.g.grantees if self.source.g.grantees else self.source.g.results
+
     cdef void take_tables(self) noexcept nogil:
         """Topics, reclaimed and then committed frontiers, grants and answers."""
         cdef uint64_t t, line
         cdef TopicLine topic
         # The reclaimed frontier is read before the committed one: it is never beyond.
-        self.copy(self.layout.directory(), self.source.directory(), self.source.g.results - self.source.directory())
+        self.copy(self.layout.directory(), self.source.directory(), self.copied_last() - self.source.directory())
+        # To whom segments were granted is noted before the grants are counted, which have just been read.
+        self.copy(self.layout.g.results - self.source.g.results + self.copied_last(), self.copied_last(),
+                  self.source.g.results - self.copied_last())
         for t in range(self.topic_count):
             line = self.source.topic_order(t)
             self.memory.invalidate(line, 64)
@@ -215,17 +224,17 @@ cdef class Takeover(Stage):
         """At order levels below 5: what lies beyond the expected batch and is in the log."""
         cdef Session* session = &self.order.sessions[number]
         cdef SessionWindowLine line
-        cdef uint64_t i, at = self.source.session_window(number)
+        cdef uint64_t sequence, at = self.source.session_window(number)
         if self.order.topics[session.topic & 0xFFFF].order == 5:
             return
         self.memory.invalidate(at, 64)
         self.memory.read_line(at, &line)
-        if line.generation != session.state >> 8:
-            return
-        session.expected = max(session.expected, line.base)
-        for i in range(WINDOW):
-            if line.in_log[i // 64] >> (i % 64) & 1 and line.base + i >= session.expected:
-                session.held[(line.base + i) % WINDOW].sequence_and_one = line.base + i + 1
+        if line.generation != session.state >> 8 or line.base + WINDOW <= session.expected or (
+                line.base > session.expected + WINDOW):
+            return                              # of an earlier session, filled long since, or damaged
+        for sequence in range(max(line.base, session.expected), min(line.base, session.expected) + WINDOW):
+            if line.in_log[sequence % WINDOW // 64] >> (sequence % 64) & 1:
+                note_in_log(session, sequence)
 
     cdef uint64_t key_of(self, uint64_t client, uint64_t epoch, uint64_t topic) noexcept nogil:
         return ((client ^ epoch << 17 ^ topic << 5) * <uint64_t>0x9E3779B97F4A7C15) >> 20
@@ -264,25 +273,10 @@ cdef class Takeover(Stage):
             line.committed_position = session.position
             line.predecessor_expected = session.predecessor_expected
             line.predecessor_epoch = session.predecessor_epoch
-            self.write_window(number)
+            self.order.write_window(self.memory, number)
             self.memory.write_line(self.layout.session_progress(number), &line)
             self.memory.flush(self.layout.session_progress(number), 64)
         self.memory.fence()
-
-    cdef void write_window(self, uint64_t number) noexcept nogil:
-        cdef Session* session = &self.order.sessions[number]
-        cdef SessionWindowLine line
-        cdef uint64_t i, sequence, at = self.layout.session_window(number)
-        memset(&line, 0, sizeof(line))
-        line.base = session.expected
-        line.generation = session.state >> 8
-        if session.held != NULL and self.order.topics[session.topic & 0xFFFF].order != 5:
-            for i in range(WINDOW):
-                sequence = session.expected + i
-                if session.held[sequence % WINDOW].sequence_and_one == sequence + 1:
-                    line.in_log[i // 64] |= <uint64_t>1 << (i % 64)
-        self.memory.write_line(at, &line)
-        self.memory.flush(at, 64)
 
     # ---- topics --------------------------------------------------------------------------------------------------------
 
@@ -315,7 +309,7 @@ cdef class Takeover(Stage):
         order.assigned = order.committed_index << POSITION_BITS | order.committed_position
         for b in range(self.layout.g.broker_count):
             self.take_results(topic, b)
-            self.write_ordered(topic, b)
+            self.order.write_ordered(self.memory, topic, b)
         self.write_frontier(topic)
         self.memory.fence()
 
@@ -339,26 +333,23 @@ cdef class Takeover(Stage):
 
     cdef void count_in(self, TopicOrder* order, Session* session, OrderEntry* entry) noexcept nogil:
         """Make sure that a session counts an entry which is in the log."""
-        cdef Held* held
         if order.order == 5:
             session.expected = max(session.expected, entry.batch_sequence + 1)
-            return
-        if entry.batch_sequence >= session.expected and entry.batch_sequence - session.expected < WINDOW:
-            session.held[entry.batch_sequence % WINDOW].sequence_and_one = entry.batch_sequence + 1
-        while session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1:
-            session.expected += 1
+        elif entry.batch_sequence >= session.expected and entry.batch_sequence - session.expected < WINDOW:
+            note_in_log(session, entry.batch_sequence)
 
     cdef void take_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
         cdef uint64_t at = self.layout.offset_sequencer(topic, broker), i = topic * self.layout.g.broker_count + broker
         cdef OffsetSequencerLine line
-        self.memory.read_line(at, &line)
         cdef uint64_t index, committed = self.committed[topic]
         cdef OrderEntry entry
         cdef Ordered* ordered = &self.order.ordered[i]
+        self.memory.read_line(at, &line)
+        ordered.scanned = line.scanned
         ordered.messages = line.ordered
         ordered.nbytes = line.ordered_bytes
         ordered.address = line.ordered_address
-        # The line was written when entries were fenced, and before the frontier moved over them.
+        # Written with the frontier and after it, and either may have been lost: what lies between the two is counted.
         for index in range(max(line.counted_index, self.order.topics[topic].reclaimed_index), committed):
             self.memory.read_line(self.layout.order_entry(topic, index), &entry)
             if entry.broker == broker:
@@ -368,13 +359,6 @@ cdef class Takeover(Stage):
             if self.is_uncommitted(topic, index, &entry) and entry.broker == broker:
                 ordered.messages -= entry.message_count
                 ordered.nbytes -= entry.payload_bytes
-
-    cdef void write_ordered(self, uint64_t topic, uint64_t broker) noexcept nogil:
-        cdef uint64_t at = self.layout.offset_sequencer(topic, broker), i = topic * self.layout.g.broker_count + broker
-        self.memory.store(at + 8, self.order.ordered[i].messages)
-        self.memory.store(at + 16, self.order.ordered[i].nbytes)
-        self.memory.store(at + 32, self.order.topics[topic].committed_index)
-        self.memory.flush(at, 64)
 
     cdef void adopt(self, uint64_t topic) noexcept nogil:
         """Give the next numbers to what the last head had written and not committed, as far as its session is whole."""

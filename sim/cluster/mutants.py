@@ -46,15 +46,15 @@ def offset_line(place: str, first: int = 0, last: int = 64) -> Callable[[Layout,
     return target
 
 
-def _ordered_of_broker_1(layout: Layout, _: int) -> Target:
-    """Where the sequencer notes what it ordered of broker 1."""
-    at = layout.offset_of("offset_sequencer", 0, 1) + 24
+def _epoch_of_frontier(layout: Layout, _: int) -> Target:
+    """Where the sequencer notes its epoch whenever the frontier moves."""
+    at = layout.offset_of("topic_order", 0) + 16
     return at, at + 8, WHOLE, 0, WHOLE
 
 
 def _to_broker_line(layout: Layout, _: int) -> int:
-    """From there to a spare word of that broker's own line."""
-    return int(layout.offset_of("offset_broker", 0, 1) + 8 - layout.offset_of("offset_sequencer", 0, 1) - 24)
+    """From there to a word of broker 1's own line that only people read."""
+    return int(layout.offset_of("offset_broker", 0, 1) + 8 - layout.offset_of("topic_order", 0) - 16)
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("leftovers-kept", 10, "a topic begins with the lines of the one that was there before",
            Astray(Role.ROLE_ADMIN, DROP, COPY_IN, topic_line("topic_order", WHOLE))),
     Mutant("two-writers", 11, "the sequencer writes into a broker's line",
-           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _ordered_of_broker_1, _to_broker_line)),
+           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _epoch_of_frontier, _to_broker_line)),
     Mutant("dirty-invalidated", 12, "a broker writes into the reclaimer's line before it invalidates it",
            Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line)),
     Mutant("tail-unflushed", 13, "delegation waits for a full group", switch=Planted.PLANT_TAIL_UNFLUSHED,
