@@ -240,6 +240,7 @@ class BrokerServer:
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
         self.publish_streams: dict[int, PublishStream] = {}
+        self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}
         self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}
         self.attached_by: dict[int, str] = {}                        # principals
@@ -331,7 +332,9 @@ class BrokerServer:
                 self._tell_of_deletions()
             with contextlib.suppress(BrokerUnavailable):
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
-                self.cursors.free_left()
+                self.cursors.free_left({
+                    (each["pid"], each["start_time"]) for each in self.node.attach.open_slots()
+                    if not each["left"] and (each["number"], each["generation"]) in self._inherited})
             await self.groups.look_after()
 
     def _tell_of_deletions(self) -> None:

@@ -195,10 +195,13 @@ class CursorTable:
         else:
             self.close(cursor)
 
-    def free_left(self) -> None:
-        """Let go of the places whose reader's process has ended."""
-        for cursor, (pid, start_time) in list(self._left.items()):
-            if not process_alive(pid, start_time, host_identity()):
+    def free_left(self, attached: set[tuple[int, int]]) -> None:
+        """Let go of the places of readers that gave up the slot which they had of our predecessor, or are dead.
+
+        `attached` are the processes (pid, start time) that still have such a slot.
+        """
+        for cursor, process in list(self._left.items()):
+            if process not in attached or not process_alive(*process, host_identity()):
                 del self._left[cursor]
                 self.close(cursor)
 

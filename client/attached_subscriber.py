@@ -55,6 +55,7 @@ class AttachedSubscriberEngine:
         self.attachment = pb.Attachment()
         self.address: BrokerAddress | None = None
         self.reader: AttachedReader | None = None
+        self.retired: list[AttachedReader] = []     # of brokers that died; views under them are held still
         self.region: Region | None = None
         self.batch: ReceivedBatch | None = None     # the one that is being given out message by message
         self.first_in_batch = 0
@@ -144,6 +145,8 @@ class AttachedSubscriberEngine:
     def _taken(self, take: Callable[[], list[T]], timeout: float | None) -> list[T]:
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            if self._is_cut_off():
+                self.client_loop.run(self._again(patient=False))
             with self.lock:
                 found = take()
             left = SLEEP_SECONDS if deadline is None else min(SLEEP_SECONDS, deadline - time.monotonic())
@@ -156,6 +159,8 @@ class AttachedSubscriberEngine:
         """Only the waiting is done in a thread: whoever gives up waiting has taken nothing."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
+            if self._is_cut_off():
+                await self.client_loop.call(self._again(patient=False))
             with self.lock:
                 found = take()
             left = SLEEP_SECONDS if deadline is None else min(SLEEP_SECONDS, deadline - time.monotonic())
@@ -219,6 +224,7 @@ class AttachedSubscriberEngine:
         if reader is None or region is None or now < self.next_check:
             return False
         self.next_check = now + CHECK_SECONDS
+        self._let_go()
         if not reader.is_open():
             return True
         line = unpack("BrokerLine", region.memory(Role.ROLE_CLIENT).read_line_bytes(
@@ -234,20 +240,32 @@ class AttachedSubscriberEngine:
             return RangeLost(topic=self.topic, first=error.first, end=error.end)
         return DamagedData(str(error), topic=self.topic, index=error.index)
 
-    async def _again(self) -> None:
+    async def _again(self, patient: bool = True) -> None:
         """Our broker is gone or cut us off: go on from the same place through another one."""
         deadline = time.monotonic() + AGAIN_SECONDS
         if self.next_position is None and self.start == "beginning":
             self.next_position = self.first_position
+        before = self.reader
         while not self.closed:
             try:
-                await self._detach()
                 await self.open()
-                return
             except BrokerUnavailable:
+                if not patient:
+                    return                  # what is in memory can be read without a broker
                 if time.monotonic() > deadline:
                     raise
                 await asyncio.sleep(SLEEP_SECONDS)
+                continue
+            if before is not None:
+                self.retired.append(before)
+            self._let_go()
+            return
+
+    def _let_go(self, all_of_them: bool = False) -> None:
+        """Give up the former places under which nothing is viewed any more; their brokers see it by themselves."""
+        for reader in [each for each in self.retired if all_of_them or each.released == each.next_index]:
+            reader.leave()
+            self.retired.remove(reader)
 
     def position(self) -> int | None:
         """Position of the message that is given out next."""
@@ -257,6 +275,12 @@ class AttachedSubscriberEngine:
             if self.next_position is not None:
                 return self.next_position
             return self.start if isinstance(self.start, int) else self.first_position
+
+    def after_fork(self) -> None:
+        """In a child: nothing that ends there says so."""
+        for reader in (self.reader, *self.retired):
+            if reader is not None:
+                reader.after_fork()
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -275,6 +299,7 @@ class AttachedSubscriberEngine:
     async def _detach(self) -> None:
         if self.address is None:
             return
+        self._let_go(all_of_them=True)
         if self.reader is not None:
             self.reader.leave()             # also when the broker cannot answer now
         request = pb.DetachRequest(slot=self.attachment.slot, generation=self.attachment.generation)

@@ -27,7 +27,8 @@ _log = logging.getLogger("cxlmq")
 class Receipt:
     """What became of a message: its position in the topic's total order, and what was promised for it.
 
-    `position` is None when no ack was asked for (level 0), or when a duplicate's place is no longer known.
+    `position` is None when no ack was asked for (level 0), or when a duplicate's place is no longer known. `epoch` is that
+    of the head when the ack was made; 0 when it was learned by reopening the session.
     """
 
     position: int | None

@@ -342,9 +342,8 @@ class _SubscriberBase:
 
     def after_fork(self) -> None:
         """In a child of the process that opened it. Views that end there must not end the parent's."""
-        reader = getattr(self._engine, "reader", None)
-        if reader is not None:
-            reader.after_fork()
+        if isinstance(self._engine, AttachedSubscriberEngine):
+            self._engine.after_fork()
         self._engine, self._membership = cast(SubscriberEngine, keep(self._engine)), None
 
     async def _open_engine(self) -> None:

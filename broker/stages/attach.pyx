@@ -441,7 +441,7 @@ cdef class AttachStage(Stage):
         return slot.generation == generation and cxl_load_acquire(&slot.state) != ATTACH_FREE
 
     def open_slots(self) -> list[dict]:
-        """Slots in use: number, generation, pid, start_time, whether its client is gone, state, descriptors taken, leases held."""
+        """Slots in use: number, generation, pid, start_time, whether its client is gone or reads, state, descriptors taken, leases held."""
         cdef uint64_t i, at
         out = []
         for i in range(self.limit):
@@ -454,6 +454,7 @@ cdef class AttachStage(Stage):
             out.append({"number": self.first + i, "generation": self.slots[i].generation,
                         "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
                         "left": unheard or self.memory.load(at + 32) != 0,
-                        "state": self.slots[i].state, "subscriber": bool(self.slots[i].subscriber),
+                        "state": self.slots[i].state, "reads": self.slots[i].client_id == 0,
+                        "subscriber": bool(self.slots[i].subscriber),
                         "taken": self.slots[i].taken, "leases": self.slots[i].granted - self.slots[i].retired})
         return out

@@ -71,7 +71,7 @@ def _values(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:
         "faults": dict(Counter(fault.what for fault in outcome.faults)),
         "seconds": (outcome.ended_ns - outcome.begun_ns) / 1e9, "messages_acknowledged": outcome.messages,
         "resume_seconds": {"count": len(resumed), "p50": _percentile(resumed, 50), "p99": _percentile(resumed, 99)},
-        "folder": str(folder),
+        "machine_stood_still_seconds": sum(end - begin for begin, end in outcome.pauses) / 1e9, "folder": str(folder),
     }
 
 
@@ -86,6 +86,8 @@ def _show(outcome: Outcome, values: dict[str, Any]) -> None:
     resumed = values["resume_seconds"]
     if resumed["count"]:
         print(f"acks resumed after a head's death: p50 {resumed['p50']:.2f} s, p99 {resumed['p99']:.2f} s")
+    if outcome.pauses:
+        print(f"the machine stood still for {values['machine_stood_still_seconds']:.1f} s, which is not counted")
     acknowledged = ", ".join(f"{count:,} on {topic}" for topic, count in values["messages_acknowledged"].items())
     print(f"{acknowledged} acknowledged")
     console().print(make_table("", ("invariant", "verdict"), [

@@ -41,13 +41,16 @@ def publish(trail: Path, topic: str, cluster: str, client: int, transport: str, 
         if error is None:
             receipt = delivery.receipt()
             position = -1 if receipt.position is None else receipt.position
-            events.write(Kind.ACKED, client, number, position, receipt.epoch)
+            events.write(Kind.ACKED, client, number, position, receipt.epoch, receipt.broker)
             return
         events.write(Kind.FAILED if isinstance(error, _NOT_IN_THE_LOG) else Kind.UNKNOWN, client, number)
+        if not failed.is_set():
+            print(f"message {number}: {error.message} ({error.code})", file=sys.stderr, flush=True)
         failed.set()
 
     with Publisher(topic, cluster=cluster, transport=transport, ack=ack, client_id=client,
                    delivery_timeout=delivery_timeout) as publisher:
+        print(f"{publisher.transport}", file=sys.stderr, flush=True)
         number, due = 0, time.monotonic()
         while not _stopping.is_set() and not failed.is_set():
             message = make_message(client, number, int(body_bytes_max ** chance.random()))

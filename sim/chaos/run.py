@@ -33,6 +33,7 @@ from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.disk import FaultyDisk
 from sim.chaos.faults import Fault, Injector
 from sim.chaos.garbage import send_garbage
+from sim.chaos.pauses import Watchman
 from sim.chaos.trail import Kind, read_trail
 from sim.chaos.verdict import Trails, acks_of, judge, judge_recovered, reads_of, resume_seconds
 
@@ -96,6 +97,7 @@ class Outcome:
     acks_ns: Any = None
     reads_ns: Any = None                # of the undisturbed readers
     resumed: list[float] = field(default_factory=list)
+    pauses: list[tuple[int, int]] = field(default_factory=list)     # of the whole machine, monotonic ns
 
     @property
     def holds(self) -> bool:
@@ -226,7 +228,7 @@ class ChaosRun:
         """All of it. Raises `CxlmqError` when the cluster cannot be started."""
         self._settings.folder.mkdir(parents=True, exist_ok=True)
         outcome = Outcome()
-        with FaultyDisk(self._settings.folder) as self._disk, self._cluster_running():
+        with Watchman(outcome.pauses), FaultyDisk(self._settings.folder) as self._disk, self._cluster_running():
             for topic in TOPICS:
                 for _ in range(PUBLISHERS):
                     self._start_publisher(topic)
@@ -242,14 +244,15 @@ class ChaosRun:
             self._start_reader(DAMAGED, self._damaged, disturbed=False)
             self._disturb(outcome)
             wrong = self._finish(outcome)
+        (self._settings.folder / "faults.json").write_text(json.dumps([vars(fault) for fault in outcome.faults]))
         wrong_a2 = self._recover()
         outcome.broken = judge(self._trails, outcome.faults, outcome.begun_ns, outcome.ended_ns, wrong,
-                               self._epochs)
+                               self._epochs, outcome.pauses)
         outcome.broken["A2"] = wrong_a2
         outcome.broken["I"] = outcome.broken["I"] or "; ".join(self._wrong_i)
         outcome.acks_ns = acks_of(self._trails.values())
         outcome.reads_ns = reads_of(self._trails.values())
-        outcome.resumed = resume_seconds(outcome.acks_ns, outcome.faults)
+        outcome.resumed = resume_seconds(outcome.acks_ns, outcome.faults, pauses=outcome.pauses)
         outcome.messages = {topic: sum(event.kind == Kind.ACKED for path in trails.publishers
                                        for event in read_trail(path)) for topic, trails in self._trails.items()}
         return outcome
@@ -326,6 +329,8 @@ class ChaosRun:
         _wait_for_position(self._damaged, ends[DAMAGED])
         self._wrong_i = judge_damaged(self._damaged, ends[DAMAGED], _read_to(self._damaged))
         wrong += self._end("read")
+        for broker in range(self._settings.brokers):
+            shutil.copy(self._cluster.log_path(broker), self._settings.folder)
         shutil.copytree(self._settings.folder / "data", self._settings.folder / "disks", dirs_exist_ok=True)
         with Admin(cluster=self._cluster.name) as admin:
             for topic in (*TOPICS, DAMAGED):

@@ -1,7 +1,7 @@
 """What clients of a chaos run leave: messages that name their sender, and files of what was sent, acked and read.
 
     message:  magic u32 | client u32 | number u64 | bytes u32 | CRC-32 u32 | body
-    event:    kind u32 | client u32 | number u64 | position i64 | epoch i64 | monotonic ns i64
+    event:    kind u16 | broker u16 | client u32 | number u64 | position i64 | epoch i64 | monotonic ns i64
 
 Each event is appended by one write, before what it announces (sending) or after what it reports (acks, reads): a client
 that is killed loses nothing of it.
@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+NO_BROKER = 0xFFFF
 _MAGIC = 0x4F414843
 _MESSAGE = struct.Struct("<IIQII")
-_EVENT = struct.Struct("<IIQqqq")
+_EVENT = struct.Struct("<HHIQqqq")
 _BLOCK = random.Random(1).randbytes(1 << 17)
 BODY_BYTES_MAX = len(_BLOCK) // 2
 
@@ -48,6 +49,7 @@ class Event(NamedTuple):
     position: int
     epoch: int
     at_ns: int
+    broker: int             # that acknowledged; NO_BROKER
 
 
 def make_message(client: int, number: int, body_bytes: int) -> bytes:
@@ -76,20 +78,23 @@ class Trail:
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_CLOEXEC, 0o600)
 
-    def write(self, kind: Kind, client: int, number: int = 0, position: int = -1, epoch: int = 0) -> None:
+    def write(self, kind: Kind, client: int, number: int = 0, position: int = -1, epoch: int = 0,
+              broker: int | None = None) -> None:
         """Append one event, stamped with the present."""
-        os.write(self._descriptor, _EVENT.pack(kind, client, number, position, epoch, time.monotonic_ns()))
+        os.write(self._descriptor, _EVENT.pack(kind, NO_BROKER if broker is None else broker, client, number, position,
+                                               epoch, time.monotonic_ns()))
 
     def write_reads(self, reads: list[tuple[tuple[int, int] | None, int]]) -> None:
         """Append what was read: (sender, position) of each message."""
         now = time.monotonic_ns()
         os.write(self._descriptor, b"".join(
-            _EVENT.pack(Kind.FOREIGN, 0, 0, position, 0, now) if sender is None
-            else _EVENT.pack(Kind.READ, *sender, position, 0, now) for sender, position in reads))
+            _EVENT.pack(Kind.FOREIGN, NO_BROKER, 0, 0, position, 0, now) if sender is None
+            else _EVENT.pack(Kind.READ, NO_BROKER, *sender, position, 0, now) for sender, position in reads))
 
 
 def read_trail(path: Path) -> Iterator[Event]:
     """The events of a file; half an event at its end, of a writer that was killed, is left out."""
     data = path.read_bytes() if path.exists() else b""     # killed before it could begin one
-    for kind, *rest in _EVENT.iter_unpack(data[:len(data) // _EVENT.size * _EVENT.size]):
-        yield Event(Kind(kind), *rest)
+    for kind, broker, *rest in _EVENT.iter_unpack(data[:len(data) // _EVENT.size * _EVENT.size]):
+        client, number, position, epoch, at_ns = rest
+        yield Event(Kind(kind), client, number, position, epoch, at_ns, broker)

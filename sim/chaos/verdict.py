@@ -2,8 +2,9 @@
 
 import bisect
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy
 
@@ -69,7 +70,10 @@ def _add_operations(history: History, events: Iterable[Event], level: int, epoch
         if event.kind == Kind.ACKED:
             operation.outcome = "ok"
             operation.position = event.position if event.position >= 0 else None
-            history.marks.append((f"the epoch of client {event.client}'s acks", event.epoch))
+            if event.epoch == 0:
+                continue                # learned by reopening the session: no head said it
+            # Of one broker: an ack of another may have been under way while that one was stopped.
+            history.marks.append((f"the epoch of broker {event.broker}'s acks to client {event.client}", event.epoch))
             # What was sent when a new epoch had begun is never acknowledged under an older one.
             since = bisect.bisect_right(epochs, operation.invoked, key=lambda each: each[0])
             history.epochs.append((event.epoch, epochs[since - 1][1] if since else 0))
@@ -89,6 +93,40 @@ def _add_reads(history: History, name: str, events: Iterable[Event]) -> None:
                 Read(event.position, event.position, 1, _sender(event)))
 
 
+def without_given_up(history: History) -> History:
+    """The history as if nobody had sent what its publisher was told it may not count on, and is not in the log.
+
+    Then the session ended, and the next one goes on behind it: each has a gap-free prefix of what is left.
+    """
+    there = {(entry.client, entry.first) for entry in history.log}
+    given_up: dict[int, list[int]] = {}
+    for operation in sorted(history.operations, key=lambda each: each.first):
+        if operation.outcome != "ok" and operation.settled >= 0 and (operation.client, operation.first) not in there:
+            given_up.setdefault(operation.client, []).append(operation.first)
+
+    def rank(entry: Entry) -> int:
+        return entry.first - bisect.bisect_left(given_up.get(entry.client, []), entry.first)
+
+    return History(log=[replace(entry, first=rank(entry)) for entry in history.log])
+
+
+Pauses = Sequence[tuple[int, int]]      # (from, until), monotonic ns, ascending: when the whole machine stood still
+
+
+def awake(moments: Any, pauses: Pauses) -> Any:
+    """Monotonic ns without the time in which the machine stood still; of one moment or an array of them."""
+    lost = sum((numpy.clip(moments, begin, end) - begin for begin, end in pauses), numpy.int64(0))
+    return moments - lost
+
+
+def longest_wait(history: History, pauses: Pauses = ()) -> tuple[float, str]:
+    """How long the slowest delivery took, seconds, and which it was."""
+    waits = [((awake(operation.settled, pauses) - awake(operation.invoked, pauses)) / 1e9,
+              f"message {operation.first} of client {operation.client}") for operation in history.operations
+             if operation.settled - operation.invoked > 1_000_000_000]
+    return max(waits, default=(0.0, ""))
+
+
 def acks_of(trails: Iterable[Trails]) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]":
     """When acks arrived, monotonic ns, sorted."""
     return _moments((path for each in trails for path in each.publishers), Kind.ACKED)
@@ -105,7 +143,7 @@ def _moments(paths: Iterable[Path], kind: Kind) -> "numpy.ndarray[tuple[int], nu
 
 
 def resume_seconds(acks: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]", faults: Iterable[Fault],
-                   what: str = "kill head") -> list[float]:
+                   what: str = "kill head", pauses: Pauses = ()) -> list[float]:
     """How long after each fault of a kind no ack came: the longest pause that began within a second of it."""
     found = []
     for fault in faults:
@@ -113,7 +151,7 @@ def resume_seconds(acks: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]", 
             first, end = numpy.searchsorted(acks, (fault.at_ns, fault.at_ns + 1_000_000_000))
             around = numpy.concatenate(([fault.at_ns], acks[first:end + 1]))
             if len(around) > 1:
-                found.append(float(numpy.diff(around).max()) / 1e9)
+                found.append(float(numpy.diff(awake(around, pauses)).max()) / 1e9)
     return found
 
 
@@ -130,7 +168,7 @@ def judge_recovered(acked: dict[tuple[int, int], int], there: dict[tuple[int, in
 
 
 def judge(trails: dict[str, Trails], faults: list[Fault], begun_ns: int, ended_ns: int,
-          leftovers: list[str], epochs: Epochs = ()) -> dict[str, str]:
+          leftovers: list[str], epochs: Epochs = (), pauses: Pauses = ()) -> dict[str, str]:
     """What is broken, by invariant; empty text: it holds. `epochs`: when an epoch was seen first, monotonic ns."""
     broken = dict.fromkeys((*CHECKERS, "V"), "")
     del broken["A2"]                # judged by recovering, see run.py
@@ -141,14 +179,18 @@ def judge(trails: dict[str, Trails], faults: list[Fault], begun_ns: int, ended_n
             if name == "V":
                 continue
             try:
-                CHECKERS[name](history)
+                CHECKERS[name](without_given_up(history) if name == "P" else history)
             except Violation as violation:
                 broken[name] = broken[name] or f"topic {topic}: {violation.text}"
+        seconds, which = longest_wait(history, pauses)
+        if seconds > STANDSTILL_SECONDS:
+            broken["V"] = broken["V"] or f"topic {topic}: {which} was not settled for {seconds:.1f} s"
     acks = acks_of(trails.values())
-    pauses = numpy.diff(numpy.concatenate(([begun_ns], acks, [ended_ns]))) / 1e9
-    if pauses.max() > STANDSTILL_SECONDS:
-        broken["V"] = f"nothing was acknowledged for {pauses.max():.1f} s (at most {STANDSTILL_SECONDS:.0f} s)"
-    resumed = resume_seconds(acks, faults)
+    silences = numpy.diff(awake(numpy.concatenate(([begun_ns], acks, [ended_ns])), pauses)) / 1e9
+    if silences.max() > STANDSTILL_SECONDS:
+        broken["V"] = broken["V"] or (f"nothing was acknowledged for {silences.max():.1f} s (at most "
+                                      f"{STANDSTILL_SECONDS:.0f} s)")
+    resumed = resume_seconds(acks, faults, pauses=pauses)
     if resumed and float(numpy.percentile(resumed, 99)) > RESUME_SECONDS_P99:
         broken["V"] = broken["V"] or (f"acks resumed {numpy.percentile(resumed, 99):.2f} s after a head's death (p99; "
                                       f"at most {RESUME_SECONDS_P99} s)")

@@ -190,6 +190,24 @@ def test_a_stopped_replica_delays_level_2_alone() -> None:
             assert waiting.result(SECONDS).level == 2
 
 
+def test_a_reader_that_went_on_elsewhere_holds_nothing_at_the_broker_that_came_back() -> None:
+    with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t")
+        with Publisher("t", cluster=cluster.name) as publisher, \
+                Subscriber("t", cluster=cluster.name, transport="attached") as subscriber:
+            publisher.publish(b"before").result(SECONDS)
+            assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=SECONDS)] == [b"before"]
+            with attach_region(cluster.name, writable=False) as region:
+                share = region.layout.numbers["cursors_per_broker"]
+            cluster.kill(inspected(cluster)["cursors"][0]["cursor"] // share)
+            assert eventually(lambda: cluster.restarts == 1)
+            publisher.publish(b"after").result(SECONDS)
+            assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=SECONDS)] == [b"after"]
+            # It asks for more as every reader does; what it held under the place that was lost is given up.
+            assert eventually(lambda: subscriber.fetch(1, timeout=0.1) == [] and
+                              [each["index"] for each in inspected(cluster)["cursors"]] == [2], 10), inspected(cluster)["cursors"]
+
+
 @pytest.mark.parametrize("lock", ["mutex", "semaphore"])
 def test_a_head_that_is_killed_leaves_no_lock_behind(lock: str) -> None:
     run("0:number-taken:20", "grpc", sequencer_lock=lock, scanners=2)

@@ -1,6 +1,8 @@
 """The judge of chaos runs: it sees what is wrong in trails, and nothing where nothing is."""
 
+import os
 import random
+import signal
 import time
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import pytest
 
 from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.faults import Fault, Injector
+from sim.chaos.pauses import Watchman
 from sim.chaos.run import Outcome
 from sim.chaos.timeline import plot_timeline, timeline_text
 from sim.chaos.trail import Kind, Trail, make_message, read_trail, sender_of
-from sim.chaos.verdict import Trails, judge, judge_recovered, resume_seconds
+from sim.chaos.verdict import Trails, awake, history_of, judge, judge_recovered, longest_wait, resume_seconds
 from tests.manual_cluster import ManualCluster
 
 SECOND = 1_000_000_000
@@ -171,6 +174,27 @@ def test_acks_that_resume_late_after_a_heads_death_break_v(story: Story) -> None
     assert story.broken() == {"V"}
 
 
+def test_what_was_given_up_is_left_out_of_p_and_what_waited_long_breaks_v(story: Story) -> None:
+    trail = Trail(story.trails.auditor.parent / "p1")
+    for number in range(3):
+        trail.write(Kind.SENT, 9, number)
+    story.trails.publishers.append(story.trails.auditor.parent / "p1")
+    trail.write(Kind.ACKED, 9, 0, 4, 1)
+    trail.write(Kind.UNKNOWN, 9, 1)
+    story.read([0, 1, 2, 3], story.auditor, story.last)
+    for reader in (story.auditor, story.last):
+        reader.write_reads([((9, 0), 4), ((9, 2), 5)])
+    assert story.broken() == set(), "message 1 was given up, and its publisher told"
+    history = history_of(story.trails)
+    assert longest_wait(history)[0] < 15
+    history.operations[-2].settled = history.operations[-2].invoked + 16 * SECOND
+    assert longest_wait(history) == (16.0, "message 1 of client 9")
+    trail.write(Kind.SENT, 9, 3)
+    for reader in (story.auditor, story.last):
+        reader.write_reads([((9, 4), 6)])
+    assert "P" in story.broken(), "message 3 is on its way, and 4 must not be there without it"
+
+
 def test_what_does_not_come_back_from_the_disks_breaks_a2() -> None:
     acked = {(1, 0): 7, (1, 1): 8, (2, 0): 3}
     assert judge_recovered(acked, {(1, 0): 7, (1, 1): 8}, kept_from=5) == ""
@@ -225,6 +249,26 @@ def test_the_timeline_shows_acks_and_faults(tmp_path: Path) -> None:
     assert " " not in rate.removeprefix("acks/s ")[:10]
     if plot_timeline(tmp_path / "timeline.png", outcome):
         assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_in_which_the_machine_stood_still_is_nobodys_silence(story: Story) -> None:
+    begin, end = 100 * SECOND, 150 * SECOND
+    assert [int(awake(moment * SECOND, [(begin, end)])) // SECOND for moment in (90, 120, 150, 160)] == [90, 100, 100, 110]
+    acks = numpy.array([99, 151], numpy.int64) * SECOND
+    fault = Fault("kill head", "broker 0", 99 * SECOND)
+    assert resume_seconds(acks, [fault]) == [52.0] and resume_seconds(acks, [fault], pauses=[(begin, end)]) == [2.0]
+
+
+def test_the_watchman_sees_a_pause() -> None:
+    pauses: list[tuple[int, int]] = []
+    with Watchman(pauses) as watchman:
+        os.kill(watchman._process.pid, signal.SIGSTOP)
+        time.sleep(1.5)
+        os.kill(watchman._process.pid, signal.SIGCONT)
+        deadline = time.monotonic() + 10
+        while not pauses and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert pauses and pauses[0][1] - pauses[0][0] > SECOND
 
 
 class Nobody:
