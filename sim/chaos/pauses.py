@@ -13,6 +13,7 @@ import threading
 PROGRAM = """
 import time
 last = time.monotonic_ns()
+print(flush=True)
 while True:
     time.sleep(0.1)
     now = time.monotonic_ns()
@@ -30,6 +31,8 @@ class Watchman:
 
     def __enter__(self) -> "Watchman":
         self._process = subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self._process.stdout.readline()         # it watches
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, self._process.pid, -10)
         self._thread = threading.Thread(target=self._read, daemon=True)
