@@ -298,6 +298,8 @@ cdef class BrokerLog:
             self.memory.write_line(self.layout.segment_line(segment), &line)
             self.memory.flush(self.layout.segment_line(segment), 64)
         log.segment_count += run
+        if self.pool.is_low():
+            self.press(run * self.layout.g.segment_bytes)
         cxl_count(&self.counters.segments_allocated, run)
         self.counters.segments_cold = self.pool.cold
 

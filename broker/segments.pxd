@@ -20,6 +20,7 @@ cdef class SegmentPool:
     cdef void release(self, uint64_t segment) noexcept nogil
     cdef void poll(self) noexcept nogil
     cdef bint is_asking(self) noexcept nogil
+    cdef bint is_low(self) noexcept nogil
     cdef bint take_bit(self, uint64_t segment) noexcept nogil
     cdef void give_bit(self, uint64_t segment) noexcept nogil
     cdef uint64_t word_of(self, uint64_t segment) noexcept nogil

@@ -20,6 +20,7 @@ from sim.cxl.primitives cimport (
 
 
 cdef enum:
+    RESERVE_SHARE = 16              # of the segments that should be free
     ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
     GRANTEE_SHIFT = 40              # of a segment's word: broker + 1 above, how many it had been granted before below
 
@@ -167,6 +168,17 @@ cdef class SegmentPool:
                     return found
         return -1
 
+    cdef bint is_low(self) noexcept nogil:
+        """Whether so little is free that room should be made before somebody has to wait for it."""
+        cdef uint64_t w, used = 0, words = self.share_words, first = 0, parts = self.search_shares()
+        cdef uint64_t segments = self.layout.g.segment_count
+        if parts == 1:
+            first = self.broker * words
+            segments = min(self.share, segments - min(segments, self.broker * self.share))
+        for w in range(first, first + parts * words):
+            used += cxl_popcount(self.memory.load(self.layout.bitmap() + w * 8))
+        return used > segments - segments // RESERVE_SHARE
+
     cdef void release(self, uint64_t segment) noexcept nogil:
         self.released += 1
         self.give_bit(segment)
@@ -282,6 +294,9 @@ cdef class LeaderPool(SegmentPool):
             self.collected = collected
             self.known = True
         return True
+
+    cdef bint is_low(self) noexcept nogil:
+        return False                    # what it was granted says nothing about the rest
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
         cdef uint64_t word = self.word_of(segment) // 8, bit = self.bit_of(segment)

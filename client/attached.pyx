@@ -30,6 +30,7 @@ from broker.layout cimport (
 )
 from broker.wire cimport MESSAGE_HEADER_BYTES, PUBLISHED_NS_AT, REQUEST_HEADER_BYTES, message_check, message_stride
 from client.batch cimport Batch, Delivery, Packer
+from client.pages cimport Pages
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_wall_ns, cxl_yield
 
@@ -191,7 +192,7 @@ cdef class AttachedCore:
     cdef Batch spare                    # for a next one
     cdef object outcomes                # settled batches whose waiters are not told yet
     cdef uint64_t telling               # the thread that tells them, 0 none
-    cdef uint8_t* present               # segments whose pages this process has mapped
+    cdef readonly Pages pages
     cdef int64_t* latencies
     cdef uint64_t latency_count
 
@@ -218,9 +219,7 @@ cdef class AttachedCore:
         self.window_bytes = window_bytes
         self.message_bytes_max = overflow.message_bytes_max
         self.level = level
-        self.present = <uint8_t*>calloc(layout.g.segment_count, 1)
-        if self.present == NULL:
-            raise MemoryError
+        self.pages = Pages(memory, layout)
 
     def __dealloc__(self):
         cdef int i
@@ -232,7 +231,6 @@ cdef class AttachedCore:
         free(self.channels)
         free(self.sent)
         free(self.latencies)
-        free(self.present)
 
     def begin_session(self, uint64_t epoch) -> None:
         """Go on with a new session, without channels as yet. Nothing may be open or in flight."""
@@ -308,19 +306,7 @@ cdef class AttachedCore:
             if channel.wanted and channel.lease_bytes >= channel.wanted:
                 channel.wanted = 0
                 self.tell(channel)
-            self.make_present(channel.lease_offset, channel.lease_bytes)
-
-    cdef void make_present(self, uint64_t offset, uint64_t nbytes) noexcept nogil:
-        """Map a lease's pages in one call the first time we see them: a fault each would cost several copies."""
-        cdef uint64_t size = self.layout.g.segment_bytes, segment = (offset - self.layout.g.segments) // size
-        cdef uint64_t end = segment + nbytes // size
-        if end > self.layout.g.segment_count:
-            return
-        while segment < end:
-            if not self.present[segment]:
-                self.memory.touch(self.layout.segment(segment), size)
-                self.present[segment] = 1
-            segment += 1
+            self.pages.need(channel.lease_offset, channel.lease_bytes)
 
     cdef void retire(self, Channel* channel) noexcept nogil:
         """Give up leases, oldest first, whose batches are all settled."""
@@ -370,6 +356,7 @@ cdef class AttachedCore:
             c = self.wait_for_channel(need)
             if self.is_open:
                 return 0                    # another thread has begun a batch while we waited
+        self.pages.see_to_others()
         channel = &self.channels[c]
         self.at_channel = c
         self.at_offset = channel.lease_offset + channel.lease_used

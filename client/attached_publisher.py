@@ -394,6 +394,8 @@ class AttachedEngine(Engine):
         await super().close()
         # Nothing of ours keeps the region mapped any longer; what was counted stays.
         self.final = self.statistics()
+        if self.core is not None:
+            self.core.pages.end()
         self.core = None
         if self.region is not None:
             self.region.close()

@@ -96,7 +96,7 @@ def limits(which: tuple[str, ...], batch_bytes: int, brokers: int, publishers: i
 @workload_options()
 @click.option("--trials", metavar="N", help="Repeat each run; medians are given beside the runs [1].")
 @click.option("--limits/--no-limits", "limits_too", default=True, help="Measure the machine's limits first [yes].")
-@click.option("--warm-up/--no-warm-up", default=True, help="Go over all segments once before the clock runs [yes].")
+@click.option("--warm-up/--no-warm-up", default=True, help="Go over all segments before the clock runs [yes].")
 @click.option("--name", default="throughput", show_default=True, help="Name of the results' folder.")
 @quiet_option
 @results_option
