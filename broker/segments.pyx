@@ -170,7 +170,7 @@ cdef class SegmentPool:
 
     cdef bint is_low(self) noexcept nogil:
         """Whether so little is free that room should be made before somebody has to wait for it."""
-        cdef uint64_t w, used = 0, words = self.share_words, first = 0, parts = self.search_shares()
+        cdef uint64_t w, used = 0, first = 0, words = self.share_words, parts = self.search_shares()
         cdef uint64_t segments = self.layout.g.segment_count
         if parts == 1:
             first = self.broker * words
@@ -295,8 +295,7 @@ cdef class LeaderPool(SegmentPool):
             self.known = True
         return True
 
-    cdef bint is_low(self) noexcept nogil:
-        return False                    # what it was granted says nothing about the rest
+    cdef bint is_low(self) noexcept nogil: return False     # what was granted says nothing about the rest
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
         cdef uint64_t word = self.word_of(segment) // 8, bit = self.bit_of(segment)
