@@ -34,8 +34,10 @@ def running_nodes(brokers: int, topics: int, **settings: Any) -> Iterator[tuple[
     """All brokers of a cluster in this process, without gRPC, and a feeder whose lanes cover topics and brokers."""
     config = load_config(name=bench_name(), brokers=brokers, **settings)
     with private_region(config) as region:
-        nodes = [BrokerNode(config, broker, region) for broker in range(brokers)]
+        nodes = [BrokerNode(config, broker, region, founder=broker == 0) for broker in range(brokers)]
         try:
+            nodes[0].leadership.tick()
+            assert nodes[0].is_head, "nobody else is there to be it"
             for node in nodes:
                 node.start()
                 node.write_line(BrokerState.BROKER_READY)

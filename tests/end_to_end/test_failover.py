@@ -117,6 +117,12 @@ def test_a_broker_is_killed(point: str, transport: str) -> None:
     run(f"1:{point}:10", transport)
 
 
+@pytest.mark.parametrize("pool", ["leader", "partitioned"])
+@pytest.mark.parametrize("points", ["1:reserved:10", "1:slot-valid:10", "0:entry-written:20", "0:reserved:10"])
+def test_segments_of_a_killed_broker_come_back(points: str, pool: str) -> None:
+    run(points, "grpc", pool=pool)
+
+
 @pytest.mark.parametrize("point", ["epoch-raised", "half-recovered", "recovered"])
 def test_recovery_is_killed_and_the_next_one_begins_anew(point: str) -> None:
     # Broker 1 is next in turn, and dies in its takeover; broker 2, or one that came back, takes over then.
