@@ -18,7 +18,7 @@ from typing import Any
 from broker.errors import CxlmqError
 from broker.layout import RECORDS, Layout
 from broker.records import record_bytes
-from sim.cxl.checker import ClassFlag, Kind
+from sim.cxl.checker import AGENTS_MAX, ClassFlag, Kind
 from sim.cxl.memory import Role
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +82,23 @@ _COUNTS = {"broker": "broker_count", "replica": "broker_count", "topic": "topic_
            "index": "order_entry_count", "session": "session_count_max", "cursor": "cursor_count_max",
            "group": "group_count_max", "attached client": "attach_slot_count", "segment": "segment_count"}
 _FIXED_COUNTS = {"lease": 16, "completion": 64, "descriptor": 64}
+
+# What is not looked at: words that atomics change, counters, and what is judged by the line that announces it.
+UNWATCHED = {
+    "ControlLine": "whoever becomes head", "BankLine": "whoever takes the bank", "LockLine": "who shares it",
+    "DoorbellLine": "whoever rings", "PoolRing": "sequencer (grants), broker (returns)", "BrokerCounters": "broker",
+    "SequencerCounters": "sequencer", "AccessStatistics": "the role that counts",
+}
+
+
+def _writers() -> dict[str, str]:
+    found: dict[str, list[str]] = {}
+    for owned in OWNED:
+        found.setdefault(owned.record, []).extend(owned.roles.split() or ["admin"])
+    return {record: ", ".join(roles) for record, roles in found.items()} | UNWATCHED
+
+
+WRITERS = _writers()                # record -> the roles of one host that store to it, for people
 
 MISSING = {
     Kind.KIND_UNFLUSHED: ("read of data that its writer published and did not flush",
@@ -215,8 +232,9 @@ def _role_names() -> dict[int, str]:
 
 
 def explain(found: list[dict[str, Any]], wasted: list[dict[str, Any]], layout: Layout,
-            prices: tuple[float, float] | None = None) -> dict[str, Any]:
-    """The checker's findings with lines, roles and places named; `prices` are ns of a flush and of a fence."""
+            prices: tuple[float, float] | None = None, unwatched: int = 0) -> dict[str, Any]:
+    """The checker's findings with lines, roles and places named; `prices` are ns of a flush and of a fence, `unwatched`
+    counts the threads that it could not follow."""
     lines = LineMap(layout)
     places = resolve([each[side]["site"] for each in found for side in ("writer", "reader")]
                      + [each["other_site"] for each in found] + [each["site"] for each in wasted])
@@ -240,7 +258,7 @@ def explain(found: list[dict[str, Any]], wasted: list[dict[str, Any]], layout: L
               "ns": None if prices is None else each["flushes"] * prices[0] + each["fences"] * prices[1]}
              for each in wasted]
     table.sort(key=lambda each: -(each["flushes"] + each["fences"]))
-    return {"reports": reports, "redundant": table}
+    return {"reports": reports, "redundant": table, "unwatched_threads": unwatched}
 
 
 def report_text(report: dict[str, Any], redundant_max: int = 12) -> str:
@@ -257,6 +275,9 @@ def report_text(report: dict[str, Any], redundant_max: int = 12) -> str:
             out.append(f"  likely   {each['cause']}")
     count = len(report["reports"])
     out.append(f"coherence: {count} findings" if count else "coherence: nothing found")
+    if report.get("unwatched_threads"):
+        out.append(f"coherence: {report['unwatched_threads']} threads were not watched, the last ones to come: one run "
+                   f"can tell {AGENTS_MAX} apart; take fewer brokers, scanners or attached clients")
     if report["redundant"]:
         out.append("redundant flushes and fences, by place:")
         for each in report["redundant"][:redundant_max]:

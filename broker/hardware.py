@@ -125,7 +125,7 @@ class Hardware:
         if self.checker is not None:
             timing = self.device.timing()
             prices = (timing["flush_ns"], timing["fence_ns"]) if timing["load_ns"] else None
-            save(explain(self.checker.reports(), self.checker.wasted(), self._layout, prices),
+            save(explain(self.checker.reports(), self.checker.wasted(), self._layout, prices, self.checker.unwatched()),
                  report_path(self._name, folder_root))
 
     def door(self, role: int, statistics_offset: int = 0) -> Memory:

@@ -15,6 +15,7 @@ from libc.stdint cimport uint64_t
 from broker.doorbell cimport Doorbell
 from broker.errors import BrokerUnavailable
 from broker.layout cimport CONTROL_BANK_SHIFT, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, CONTROL_SERVING, Layout
+from broker.planted cimport PLANT_ZOMBIE_FOLLOWED, planted
 from sim.cxl.memory cimport Memory
 
 from broker.records import record_bytes, unpack
@@ -60,6 +61,8 @@ cdef class HeadView:
     cdef bint begin(self) noexcept nogil:
         cdef uint64_t control = self.memory.load(self.layout.control()), bank
         if control != self.control:
+            if self.control & CONTROL_SERVING and planted(PLANT_ZOMBIE_FOLLOWED):
+                return True
             bank = control >> CONTROL_BANK_SHIFT & 0xFF
             if bank >= self.layout.g.bank_count:
                 return False
@@ -68,7 +71,7 @@ cdef class HeadView:
         return (control & CONTROL_SERVING) != 0
 
     cdef bint same(self) noexcept nogil:
-        return self.memory.load(self.layout.control()) == self.control
+        return self.memory.load(self.layout.control()) == self.control or planted(PLANT_ZOMBIE_FOLLOWED)
 
     def serving(self) -> bool:
         """Switch to the head that serves; False while there is none."""

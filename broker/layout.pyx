@@ -435,24 +435,6 @@ cdef class Layout:
         return self.directory()
 
 
-# Record -> writer role. The coherence checker and the printed map read it; layout.pxd gives the reasons.
-WRITERS = {
-    "Superblock": "admin, once", "ControlLine": "shared", "BankLine": "shared", "HeadLine": "sequencer",
-    "DirectoryLine": "admin",
-    "ActivityLine": "broker, or sequencer for its own", "BrokerLine": "broker", "BrokerAddress": "broker",
-    "PoolWishLine": "broker", "PoolGrantLine": "sequencer", "PoolRing": "sequencer (grants), broker (returns)",
-    "TopicLine": "admin", "TopicName": "admin", "TopicOrderLine": "sequencer", "TopicReclaimLine": "reclaim",
-    "OffsetBrokerLine": "delegation", "OffsetSequencerLine": "sequencer", "ReplicaLine": "replication",
-    "BatchHeader": "receiver, then delegation of the same broker", "BatchResult": "sequencer",
-    "OrderEntry": "sequencer", "SessionLine": "broker", "SessionProgressLine": "sequencer",
-    "SessionWindowLine": "sequencer",
-    "AttachLine": "receiver", "Lease": "receiver", "AttachClientLine": "client", "Descriptor": "client",
-    "CursorName": "delivery", "ReclaimAnswerLine": "reclaim", "CursorLine": "delivery", "CursorGrantLine": "reclaim", "SegmentLine": "broker", "DoorbellLine": "shared",
-    "GroupLine": "admin", "GroupName": "admin", "GroupHolder": "admin", "LockLine": "shared", "BrokerCounters": "broker", "SequencerCounters": "sequencer",
-    "AccessStatistics": "the role that counts",
-}
-
-
 def _assert_sizes() -> None:
     for size, lines in ((sizeof(Superblock), 8), (sizeof(ControlLine), 1), (sizeof(DirectoryLine), 1),
                         (sizeof(BankLine), 1), (sizeof(HeadLine), 1),

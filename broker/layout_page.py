@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy
 
-from broker.layout import WRITERS, Layout, record_dtypes
+from broker.coherence import WRITERS
+from broker.layout import Layout, record_dtypes
 
 LINE_BYTES = 64
 

@@ -22,6 +22,8 @@ cpdef enum Planted:
     PLANT_ACK_EARLY = 14                # acks: a result is taken for the frontier
     PLANT_DONE_BEFORE_FENCE = 15        # sequencer: the frontier moves over entries that are not fenced
     PLANT_INDEX_OVERRUN = 16            # sequencer: order entries that are not reclaimed are overwritten
+    PLANT_OLD_HEAD_ACKS = 17            # acks: what a replaced head says is taken for an answer
+    PLANT_ZOMBIE_FOLLOWED = 18          # head view: whoever was head first is followed for ever
 
 cdef int planted_bug
 

@@ -16,7 +16,7 @@ from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FE
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
 from broker.placement cimport live_brokers, replicas_of
-from broker.planted cimport PLANT_ACK_EARLY, PLANT_LEVEL_IGNORED, planted
+from broker.planted cimport PLANT_ACK_EARLY, PLANT_LEVEL_IGNORED, PLANT_OLD_HEAD_ACKS, planted
 from broker.stages.stage cimport Stage
 from broker.wire cimport encode_acks
 from sim.cxl.memory cimport Memory
@@ -128,7 +128,7 @@ cdef class AckStage(Stage):
         cdef uint64_t order, status, position, end
         cdef TopicLog* log = &self.log.topics[stream.topic]
         cdef Waiting* waiting
-        cdef bint serving = self.head.begin()
+        cdef bint serving = (planted(PLANT_OLD_HEAD_ACKS) and self.head.control != 0) or self.head.begin()
         order = self.layout.topic_order(stream.topic)
         while stream.taken < head:
             waiting = &stream.waiting[stream.taken % STREAM_BATCHES]
@@ -149,7 +149,7 @@ cdef class AckStage(Stage):
                     self.memory.invalidate(order, 64)
                     if self.memory.load(order + 8) < end and not planted(PLANT_ACK_EARLY):
                         break
-                if not self.head.same():
+                if not self.head.same() and not planted(PLANT_OLD_HEAD_ACKS):
                     break
                 waiting.status = status
                 waiting.position = position

@@ -144,6 +144,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("ack-early", 15, "a result is taken for the committed frontier", switch=Planted.PLANT_ACK_EARLY),
     Mutant("skipped-numbered", 16, "a duplicate takes an order number", switch=Planted.PLANT_SKIPPED_NUMBERED,
            tests=("tests/unit/test_sequencer.py",)),
+    Mutant("old-head-acks", 18, "acks go on reading what a replaced head says", switch=Planted.PLANT_OLD_HEAD_ACKS,
+           needs=STALLS, tests=("tests/unit/test_takeover.py",)),
     Mutant("ring-overrun", 19, "the ring goes round over slots that are in use", switch=Planted.PLANT_RING_OVERRUN,
            tests=("tests/unit/test_sequencer.py", "tests/unit/test_delegation.py")),
     Mutant("index-overrun", 19, "order entries that are not reclaimed are overwritten",
@@ -168,16 +170,16 @@ MUTANTS: tuple[Mutant, ...] = (
            tests=("tests/unit/test_sequencer.py",)),
     Mutant("duplicate-twice", 28, "a batch that is in the log is ordered again", switch=Planted.PLANT_DUPLICATE_TWICE,
            tests=("tests/unit/test_sequencer.py",)),
+    Mutant("zombie-followed", 29, "whoever was head first is followed, also when it was replaced and goes on",
+           switch=Planted.PLANT_ZOMBIE_FOLLOWED, needs=STALLS, tests=("tests/unit/test_takeover.py",)),
 )
 
 # Classes that have no mutant here: why.
 RULED_OUT: dict[int, str] = {
     17: "no stage has a time-out: an ack follows frontiers and nothing else",
-    18: "an ack carries the epoch of the head that serves; what a replaced head says is in tests of the takeover",
     22: "there is no export path: readers follow the order index, and nothing but the sequencer reads the rings",
     26: "no descriptors here; tests/end_to_end/test_library_faults.py counts them over reconnects",
     27: "no connections here; a full ring is pushed back, which tests/end_to_end/test_bad_input.py sees over gRPC",
-    29: "a replaced head writes into a bank of its own that nobody reads; in the simulation hosts stall and go on",
     30: "the simulation measures nothing; the benchmarks leave the warm-up out and say how long it was",
 }
 

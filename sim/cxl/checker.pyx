@@ -60,6 +60,9 @@ cdef inline void unlock(uint64_t* word) noexcept nogil:
     cxl_store_release(word, 0)
 
 
+AGENTS_MAX = AGENTS - 2             # threads of all processes that one run can tell apart
+
+
 cdef uint64_t sum_of(const uint8_t* line) noexcept nogil:
     cdef const uint64_t* words = <const uint64_t*>line
     cdef uint64_t total = CXL_TRACE_PRIME
@@ -514,6 +517,10 @@ cdef class Checker(LineObserver):
                 "other_offset": each.other_offset, "other_site": self.site_text(each.other_site),
                 "wall_ns": each.wall_ns})
         return out
+
+    def unwatched(self) -> int:
+        """Threads of all processes that came when AGENTS_MAX were there: what they do is not checked."""
+        return max(0, <int>cxl_load_acquire(&self.shared.agents) - AGENTS + 1)
 
     def wasted(self) -> list[dict]:
         """Flushes and fences that did nothing, by place."""

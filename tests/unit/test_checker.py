@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import pytest
 
-from sim.cxl.checker import Checker, ClassFlag, Kind
+from broker.coherence import explain, report_text
+from broker.layout import Layout
+from sim.cxl.checker import AGENTS_MAX, Checker, ClassFlag, Kind
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, MemoryFault, Role
 from sim.cxl.noncoherent import NonCoherentMemory
@@ -262,3 +264,19 @@ def test_flushes_and_fences_in_vain_are_counted_by_place() -> None:
     wasted = bench.checker.wasted()
     assert [(each["flushes"], each["fences"]) for each in wasted] == [(1, 0), (0, 1)]
     assert all("test_checker.py" in each["site"] for each in wasted)
+
+
+def test_threads_that_it_cannot_tell_apart_are_said_to_be_unwatched() -> None:
+    bench = Bench()
+    correct(bench)
+    assert bench.checker.unwatched() == 0
+    for agent in range(1, AGENTS_MAX + 10):
+        bench.reader.agent = agent
+        bench.reader.load_word(DATA)
+    # The writer's thread and the reader's first one came before.
+    assert bench.checker.unwatched() == AGENTS_MAX + 9 + 2 - AGENTS_MAX
+    text = report_text(explain([], [], Layout.compute(broker_count=1, topic_count_max=1, ring_slot_count=16, order_entry_count=16, session_count_max=1,
+                                                      cursor_count_max=1, attach_slot_count=0, segment_bytes=4096,
+                                                      message_bytes_max=4096, batch_bytes_max=8192,
+                                                      region_bytes=1 << 20, pool_strategy="atomic"), unwatched=bench.checker.unwatched()))
+    assert "11 threads were not watched" in text

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker.coherence import WRITERS
 from broker.layout import (
     LAYOUT_MAGIC,
     POOL_STRATEGIES,
     RECORDS,
-    WRITERS,
     Layout,
     LayoutError,
     record_dtypes,
