@@ -73,13 +73,13 @@ def _parts(values: dict[str, Any]) -> list[Any]:
 
 def _frontiers(topic: dict[str, Any]) -> Any:
     """Invariant: reclaimed <= committed <= ordered <= delegated, in one line a broker."""
-    rows = [(each["broker"], each["delegated"], each["scanned"], each["resolved"], each["reclaimed"], each["written"],
+    rows = [(each["broker"], each["delegated"], each["scanned"], each["reclaimed"], each["written"],
              each["ordered"], " ".join(f"{replica['replica']}:{replica['replicated_position']}"
                                        for replica in each["replicas"]) or "-") for each in topic["brokers"]]
     title = (f"topic {topic['name']!r} (number {topic['topic']}, generation {topic['generation']}, {topic['state']}): "
              f"positions {topic['reclaimed_position']} to {topic['committed_position']}, held back by "
              f"{topic['holder']}")
-    return common.make_table(title, (">broker", ">delegated", ">scanned", ">resolved", ">freed", ">written",
+    return common.make_table(title, (">broker", ">delegated", ">scanned", ">freed", ">written",
                                      ">ordered", "replicas"), rows)
 
 
