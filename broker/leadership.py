@@ -7,6 +7,7 @@ One thread, `tick` after `tick`. The stages run in the pipelines of the broker, 
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -83,6 +84,7 @@ class Leadership:
         bank = claim_bank(self._memory, self._layout, control, self._owner, self._is_gone)
         if bank is None:
             return                          # all are held by heads that stopped and may wake up: look again
+        began = time.monotonic()
         takeover = self._new_takeover()
         if takeover.begin(control, bank):
             while not takeover.done and not takeover.lost:
@@ -94,8 +96,8 @@ class Leadership:
         self.term.stages = self._sit_down(takeover)
         for seat, stage in zip(self._seats, self.term.stages, strict=True):
             seat.take(stage, self.term.control)
-        _log.warning("head from epoch %d on; %d entries of the last one were adopted", takeover.order.epoch,
-                     takeover.adopted)
+        _log.warning("head from epoch %d on, after %.0f ms; %d entries of the last one were adopted",
+                     takeover.order.epoch, 1000 * (time.monotonic() - began), takeover.adopted)
 
     # ---- its thread -------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -459,6 +460,7 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     parser.add_argument("--recover", action="store_true", help="rebuild from the replicas in data_directory")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
     try:
         run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join)
     except CxlmqError as error:

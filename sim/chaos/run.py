@@ -31,7 +31,7 @@ from client.admin import Admin
 from client.cluster import Cluster
 from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.disk import FaultyDisk
-from sim.chaos.faults import Fault, Injector
+from sim.chaos.faults import WEIGHTS, Fault, Injector
 from sim.chaos.garbage import send_garbage
 from sim.chaos.pauses import Watchman
 from sim.chaos.trail import Kind, read_trail
@@ -65,6 +65,7 @@ class Settings:
     mean_pause: float = 1.5             # between faults
     rate: float = 150.0                 # messages/s of each publisher
     region_bytes: int = 512 << 20
+    damage: bool = False                # flip bits of the region as well
 
     def cluster_config(self) -> ClusterConfig:
         """The cluster under test; its name leaves others alone."""
@@ -176,13 +177,13 @@ class ChaosRun:
         self._clients.append(client)
         return client
 
-    def _start_publisher(self, topic: str) -> None:
+    def _start_publisher(self, topic: str, disturbed: bool = True) -> None:
         number, self._next_client = self._next_client, self._next_client + 1
         trail = self._settings.folder / f"{topic}-publisher-{number}"
         options = TOPICS.get(topic, TOPICS["fast"])
         if topic in TOPICS:
             self._trails[topic].publishers.append(trail)
-        self._start("publish", topic, trail, topic in TOPICS, client=number, ack=options["ack"],
+        self._start("publish", topic, trail, disturbed, client=number, ack=options["ack"],
                     rate=self._settings.rate, transport=self._chance.choice(("grpc", "auto")),
                     body_bytes_max=BODY_BYTES_MAX, delivery_timeout=DELIVERY_SECONDS)
 
@@ -202,7 +203,7 @@ class ChaosRun:
         for client in [each for each in self._clients if each.process.poll() is not None]:
             self._clients.remove(client)
             if client.what == "publish":
-                self._start_publisher(client.topic)
+                self._start_publisher(client.topic, client.disturbed)
             else:
                 self._start_reader(client.topic, client.trail, client.disturbed)
 
@@ -240,7 +241,9 @@ class ChaosRun:
                 trail = self._settings.folder / f"{topic}-group"
                 self._trails[topic].groups.append(trail)
                 self._start_reader(topic, trail)
-            self._start_publisher(DAMAGED)
+            # One publisher is left alone: when nothing is acknowledged, it is the brokers' silence.
+            self._start_publisher("fast", disturbed=False)
+            self._start_publisher(DAMAGED, disturbed=False)
             self._start_reader(DAMAGED, self._damaged, disturbed=False)
             self._disturb(outcome)
             wrong = self._finish(outcome)
@@ -275,7 +278,8 @@ class ChaosRun:
 
     def _disturb(self, outcome: Outcome) -> None:
         settings = self._settings
-        injector = Injector(self, settings.seed)
+        weights = {kind: weight for kind, weight in WEIGHTS.items() if settings.damage or kind != "damage"}
+        injector = Injector(self, settings.seed, weights)
         publishers = len(TOPICS) * PUBLISHERS
         _wait(lambda: len(self.publishers()) == publishers and bool(acks_of(self._trails.values()).size), START_SECONDS)
         outcome.begun_ns = time.monotonic_ns()
