@@ -21,7 +21,6 @@ from client.cli.common import (
 )
 from sim.cluster.devices import find_device
 from sim.cluster.diagram import describe, explain
-from sim.cluster.hardware import HARDWARE
 from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
 from sim.cluster.plan_report import show_plan
 from sim.cluster.run import Verdict, hunt, run_scenario, run_seeds
@@ -57,7 +56,7 @@ def _faults(text: str) -> frozenset[str]:
               help="Steps of stages with traffic and faults; draining comes after them.")
 @click.option("--faults", default="all", show_default=True, metavar="KIND,...",
               help="What may go wrong: crash, evict, stall, torn, net; or all, none.")
-@click.option("--memory", type=click.Choice(sorted(HARDWARE)), default=sorted(HARDWARE)[-1], show_default=True,
+@click.option("--memory", type=click.Choice(["mapped", "noncoherent"]), default="noncoherent", show_default=True,
               help="Whether hosts have caches of their own that are not coherent.")
 @click.option("--mutant", metavar="NAME", help="Plant this bug; --mutants lists them.")
 @click.option("--mutants", is_flag=True, help="Plant every bug in turn, and say which seed sees it.")

@@ -4,7 +4,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Any, Protocol
 
+from broker.coherence import LineMap
 from broker.layout import Layout
+from sim.cxl.checker import Checker, ClassFlag
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, Memory, Role
 from sim.cxl.noncoherent import NonCoherentMemory
@@ -15,6 +17,7 @@ POLICIES = {"lost": "never", "kept": "immediate", "random": "random", "inversion
 EVICTION_PERIODS = (0, 20, 100, 1000)        # accesses of a host between two spontaneous events, on average
 # What a new region does not wipe: it is wiped later, or never read before it is written.
 FOUND_AS_IT_WAS = ("batch-header rings", "results", "order indexes", "segments")
+LINE_BYTES, ANY_ROLE = 64, 0xFFFF
 COHERENT = ("coherent area", "statistics")  # sections; counters are an instrument and no part of the memory
 
 
@@ -22,6 +25,7 @@ class Hardware(Protocol):
     """Hosts over one region. `truth` sees what would survive if every host lost power now."""
 
     truth: Memory
+    checker: Any                        # where memory is checked
 
     def door(self, host: int, role: int) -> Memory:
         """A host's door for one role, through its cache if it has one."""
@@ -37,6 +41,7 @@ class MappedHardware:
     """Coherent hosts: every store is there at once, nothing is lost with a host."""
 
     def __init__(self, layout: Layout, hosts: int, random: Random, evict: bool) -> None:
+        self.checker: Any = None
         self.mapping: Any = private_mapping(layout.numbers["region_bytes"])
         self.truth: Memory = MappedMemory(self.mapping, int(Role.ROLE_ADMIN))
 
@@ -54,7 +59,7 @@ class MappedHardware:
 class NonCoherentHardware(MappedHardware):
     """Hosts with private write-back caches over one device. Memory that nobody has written is full of garbage."""
 
-    def __init__(self, layout: Layout, hosts: int, random: Random, evict: bool) -> None:
+    def __init__(self, layout: Layout, hosts: int, random: Random, evict: bool, checked: bool = False) -> None:
         super().__init__(layout, hosts, random, evict)
         self._random = random
         self.device = Device(self.mapping, coherent=[(at, count) for name, at, count in layout.sections
@@ -64,7 +69,9 @@ class NonCoherentHardware(MappedHardware):
                 self.device.fill_garbage(random.getrandbits(62), at,
                                          count or layout.numbers["region_bytes"] - at)
         period = random.choice(EVICTION_PERIODS) if evict else 0
-        self.caches = [HostCache(self.device, f"host {host}", random.getrandbits(62), period) for host in range(hosts)]
+        self.checker = Checker(self.device, *_classes(layout)) if checked else None
+        self.caches = [HostCache(self.device, f"host {host}", random.getrandbits(62), period, observer=self.checker,
+                                 number=host) for host in range(hosts)]
 
     def door(self, host: int, role: int) -> Memory:
         """A door through the host's cache. Each role has a thread of its own: a fence is for its own flushes."""
@@ -81,6 +88,21 @@ class NonCoherentHardware(MappedHardware):
         self.caches[host].restart()
 
 
+def _classes(layout: Layout) -> tuple[bytearray, list[tuple[str, int, int]]]:
+    """What the checker knows of every line. Payload is lines here, too: read because a header or an entry said so."""
+    lines, table = LineMap(layout).classes()
+    numbers = layout.numbers
+    lines += bytes([len(table)]) * ((numbers["region_bytes"] - numbers["segments"]) // LINE_BYTES)
+    return lines, [*table, ("payload", ANY_ROLE, int(ClassFlag.CLASS_REACHED))]
+
+
+class CheckedHardware(NonCoherentHardware):
+    """The same under the coherence checker: what it finds is there at the end."""
+
+    def __init__(self, layout: Layout, hosts: int, random: Random, evict: bool) -> None:
+        super().__init__(layout, hosts, random, evict, checked=True)
+
+
 HARDWARE: dict[str, Callable[[Layout, int, Random, bool], MappedHardware]] = {
-    "mapped": MappedHardware, "noncoherent": NonCoherentHardware,
+    "mapped": MappedHardware, "noncoherent": NonCoherentHardware, "checked": CheckedHardware,
 }

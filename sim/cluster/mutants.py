@@ -79,6 +79,7 @@ class Mutant:
     switch: int = 0
     needs: frozenset[str] | None = None     # kinds of faults under which it shows soonest; None: all
     tests: tuple[str, ...] = ()             # those that fail as well when the switch is on
+    checker: bool = False                   # whether the coherence checker names it, too
     shape: tuple[tuple[str, int], ...] = ()         # numbers of the run under which it shows soonest
 
 
@@ -100,21 +101,21 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("wrong-line-flushed", 1, "the sequencer flushes the line behind an order entry",
            Astray(Role.ROLE_SEQUENCER, MOVE, FLUSH, section("order indexes")), needs=CALM),
     Mutant("topic-not-flushed", 2, "the line of a new topic is never flushed",
-           Astray(Role.ROLE_ADMIN, DROP, FLUSH, topic_line("topic")), needs=CALM),
+           Astray(Role.ROLE_ADMIN, DROP, FLUSH, topic_line("topic")), needs=CALM, checker=True),
     Mutant("offsets-not-flushed", 3, "a broker does not flush the line that says it serves a topic",
-           Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM),
+           Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM, checker=True),
     Mutant("seldom-invalidated", 4, "the sequencer invalidates a batch header one time in eight",
-           Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings"))),
+           Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings")), checker=True),
     Mutant("frontier-stale", 4, "a reader looks at the committed frontier in its own cache",
            Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, topic_line("topic_order")), needs=CALM),
     Mutant("header-prefetched", 5, "the sequencer takes a batch header that was prefetched before it was written",
-           Astray(Role.ROLE_SEQUENCER, DROP, INVALIDATE, section("batch-header rings"))),
+           Astray(Role.ROLE_SEQUENCER, DROP, INVALIDATE, section("batch-header rings")), checker=True),
     Mutant("entry-prefetched", 5, "a reader takes an order entry that was prefetched before it was written",
-           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("order indexes"))),
+           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("order indexes")), checker=True),
     Mutant("header-not-flushed", 6, "delegation does not flush headers",
            Astray(Role.ROLE_DELEGATION, DROP, FLUSH, section("batch-header rings"))),
     Mutant("result-not-flushed", 6, "the sequencer does not flush results",
-           Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("results")), needs=CALM),
+           Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("results")), needs=CALM, checker=True),
     Mutant("entry-not-flushed", 6, "the sequencer does not flush order entries",
            Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("order indexes"))),
     Mutant("header-fence-weak", 7, "no fence between headers and the frontier that covers them",
@@ -124,17 +125,18 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("done-before-fence", 7, "entries count as done before they are fenced",
            switch=Planted.PLANT_DONE_BEFORE_FENCE),
     Mutant("payload-half-invalidated", 8, "a reader forgets the first line of a payload alone",
-           Astray(Role.ROLE_DELIVERY, HALF, INVALIDATE, section("segments"))),
+           Astray(Role.ROLE_DELIVERY, HALF, INVALIDATE, section("segments")), checker=True),
     Mutant("name-torn", 8, "a topic's name of two lines is read with one of them stale",
            Astray(Role.ROLE_ADMIN, HALF, INVALIDATE, topic_line("topic_name", 128))),
     Mutant("payload-stale", 9, "a reader takes a payload from its cache",
-           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("segments"))),
+           Astray(Role.ROLE_DELIVERY, DROP, INVALIDATE, section("segments")), checker=True),
     Mutant("leftovers-kept", 10, "a topic begins with the lines of the one that was there before",
            Astray(Role.ROLE_ADMIN, DROP, COPY_IN, topic_line("topic_order", WHOLE))),
     Mutant("two-writers", 11, "the sequencer writes into a broker's line",
-           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _epoch_of_frontier, _to_broker_line)),
+           Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _epoch_of_frontier, _to_broker_line), checker=True),
     Mutant("dirty-invalidated", 12, "a broker writes into the reclaimer's line before it invalidates it",
-           Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line)),
+           Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line),
+           checker=True),
     Mutant("tail-unflushed", 13, "delegation waits for a full group", switch=Planted.PLANT_TAIL_UNFLUSHED,
            tests=("tests/unit/test_delegation.py", "tests/unit/test_acks.py", "tests/unit/test_sequencer.py")),
     Mutant("ordered-overwritten", 14, "a broker's ordered count is set, not advanced",
@@ -212,13 +214,15 @@ def planted_bugs_markdown() -> str:
              "them all and says which invariant sees each, and within how many seeds; tests/simulation/test_mutants.py",
              "fails when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of",
              "the door leaves out or misdirects one operation of one role; a switch makes one mistake in a stage",
-             "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.", "",
-             "| class | planted bug | what is wrong | where | seen by the simulation | tests that see it too |",
-             "|---|---|---|---|---|---|"]
+             "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.",
+             "The checker's column says whether `memory=checked` names it within a dozen seeds without crashes.", "",
+             "| class | planted bug | what is wrong | where | simulation | checker | tests that see it too |",
+             "|---|---|---|---|---|---|---|"]
     for mutant in MUTANTS:
         where = f"door of {mutant.door.role.name[5:].lower()}" if mutant.door else "switch"
         tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"
-        lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | yes | {tests} |")
+        lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | yes | "
+                     f"{'yes' if mutant.checker else '-'} | {tests} |")
     lines += ["", "## Classes without a planted bug here", "", "| class | why |", "|---|---|"]
     lines += [f"| {number} | {why} |" for number, why in sorted(RULED_OUT.items())]
     return "\n".join(lines) + "\n"

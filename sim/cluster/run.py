@@ -7,6 +7,7 @@ from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
 
+from broker.coherence import explain
 from sim.cluster.history import Violation
 from sim.cluster.mutants import BY_NAME, Mutant, planter, switch_on
 from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
@@ -76,6 +77,13 @@ def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]
         return
     with get_context("fork").Pool(processes) as pool:
         yield from pool.imap(_run_seed, jobs, chunksize=4)
+
+
+def run_checked(scenario: Scenario) -> list[dict[str, Any]]:
+    """Run a scenario under the coherence checker; what that found, explained."""
+    _, world = run_world(scenario.smaller(memory="checked"))
+    world.hardware.checker.find_stranded(0)
+    return list(explain(world.hardware.checker.reports(), [], world.layout)["reports"])
 
 
 HUNT_SEEDS, HUNT_STEPS = 200, 6_000

@@ -74,8 +74,8 @@ class Succession:
         world, scenario, bank = self.world, self.world.scenario, self._bank(host)
         if bank is None:
             return
-        takeover = Takeover(host.door(Role.ROLE_SEQUENCER), world.layout, world.clock, host.number,
-                            LOCK_MODES[scenario.lock], scenario.scanners)
+        takeover = Takeover(host.door(Role.ROLE_ADMIN), world.layout, world.clock, host.number,
+                            LOCK_MODES[scenario.lock], scenario.scanners, order_memory=host.door(Role.ROLE_SEQUENCER))
         world.note(f"host {host.number}", f"takes over, bank {bank}")
         if takeover.begin(self.control, bank) and not host.control.dead:
             self.takeover, self.candidate = takeover, host.number

@@ -7,7 +7,7 @@ import pytest
 from broker.planted import Planted, planted_now
 from sim.cluster.diagram import explain
 from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
-from sim.cluster.run import hunt, run_scenario
+from sim.cluster.run import hunt, run_checked, run_scenario
 from sim.cluster.scenario import draw
 from sim.cluster.shrink import shrink
 
@@ -20,6 +20,21 @@ def test_the_simulation_sees_it(name: str) -> None:
     found = hunt(BY_NAME[name], seeds=100)
     assert found is not None, f"{name}: {BY_NAME[name].what}"
     assert found.verdict == "violation", found.text
+
+
+CALM = frozenset({"net"})
+
+
+@pytest.mark.parametrize("name", [mutant.name for mutant in MUTANTS if mutant.checker])
+def test_the_checker_names_it(name: str) -> None:
+    mutant = BY_NAME[name]
+    assert any(run_checked(draw(seed, steps=6_000, kinds=CALM, mutant=name).smaller(**dict(mutant.shape)))
+               for seed in range(12)), f"{name}: {mutant.what}"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_checker_finds_nothing_in_the_product(seed: int) -> None:
+    assert run_checked(draw(seed, steps=6_000, kinds=CALM | {"stall", "evict"})) == []
 
 
 def test_every_class_is_planted_or_ruled_out() -> None:
