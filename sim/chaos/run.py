@@ -284,7 +284,8 @@ class ChaosRun:
         _wait(lambda: len(self.publishers()) == publishers and bool(acks_of(self._trails.values()).size), START_SECONDS)
         outcome.begun_ns = time.monotonic_ns()
         until, due, told = time.monotonic() + settings.seconds, time.monotonic(), 0.0
-        while (time.monotonic() < until or injector.owes) and (settings.kills is None or injector.kills() < settings.kills):
+        while (time.monotonic() < until or injector.owes) and (
+                settings.kills is None or injector.kills() < settings.kills):
             injector.let_go()
             self._note_epoch()
             self._replace_ended()
