@@ -10,11 +10,11 @@ from typing import Protocol
 
 from broker.head import epoch_of, head_of
 from broker.layout import BrokerState, ControlBits, Layout
-from broker.records import unpack
 from sim.cxl.clock import Clock
 from sim.cxl.memory import Memory
 
-STATE, PID, START_TIME, HEARTBEAT, INCARNATION = 0, 8, 16, 24, 56
+STATE, PID, START_TIME, HEARTBEAT, INCARNATION = 0, 8, 16, 24, 56     # places in BrokerLine
+SILENT_SHARE = 8                    # of the lease: so long no heartbeat, and its process is looked for
 
 
 class Membership(Protocol):
@@ -57,7 +57,7 @@ class RegionMembership:
                  is_dead: Callable[[int], bool], founder: bool = False) -> None:
         self._memory, self._layout, self._clock, self._broker = memory, layout, clock, broker
         self._lease_ns, self._is_dead, self._founder = lease_ns, is_dead, founder
-        self._count = layout.numbers["broker_count"]
+        self._lines = [layout.offset_of("broker", each) for each in range(layout.numbers["broker_count"])]
         self._seen: dict[int, _Seen] = {}
         self._absent: tuple[int, int] | None = None     # control word without a head, and since when
         self.served = 0                                 # the control word under which we are head
@@ -66,26 +66,27 @@ class RegionMembership:
         """Change our heartbeat, and look at those of the others."""
         store_heartbeat(self._memory, self._layout, self._broker, self._clock)
         now = self._clock.now()
-        for broker in range(self._count):
-            line = self._line(broker)
-            seen = self._seen.get(broker)
-            if seen is None or seen.value != line["heartbeat_ns"]:
-                self._seen[broker] = _Seen(line["heartbeat_ns"], now)
+        for broker in range(len(self._lines)):
+            value, seen = self._word(broker, HEARTBEAT), self._seen.get(broker)
+            if seen is None or seen.value != value:
+                self._seen[broker] = _Seen(value, now)
 
-    def _line(self, broker: int) -> dict[str, int]:
-        at = self._layout.offset_of("broker", broker)
-        self._memory.invalidate_range(at, 64)
-        return unpack("BrokerLine", self._memory.read_line_bytes(at))
+    def _word(self, broker: int, place: int) -> int:
+        self._memory.invalidate_range(self._lines[broker], 64)
+        return self._memory.load_word(self._lines[broker] + place)
 
     def present(self, broker: int) -> bool:
         """Whether a broker runs, as far as its heartbeat and its process tell."""
         if broker == self._broker:
             return True
-        if self._line(broker)["state"] not in (BrokerState.BROKER_STARTING, BrokerState.BROKER_READY) or (
-                self._is_dead(broker)):
+        if self._word(broker, STATE) not in (BrokerState.BROKER_STARTING, BrokerState.BROKER_READY):
             return False
         seen = self._seen.get(broker)
-        return seen is None or self._clock.now() - seen.since_ns < self._lease_ns
+        silent_ns = self._lease_ns if seen is None else self._clock.now() - seen.since_ns
+        # Whoever beats is alive. To ask for its process costs more than all the rest of a look.
+        if silent_ns >= self._lease_ns // SILENT_SHARE and self._is_dead(broker):
+            return False
+        return seen is None or silent_ns < self._lease_ns
 
     def wanted(self) -> int | None:
         """See `Membership`. The lowest present broker goes first, the others a lease later each."""
@@ -107,7 +108,7 @@ class RegionMembership:
             return not self._founder        # who made the region begins
         head, bank = head_of(control), control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF
         owner = self._memory.load_word(self._layout.offset_of("bank_owner", bank))
-        if head == self._broker or self._line(head)["incarnation"] != owner >> 8:
+        if head == self._broker or self._word(head, INCARNATION) != owner >> 8:
             return False                    # an earlier process of that broker
         return self.present(head)
 

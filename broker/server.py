@@ -58,7 +58,7 @@ CLOSE_SECONDS = 5.0
 RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
-LOOK_SECONDS = 0.2
+LOOK_SECONDS = 0.4
 RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
