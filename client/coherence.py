@@ -1,10 +1,39 @@
-"""After a cluster on checked memory has stopped: its checker's report is shown, and mistakes are an error."""
+"""What a cluster on memory without coherence has to say: what its profile assumes, and what its checker found."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from broker.coherence import CoherenceBroken, load, report_text
 from broker.hardware import report_path
+from sim.cxl.host import Device
+from sim.cxl.profiles import load_profile
+
+DELAYS = ("load_ns", "peer_load_ns", "flush_ns", "fence_ns")
+
+
+def profile_report(profile: str) -> dict[str, Any] | None:
+    """Of a profile: its parameters, which of them are assumed, and what its delays take here, in ns; None without one.
+
+    Delays are waited for by the clock, less what waiting for nothing takes; shorter ones take longer than they should.
+    """
+    if not profile:
+        return None
+    found = load_profile(profile)
+    wanted = {name: round(getattr(found, name)) for name in DELAYS if getattr(found, name) > 0}
+    least = round(Device.delay_accuracy(0))
+    takes = {name: {"wanted_ns": each, "takes_ns": Device.delay_accuracy(max(0, each - least))}
+             for name, each in wanted.items()}
+    return {**found.as_dict(), "label": found.label(), "delays": takes}
+
+
+def profile_text(report: dict[str, Any] | None) -> str | None:
+    """One line for people."""
+    if report is None:
+        return None
+    delays = ", ".join(f"{name.removesuffix('_ns')} {each['wanted_ns']} takes {each['takes_ns']:.0f}"
+                       for name, each in report["delays"].items())
+    return f"{report['label']}; ns here: {delays}"
 
 
 def tell_coherence(name: str, folder_root: Path, tell: Callable[[str], None]) -> None:

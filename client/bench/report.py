@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 
 from client.cli.common import make_table
+from client.coherence import profile_text
 from sim.cxl.memory import processor_features
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,8 @@ _ROWS: tuple[tuple[str, Any], ...] = (
     ("brokers / publishers", lambda run: f"{run['brokers']} / {run['publishers']}"),
     ("message / batch bytes", lambda run: f"{run['message_bytes']:,} / {run['batch_bytes']:,}"),
     ("order / ack / replication", lambda run: f"{run['order']} / {run['ack']} / {run['replication_factor']}"),
+    ("memory", lambda run: run.get("memory")),
+    ("  profile", lambda run: profile_text(run.get("profile_costs"))),
     ("published", lambda run: f"{run['total_bytes']:,} bytes in {run['rounds']} rounds, {run['seconds']:.2f} s"),
     ("GB/s", lambda run: _number(run["gigabytes_per_second"], 3)),
     ("  of bare gRPC", lambda run: _ratio_text(run, "grpc_tcp_gigabytes_per_second" if run["network"] == "tcp"

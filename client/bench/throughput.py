@@ -32,7 +32,7 @@ from client.bench.limit import measure_limits
 from client.bench.pattern import Difference, Verifier
 from client.bench.workload import TOPIC, Workload
 from client.cluster import Cluster
-from client.coherence import tell_coherence
+from client.coherence import profile_report, tell_coherence
 from client.subscriber import Subscriber
 
 WARM_UP_SHARE = 0.05
@@ -334,6 +334,7 @@ class Run:
         verified = self._difference is None and measured.verified_bytes == total_bytes
         return {
             "transport": self._transport, **_settings(workload), "network": "tcp" if self._bootstrap else "unix",
+            "profile_costs": profile_report(workload.profile),
             "batch_bytes": workload.batch_bytes or round(total_bytes / max(1, measured.batches)),
             "batch_bytes_mean": total_bytes / max(1, measured.batches),
             "messages": measured.messages, "batches": measured.batches, "total_bytes": total_bytes,

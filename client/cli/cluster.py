@@ -59,6 +59,7 @@ def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
     if detach:
         from client.cluster import start_detached
 
+        _tell_profile(config)
         values = start_detached(config, exact_name, recover)
         for note in values["notes"]:
             say(f"note: {note}")
@@ -72,6 +73,7 @@ def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> No
     from client.coherence import tell_coherence
 
     stopped = False
+    _tell_profile(config)
     running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover)
     with interrupted_by_signals():
         with running:
@@ -84,6 +86,13 @@ def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> No
         tell_coherence(running.name, running.config.folder.parent, say)
         if not stopped:
             raise CxlmqError("every broker has ended: see the notes above, and `cxlmq cluster up` to start again")
+
+
+def _tell_profile(config: Any) -> None:
+    from client.coherence import profile_report, profile_text
+
+    if config.profile:
+        say(f"profile: {profile_text(profile_report(config.profile))}")
 
 
 def _print_cluster(values: dict[str, Any], detached: bool) -> None:

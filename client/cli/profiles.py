@@ -21,7 +21,7 @@ def profiles(profile: str | None) -> None:
       cxlmq profiles cxl-direct+link-x8+switch
       cxlmq profiles cxl-switch-xconn,fence_ns=400 --json
     """
-    from sim.cxl.host import Device
+    from client.coherence import profile_report, profile_text
     from sim.cxl.profiles import PARAMETERS, ProfileError, load_profile, profile_names
 
     try:
@@ -37,6 +37,4 @@ def profiles(profile: str | None) -> None:
     if profile:
         for source in found[0].sources:
             click.echo(f"source: {source}")
-        for name in ("load_ns", "fence_ns"):
-            wanted = round(getattr(found[0], name))
-            click.echo(f"a delay of {wanted} ns ({name}) takes {Device.delay_accuracy(wanted):.0f} ns on this machine")
+        click.echo(profile_text(profile_report(profile)))

@@ -2,6 +2,7 @@
 
 import pytest
 
+from client.coherence import profile_report, profile_text
 from sim.cxl.profiles import PARAMETERS, ProfileError, load_profile, profile_names
 
 
@@ -32,3 +33,16 @@ def test_given_parameters_are_not_assumed() -> None:
 def test_what_is_no_profile_is_refused(text: str) -> None:
     with pytest.raises(ProfileError):
         load_profile(text)
+
+
+def test_a_report_says_what_is_assumed_and_what_delays_take_here() -> None:
+    report = profile_report("cxl-direct")
+    assert report is not None
+    assert "fence_ns" in report["assumed"]
+    assert {"load_ns", "peer_load_ns", "flush_ns", "fence_ns"} == report["delays"].keys()
+    assert all(each["takes_ns"] > 0 for each in report["delays"].values())
+    text = profile_text(report) or ""
+    assert "assumed: " in text
+    assert "load 300 takes" in text
+    assert profile_report("") is None
+    assert profile_text(None) is None
