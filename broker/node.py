@@ -460,7 +460,10 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     parser.add_argument("--recover", action="store_true", help="rebuild from the replicas in data_directory")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    # Of ours alone: what clients do wrong is no news, and grpc would tell of every broken call.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("cxlmq").addHandler(handler)
     try:
         run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join)
     except CxlmqError as error:
