@@ -274,7 +274,7 @@ def test_no_two_test_files_share_a_name() -> None:
 
 
 def test_tests_that_the_documents_name_exist() -> None:
-    wanted = {(document, *named) for document in files() if document.startswith("memory-bank/")
+    wanted = {(document, *named) for document in files() if document.startswith("memory-bank/") and document.endswith(".md")
               for named in re.findall(r"(test_\w+\.py)(?:::(test_\w+))?", text_of(document))}
     by_name = {Path(file).name: text_of(file) for file in code() if Path(file).name.startswith("test_")}
     gone = [f"{document}: {file}::{test}" for document, file, test in sorted(wanted)
