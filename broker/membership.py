@@ -13,7 +13,7 @@ from broker.layout import BrokerState, ControlBits, Layout
 from sim.cxl.clock import Clock
 from sim.cxl.memory import Memory
 
-STATE, PID, START_TIME, HEARTBEAT, INCARNATION = 0, 8, 16, 24, 56     # places in BrokerLine
+STATE, HEARTBEAT, INCARNATION = 0, 24, 56    # places in BrokerLine
 SILENT_SHARE = 8                    # of the lease: so long no heartbeat, and its process is looked for
 
 
@@ -60,7 +60,6 @@ class RegionMembership:
         self._lines = [layout.offset_of("broker", each) for each in range(layout.numbers["broker_count"])]
         self._seen: dict[int, _Seen] = {}
         self._absent: tuple[int, int] | None = None     # control word without a head, and since when
-        self.served = 0                                 # the control word under which we are head
 
     def beat(self) -> None:
         """Change our heartbeat, and look at those of the others."""
@@ -91,8 +90,6 @@ class RegionMembership:
     def wanted(self) -> int | None:
         """See `Membership`. The lowest present broker goes first, the others a lease later each."""
         control = self._memory.load_word(self._layout.offset_of("control"))
-        if control == self.served and control:
-            return None
         if self._has_head(control):
             self._absent = None
             return None

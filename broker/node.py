@@ -374,26 +374,23 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
             node.look_after_memory(idle_ns=STRANDED_NS)
 
 
+def _process_of(region: Region, broker: int) -> int:
+    """The process that runs as this broker, 0: none."""
+    memory, at = region.memory(), region.layout.offset_of("broker", broker)
+    memory.invalidate_range(at, 64)
+    line = unpack("BrokerLine", memory.read_line_bytes(at))
+    runs = line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
+        line["pid"], line["start_time"], host_identity())
+    return int(line["pid"]) if runs else 0
+
+
 def _others_alive(region: Region, broker: int) -> bool:
-    memory, boot = region.memory(), host_identity()
-    for other in range(region.layout.numbers["broker_count"]):
-        at = region.layout.offset_of("broker", other)
-        memory.invalidate_range(at, 64)
-        line = unpack("BrokerLine", memory.read_line_bytes(at))
-        if other != broker and line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
-                line["pid"], line["start_time"], boot):
-            return True
-    return False
+    return any(_process_of(region, other) for other in range(region.layout.numbers["broker_count"]) if other != broker)
 
 
 def _check_place(region: Region, broker: int) -> None:
-    memory = region.memory()
-    at = region.layout.offset_of("broker", broker)
-    memory.invalidate_range(at, 64)
-    line = unpack("BrokerLine", memory.read_line_bytes(at))
-    if line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
-            line["pid"], line["start_time"], host_identity()):
-        raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {line['pid']}): "
+    if pid := _process_of(region, broker):
+        raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {pid}): "
                             "choose another --id", region=region.name, reason="broker runs")
 
 

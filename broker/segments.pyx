@@ -12,11 +12,9 @@ from libc.stdint cimport int64_t, uint64_t
 from libc.stdlib cimport calloc, free
 
 from broker.head cimport HeadView
-from broker.layout cimport Layout, POOL_RING, PoolWishLine, PoolGrantLine
+from broker.layout cimport Layout, POOL_RING
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport (
-    cxl_count_trailing_zeros, cxl_fetch_and, cxl_fetch_or, cxl_load_relaxed, cxl_popcount,
-)
+from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_fetch_and, cxl_fetch_or, cxl_load_relaxed, cxl_popcount
 
 
 cdef enum:
@@ -170,14 +168,8 @@ cdef class SegmentPool:
 
     cdef bint is_low(self) noexcept nogil:
         """Whether so little is free that room should be made before somebody has to wait for it."""
-        cdef uint64_t w, used = 0, first = 0, words = self.share_words, parts = self.search_shares()
-        cdef uint64_t segments = self.layout.g.segment_count
-        if parts == 1:
-            first = self.broker * words
-            segments = min(self.share, segments - min(segments, self.broker * self.share))
-        for w in range(first, first + parts * words):
-            used += cxl_popcount(self.memory.load(self.layout.bitmap() + w * 8))
-        return used > segments - segments // RESERVE_SHARE
+        cdef uint64_t segments, free_segments = count_free(self, &segments)
+        return free_segments < segments // RESERVE_SHARE
 
     cdef void release(self, uint64_t segment) noexcept nogil:
         self.released += 1
@@ -222,13 +214,20 @@ cdef class SegmentPool:
 
     def free_count(self) -> int:
         """Free segments as this broker sees them, in the parts it may take from."""
-        cdef uint64_t s, count = 0
-        for s in range(self.layout.g.segment_count):
-            if self.search_shares() == 1 and s // self.share != <uint64_t>self.broker:
-                continue
-            if not self.memory.load(self.layout.bitmap() + self.word_of(s)) & self.bit_of(s):
-                count += 1
-        return count
+        cdef uint64_t segments          # not asked for
+        return count_free(self, &segments)
+
+
+cdef uint64_t count_free(SegmentPool pool, uint64_t* segments) noexcept nogil:
+    """Free segments in the parts that a pool may take from; sets how many there are in them."""
+    cdef uint64_t w, used = 0, first = 0, words = pool.share_words, parts = pool.search_shares()
+    segments[0] = pool.layout.g.segment_count
+    if parts == 1:
+        first = pool.broker * words
+        segments[0] = min(pool.share, segments[0] - min(segments[0], pool.broker * pool.share))
+    for w in range(first, first + parts * words):
+        used += cxl_popcount(pool.memory.load(pool.layout.bitmap() + w * 8))
+    return segments[0] - used
 
 
 cdef class AtomicPool(SegmentPool):

@@ -9,8 +9,6 @@ from broker.hardware import report_path
 from sim.cxl.host import Device
 from sim.cxl.profiles import load_profile
 
-DELAYS = ("load_ns", "peer_load_ns", "flush_ns", "fence_ns")
-
 
 def profile_report(profile: str) -> dict[str, Any] | None:
     """Of a profile: its parameters, which of them are assumed, and what its delays take here, in ns; None without one.
@@ -20,10 +18,8 @@ def profile_report(profile: str) -> dict[str, Any] | None:
     if not profile:
         return None
     found = load_profile(profile)
-    wanted = {name: round(getattr(found, name)) for name in DELAYS if getattr(found, name) > 0}
-    least = round(Device.delay_accuracy(0))
-    takes = {name: {"wanted_ns": each, "takes_ns": Device.delay_accuracy(max(0, each - least))}
-             for name, each in wanted.items()}
+    takes = {name: {"wanted_ns": round(getattr(found, name)), "takes_ns": Device.delay_accuracy(wait)}
+             for name, wait in Device.waits(found).items() if getattr(found, name) > 0}
     return {**found.as_dict(), "label": found.label(), "delays": takes}
 
 

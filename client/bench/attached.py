@@ -7,7 +7,6 @@ within seconds: the ratio of a trial to its own neighbours says more than either
 """
 
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from client.bench import limits, load
 from client.bench.contention import bench_name
 from client.bench.harness import Child, warm_mapping
 from client.bench.limit import PIECE_BYTES, choose_footprint
+from client.bench.throughput import READ_SECONDS, START_NS, answer_of, ask
 from client.bench.workload import TOPIC, Workload
 from client.cluster import Cluster
 from client.publisher import Publisher
@@ -32,8 +32,7 @@ SIZES = tuple(64 << 2 * step for step in range(9))      # 64 B to 4 MiB
 BLOCK_BYTES = 1 << 20                                   # payloads that are published again and again: hot
 TRIAL_BYTES, TRIAL_MESSAGES = 1 << 30, 2_000_000
 SWEEP_BYTES, SWEEP_MESSAGES = 512 << 20, 400_000
-READ_SECONDS, CHILD_SECONDS = 30.0, 120.0
-START_NS = 10_000_000
+CHILD_SECONDS = 120.0
 LAPS = 4            # of a reader that are not counted: in each it meets segments whose pages it has not mapped yet
 
 Progress = Callable[[str], None]
@@ -123,39 +122,63 @@ class Loop:
 
     def verify(self) -> int:
         """Read what the region still keeps, up to the last message; bytes that were compared. Raises `CxlmqError`."""
-        compared, next_position = 0, None
+        compared = 0
         with Subscriber(TOPIC, cluster=self._cluster, start="beginning") as subscriber:
-            while next_position is None or next_position < self.published:
-                for batch in subscriber.fetch_batches(timeout=READ_SECONDS) or _nothing(next_position):
-                    if next_position is not None and batch.position != next_position:
-                        raise CxlmqError(f"position {batch.position} came where {next_position} was due")
-                    next_position = batch.position + batch.count
-                    first, messages = batch.position % self.count, batch.messages()
-                    due = itertools.islice(itertools.cycle(self.payloads), first, first + len(messages))
-                    for position, (message, payload) in enumerate(zip(messages, due, strict=True), batch.position):
-                        if message != payload:
-                            raise CxlmqError(f"the message at position {position} is not what was published there")
-                        compared += len(message)
+            for batch in _batches(subscriber, end=self.published):
+                first, messages = batch.position % self.count, batch.messages()
+                due = itertools.islice(itertools.cycle(self.payloads), first, first + len(messages))
+                for position, (message, payload) in enumerate(zip(messages, due, strict=True), batch.position):
+                    if message != payload:
+                        raise CxlmqError(f"the message at position {position} is not what was published there")
+                    compared += len(message)
         return compared
 
 
-def _nothing(position: int | None) -> list[Any]:
-    raise CxlmqError(f"nothing came for {READ_SECONDS:g} s from position {position} on")
+def _batches(subscriber: Subscriber, *, count: int = 0, end: int = 0) -> Iterator[Any]:
+    """The next `count` messages, or all up to position `end`, batch after batch without a gap. Raises `CxlmqError`."""
+    due: int | None = None
+    while due is None or due < end:
+        batches = subscriber.fetch_batches(timeout=READ_SECONDS)
+        if not batches:
+            raise CxlmqError(f"nothing came for {READ_SECONDS:g} s from position {due} on")
+        if due is None and count:
+            end = batches[0].position + count
+        for batch in batches:
+            if due is not None and batch.position != due:
+                raise CxlmqError(f"position {batch.position} came where {due} was due")
+            due = batch.position + batch.count
+            yield batch
 
 
-def measure_publishing(workload: Workload, sizes: Sequence[int] = (128, 1024), calls: Sequence[str] = CALLS, *,
-                       runs: int = 5, progress: Progress = lambda _: None) -> list[dict[str, Any]]:
-    """Messages/s from a Python loop until the last ack, by call and message size; medians of `runs`."""
-    ceiling, found = Ceiling("nontemporal"), []
+def _loops(workload: Workload, batch_bytes: int | None, sizes: Sequence[int], calls: Sequence[str],
+           progress: Progress) -> Iterator[tuple[Loop, str, int]]:
+    """A loop for each size and call, on a topic of its own: its positions begin at 0."""
     with _topic(workload, progress) as cluster:
         for number, (size, call) in enumerate(itertools.product(sizes, calls)):
             progress(f"{call}, messages of {size:,} bytes")
             if number:
                 _new_topic(workload, cluster, again=True)
-            with Loop(cluster.name, workload.transport, size, workload.batch_bytes) as loop:
-                row = _calls(loop, call, size, ceiling, runs, min(TRIAL_MESSAGES, TRIAL_BYTES // size))
-                found.append({"call": call, "message_bytes": size, **row, "verified_bytes": loop.verify()})
-    return found
+            with Loop(cluster.name, workload.transport, size, batch_bytes) as loop:
+                yield loop, call, size
+
+
+def measure_publishing(workload: Workload, sizes: Sequence[int] = (128, 1024), calls: Sequence[str] = CALLS, *,
+                       runs: int = 5, progress: Progress = lambda _: None) -> list[dict[str, Any]]:
+    """Messages/s from a Python loop until the last ack, by call and message size; medians of `runs`."""
+    ceiling = Ceiling("nontemporal")
+    return [{**_calls(loop, call, size, ceiling, runs, min(TRIAL_MESSAGES, TRIAL_BYTES // size)),
+             "verified_bytes": loop.verify()}
+            for loop, call, size in _loops(workload, workload.batch_bytes, sizes, calls, progress)]
+
+
+def measure_sizes(workload: Workload, sizes: Sequence[int] = SIZES, calls: Sequence[str] = CALLS, *, runs: int = 3,
+                  progress: Progress = lambda _: None) -> dict[str, Any]:
+    """Cost of a message in ns as it grows, by call, and the size from which copying is most of it."""
+    ceiling = Ceiling("nontemporal")
+    found = [_calls(loop, call, size, ceiling, runs, min(SWEEP_MESSAGES, SWEEP_BYTES // size))
+             for loop, call, size in _loops(workload, None, sizes, calls, progress)]
+    return {"rows": found, "nontemporal_gigabytes_per_second": statistics.median(ceiling.taken),
+            "crossovers": {call: _crossover([row for row in found if row["call"] == call]) for call in calls}}
 
 
 def _calls(loop: Loop, call: str, size: int, ceiling: Ceiling, runs: int, messages: int) -> dict[str, Any]:
@@ -168,28 +191,12 @@ def _calls(loop: Loop, call: str, size: int, ceiling: Ceiling, runs: int, messag
 
     trials = [ceiling.beside(trial) for _ in range(runs + 1)][1:]
     each = statistics.median(seconds_each[1:])
-    return {"messages_per_second": 1 / each, "nanoseconds_per_message": each * 1e9,
+    return {"call": call, "message_bytes": size,
+            "messages_per_second": 1 / each, "nanoseconds_per_message": each * 1e9,
             "gigabytes_per_second": statistics.median(rate for rate, _ in trials),
             "of_nontemporal": statistics.median(ratio for _, ratio in trials),
             "nontemporal_gigabytes_per_second": statistics.median(ceiling.taken[-2 * runs:]),
             "runs": [rate for rate, _ in trials]}
-
-
-def measure_sizes(workload: Workload, sizes: Sequence[int] = SIZES, calls: Sequence[str] = CALLS, *, runs: int = 3,
-                  progress: Progress = lambda _: None) -> dict[str, Any]:
-    """Cost of a message in ns as it grows, by call, and the size from which copying is most of it."""
-    ceiling, found = Ceiling("nontemporal"), []
-    with _topic(workload, progress) as cluster:
-        for number, (size, call) in enumerate(itertools.product(sizes, calls)):
-            progress(f"{call}, messages of {size:,} bytes")
-            if number:
-                _new_topic(workload, cluster, again=True)
-            with Loop(cluster.name, workload.transport, size) as loop:
-                row = _calls(loop, call, size, ceiling, runs, min(SWEEP_MESSAGES, SWEEP_BYTES // size))
-                found.append({"call": call, "message_bytes": size, **row})
-    copy = statistics.median(ceiling.taken)
-    return {"rows": found, "nontemporal_gigabytes_per_second": copy,
-            "crossovers": {call: _crossover([row for row in found if row["call"] == call]) for call in calls}}
 
 
 def _crossover(rows: Sequence[dict[str, Any]]) -> int | None:
@@ -209,13 +216,15 @@ def measure_subscribing(workload: Workload, *, runs: int = 5, progress: Progress
             message_bytes=workload.message_bytes, batch_bytes=workload.batch_bytes, ack=workload.ack)
         publisher = Child("publisher", load.MODULE, [settings.to_json()], CHILD_SECONDS)
         stack.callback(publisher.close)
-        _answer(publisher)
+        answer_of(publisher, workload.transport)
         progress("following a publisher")
         following = [_follow(workload, cluster.name, publisher) for _ in range(runs + 1)][1:]
         progress("alone, every byte")
         subscriber = stack.enter_context(Subscriber(TOPIC, cluster=cluster.name, transport=workload.transport,
                                                     start="end"))
-        alone = [_alone(workload, subscriber, publisher) for _ in range(runs + LAPS)][LAPS:]
+        nbytes = workload.round_messages() * workload.framed_bytes
+        ceiling = Ceiling("read", max(PIECE_BYTES, nbytes // PIECE_BYTES * PIECE_BYTES))
+        alone = [_alone(workload, subscriber, publisher, ceiling) for _ in range(runs + LAPS)][LAPS:]
     return {"following": _medians(following), "alone": _medians(alone)}
 
 
@@ -223,57 +232,37 @@ def _medians(rows: Sequence[dict[str, float]]) -> dict[str, Any]:
     return {**{name: statistics.median(row[name] for row in rows) for name in rows[0]}, "runs": list(rows)}
 
 
-def _answer(publisher: Child) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(publisher.read_answer())
-    if "error" in found:
-        raise CxlmqError(f"the publisher failed: {found['error']}")
-    return found
-
-
-def _publish(publisher: Child, messages: int) -> int:
-    start_ns = time.monotonic_ns() + START_NS
-    publisher.ask(json.dumps({"messages": messages, "start_ns": start_ns}))
-    return start_ns
-
-
 def _follow(workload: Workload, cluster: str, publisher: Child) -> dict[str, float]:
     """Batch after batch as views while the publisher runs; both rates in GB/s from the first publish on."""
     messages = workload.messages
     with Subscriber(TOPIC, cluster=cluster, transport=workload.transport, start="end") as subscriber:
         subscriber.fetch_batches(timeout=0)         # the place is taken
-        _publish(publisher, messages)
-        read, due, ended_ns = 0, None, 0
-        while read < messages:
-            for batch in subscriber.fetch_batches(timeout=READ_SECONDS) or _nothing(due):
-                if due is not None and batch.position != due:
-                    raise CxlmqError(f"position {batch.position} came where {due} was due")
-                due = batch.position + batch.count
-                read += batch.count
-            ended_ns = time.monotonic_ns()
-    said = _answer(publisher)
+        ask(publisher, messages, time.monotonic_ns() + START_NS)
+        for _ in _batches(subscriber, count=messages):
+            pass
+        ended_ns = time.monotonic_ns()
+    said = answer_of(publisher, workload.transport)
     published = messages * workload.message_bytes / (said["ended_ns"] - said["started_ns"])
     followed = messages * workload.message_bytes / (ended_ns - said["started_ns"])
     return {"published_gigabytes_per_second": published, "followed_gigabytes_per_second": followed,
             "ratio": followed / published}
 
 
-def _alone(workload: Workload, subscriber: Subscriber, publisher: Child) -> dict[str, float]:
+def _alone(workload: Workload, subscriber: Subscriber, publisher: Child, ceiling: Ceiling) -> dict[str, float]:
     """Fill what one reader may keep of the region, then read it: every byte, nobody else at work."""
-    messages = workload.round_messages()
-    subscriber.fetch_batches(timeout=0)                 # the place is taken
-    _publish(publisher, messages)
-    _answer(publisher)
-    ceiling = Ceiling("read", max(PIECE_BYTES, messages * workload.framed_bytes // PIECE_BYTES * PIECE_BYTES))
-    before, read, nbytes, begun = ceiling.take(), 0, 0, time.perf_counter()
-    while read < messages:
-        for batch in subscriber.fetch_batches(timeout=READ_SECONDS) or _nothing(None):
+    def trial() -> float:
+        nbytes, begun = 0, time.perf_counter()
+        for batch in _batches(subscriber, count=workload.round_messages()):
             payload = batch.payload
             limits.add_up(payload)
             nbytes += payload.nbytes
-            read += batch.count
-    rate = nbytes / (time.perf_counter() - begun) / 1e9
-    limit = statistics.mean((before, ceiling.take()))
-    return {"gigabytes_per_second": rate, "read_gigabytes_per_second": limit, "ratio": rate / limit}
+        return nbytes / (time.perf_counter() - begun) / 1e9
+
+    subscriber.fetch_batches(timeout=0)                 # the place is taken
+    ask(publisher, workload.round_messages(), time.monotonic_ns() + START_NS)
+    answer_of(publisher, workload.transport)
+    rate, ratio = ceiling.beside(trial)
+    return {"gigabytes_per_second": rate, "read_gigabytes_per_second": rate / ratio, "ratio": ratio}
 
 
 # ---- copies --------------------------------------------------------------------------------------------------------

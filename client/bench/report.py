@@ -266,15 +266,23 @@ def _make(path: Path) -> bool:
     return True
 
 
-def plot_bars(path: Path, title: str, values: Sequence[tuple[str, float]], unit: str = "GB/s") -> bool:
-    """A picture of the bars; False where matplotlib is not installed (pip install 'cxlmq[plots]')."""
+def new_figure(width: float, height: float) -> Any:
+    """A figure of so many inches, drawn without a screen; None where matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(values)), layout="constrained")
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
+    return figure
+
+
+def plot_bars(path: Path, title: str, values: Sequence[tuple[str, float]], unit: str = "GB/s") -> bool:
+    """A picture of the bars; False where matplotlib is not installed (pip install 'cxlmq[plots]')."""
+    figure = new_figure(9, 1.2 + 0.45 * len(values))
+    if figure is None:
+        return False
     axes = figure.add_subplot()
     colors = ["#1f6f8b" if name.startswith("cxlmq") else "#c9c9c9" for name, _ in values]
     drawn = axes.barh([name for name, _ in values], [value for _, value in values], color=colors)
@@ -286,27 +294,26 @@ def plot_bars(path: Path, title: str, values: Sequence[tuple[str, float]], unit:
     return True
 
 
-def plot_costs(path: Path, rows: Sequence[dict[str, Any]], copy_gigabytes_per_second: float) -> bool:
-    """ns a message over its size, a line a call, beside the copy alone; False where matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+def plot_costs(path: Path, found: dict[str, Any]) -> bool:
+    """ns a message over its size, a line a call, beside the copy alone; False where matplotlib is not installed.
+
+    `found` is what `client.bench.attached.measure_sizes` returns.
+    """
+    figure = new_figure(9, 5.5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    rows, copy = found["rows"], found["nontemporal_gigabytes_per_second"]
     sizes = sorted({row["message_bytes"] for row in rows})
-    for call in dict.fromkeys(row["call"] for row in rows):
+    for call, crossover in found["crossovers"].items():
         mine = [row for row in rows if row["call"] == call]
         axes.plot([row["message_bytes"] for row in mine], [row["nanoseconds_per_message"] for row in mine], "o-",
                   label=call)
-        crossing = next((row for row in mine if row["of_nontemporal"] >= 0.5), None)
-        if crossing is not None:
-            axes.annotate("copying is most of it", (crossing["message_bytes"], crossing["nanoseconds_per_message"]),
-                          textcoords="offset points", xytext=(8, -12), fontsize=8)
-    axes.plot(sizes, [size / copy_gigabytes_per_second for size in sizes], "--", color="#888888",
-              label=f"copy alone, {copy_gigabytes_per_second:.1f} GB/s")
+        for row in mine:
+            if row["message_bytes"] == crossover:
+                axes.annotate("copying is most of it", (crossover, row["nanoseconds_per_message"]),
+                              textcoords="offset points", xytext=(8, -12), fontsize=8)
+    axes.plot(sizes, [size / copy for size in sizes], "--", color="#888888", label=f"copy alone, {copy:.1f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="bytes of a message", ylabel="ns a message")
     axes.set_xticks(sizes, [f"{size >> 20} MiB" if size >> 20 else f"{size >> 10} KiB" if size >> 10 else f"{size} B"
                             for size in sizes])

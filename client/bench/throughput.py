@@ -191,6 +191,22 @@ class Totals:
         self.latencies += [numpy.array(each["latencies_ns"], numpy.int64) for each in answers]
 
 
+# ---- publisher processes (client/bench/load.py) ----------------------------------------------------------------------
+
+
+def ask(publisher: Child, messages: int, start_ns: int) -> None:
+    """Have a publisher process publish so many messages from a moment (monotonic) on."""
+    publisher.ask(json.dumps({"messages": messages, "start_ns": start_ns}))
+
+
+def answer_of(publisher: Child, transport: str) -> dict[str, Any]:
+    """What a publisher process says. Raises `RunFailed` when that is an error."""
+    found: dict[str, Any] = json.loads(publisher.read_answer())
+    if "error" in found:
+        raise RunFailed(f"a publisher failed: {found['error']}", transport=transport)
+    return found
+
+
 # ---- the run -------------------------------------------------------------------------------------------------------
 
 
@@ -218,7 +234,7 @@ class Run:
         try:
             self._publishers = [self._start(number) for number in range(1, self._workload.publishers + 1)]
             for publisher in self._publishers:
-                self._answer_of(publisher)
+                answer_of(publisher, self._transport)
         except BaseException:
             self._stack.close()
             raise
@@ -298,16 +314,9 @@ class Run:
         count = len(self._publishers)
         for index, publisher in enumerate(self._publishers):
             share = messages * (index + 1) // count - messages * index // count
-            publisher.ask(json.dumps({"messages": share, "start_ns": start_ns}))
+            ask(publisher, share, start_ns)
             self._verifier.expect(index + 1, share)
-        return [self._answer_of(publisher) for publisher in self._publishers]
-
-    def _answer_of(self, publisher: Child) -> dict[str, Any]:
-        """What a publisher says. Raises `RunFailed` when that is an error."""
-        found: dict[str, Any] = json.loads(publisher.read_answer())
-        if "error" in found:
-            raise RunFailed(f"a publisher failed: {found['error']}", transport=self._transport)
-        return found
+        return [answer_of(publisher, self._transport) for publisher in self._publishers]
 
     def _read_back(self, totals: Totals) -> None:
         """Read and verify what this round published. Raises `Difference`."""

@@ -143,7 +143,7 @@ def sizes(values: dict[str, Any], transport: str, runs: int, plot: str | None, q
                        for size, each in by_size.items()])
     crossovers = [f"{call}: copying is most of the cost from {size:,} bytes" if size else f"{call}: never"
                   for call, size in found["crossovers"].items()]
-    if plot is not None and not plot_costs(Path(plot), found["rows"], copy):
+    if plot is not None and not plot_costs(Path(plot), found):
         raise ConfigError(setting="plot", value=repr(plot), allowed="only with matplotlib: pip install 'cxlmq[plots]'")
     finish(with_about({"transport": transport, **found}), "\n".join([text, *crossovers]), json_target, results, "sizes")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy
 
+from client.bench.report import new_figure
 from sim.chaos.run import Outcome
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -37,15 +38,11 @@ def timeline_text(outcome: Outcome, width: int = WIDTH) -> str:
 
 def plot_timeline(path: Path, outcome: Outcome) -> bool:
     """The same as a picture; False where matplotlib is not installed (pip install 'cxlmq[plots]')."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     seconds = (outcome.ended_ns - outcome.begun_ns) / 1e9
     parts = max(20, min(2000, int(seconds * 2)))
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(14, 7)
+    if figure is None:
+        return False
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for name, moments, color in (("acks/s", outcome.acks_ns, "tab:blue"), ("read/s", outcome.reads_ns, "tab:green")):
         upper.plot(numpy.linspace(0, seconds, parts), rates(outcome, moments, parts), color=color, linewidth=1,

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from client.bench.report import bar_chart
+from client.bench.report import bar_chart, new_figure
 from client.cli.common import console, make_table, print_json, say, settings
 from sim.cluster.devices import device_names, find_device
 from sim.cluster.plan import Costs, Point, compare, curve, measure_costs, to_json
@@ -58,13 +58,9 @@ def _print(costs: Costs, points: Sequence[Point], compared: Sequence[dict[str, A
 
 def plot_curve(path: str, points: Sequence[Point], device: Profile | None) -> bool:
     """A picture of throughput and latency over hosts, the bottleneck at each point; False without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(9, 5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     hosts = [point.hosts for point in points]
     axes.plot(hosts, [point.gbps for point in points], "o-", color="#1f6f8b")

@@ -76,14 +76,11 @@ cdef class Device:
         return SIDE_HEADER + line_bytes // 64 * 4 + (nbytes - line_bytes + 63) // 64
 
     def use_profile(self, profile) -> None:
-        """Let every access take the time that a `Profile` says, for all processes. Before anybody uses the device.
-
-        Waits are shortened by what waiting for nothing takes here.
-        """
+        """Let every access take the time that a `Profile` says, for all processes. Before anybody uses the device."""
         cdef Timing* timing = <Timing*>self.side
-        cdef int64_t least = <int64_t>Device.delay_accuracy(0)
-        timing.load_ns, timing.peer_load_ns = max(0, profile.load_ns - least), max(0, profile.peer_load_ns - least)
-        timing.flush_ns, timing.fence_ns = max(0, profile.flush_ns - least), max(0, profile.fence_ns - least)
+        waits = Device.waits(profile)
+        timing.load_ns, timing.peer_load_ns = waits["load_ns"], waits["peer_load_ns"]
+        timing.flush_ns, timing.fence_ns = waits["flush_ns"], waits["fence_ns"]
         timing.read_fs, timing.write_fs = int(1e6 / profile.read_gb_s), int(1e6 / profile.write_gb_s)
         cxl_store_release(&timing.on, 1)
 
@@ -92,6 +89,13 @@ cdef class Device:
         cdef Timing* timing = <Timing*>self.side
         return {"load_ns": timing.load_ns, "peer_load_ns": timing.peer_load_ns, "flush_ns": timing.flush_ns,
                 "fence_ns": timing.fence_ns, "read_fs_per_byte": timing.read_fs, "write_fs_per_byte": timing.write_fs}
+
+    @staticmethod
+    def waits(profile) -> dict[str, int]:
+        """For how many ns to wait so that accesses take what a `Profile` says: less by what waiting for nothing takes."""
+        least = round(Device.delay_accuracy(0))
+        return {name: max(0, round(getattr(profile, name)) - least)
+                for name in ("load_ns", "peer_load_ns", "flush_ns", "fence_ns")}
 
     @staticmethod
     def delay_accuracy(uint64_t nanoseconds, int rounds=200) -> float:

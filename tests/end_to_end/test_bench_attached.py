@@ -71,5 +71,6 @@ def test_costs_are_drawn_with_the_size_from_which_copying_is_most_of_it(tmp_path
              "of_nontemporal": (size / 20) / (100 + size / 20)} for size in (64, 1024, 4096, 1 << 20)]
     assert _crossover(rows) == 4096
     assert _crossover(rows[:2]) is None
-    assert plot_costs(tmp_path / "costs.png", rows, 20.0)
+    found = {"rows": rows, "nontemporal_gigabytes_per_second": 20.0, "crossovers": {"publish": _crossover(rows)}}
+    assert plot_costs(tmp_path / "costs.png", found)
     assert (tmp_path / "costs.png").stat().st_size > 10_000

@@ -19,7 +19,8 @@ from cxlmq import Admin, Publisher
 from sim.cxl.clock import SystemClock
 from sim.cxl.memory import MappedMemory
 from tests.end_to_end.conftest import small_config, unique
-from tests.end_to_end.test_failover import assert_base_line, epoch_of, eventually, head_of, inspected, publish_through
+from tests.end_to_end.library_support import eventually, inspected
+from tests.end_to_end.test_failover import assert_base_line, epoch_of, head_of, publish_through
 
 pytest.importorskip("etcd3gw", reason="the client library is not installed: pip install 'cxlmq[etcd]'")
 if shutil.which("etcd") is None:
@@ -138,8 +139,8 @@ def config_on(etcd: Server, **settings: object) -> object:
 @pytest.mark.parametrize("transport", ["grpc", "attached"])
 def test_a_killed_head_is_replaced(etcd: Server, transport: str) -> None:
     with Cluster(config_on(etcd)) as cluster, Admin(cluster=cluster.name) as admin:
-        assert eventually(lambda: inspected(cluster)["pool"]["warm"] >= inspected(cluster)["pool"]["segments"])
-        free, epoch = inspected(cluster)["pool"]["free"], epoch_of(cluster)
+        assert eventually(lambda: inspected(cluster.name)["pool"]["warm"] >= inspected(cluster.name)["pool"]["segments"])
+        free, epoch = inspected(cluster.name)["pool"]["free"], epoch_of(cluster)
         admin.create_topic("t")
         publish_through(cluster, transport, lambda: cluster.kill(head_of(cluster)))
         assert epoch_of(cluster) == epoch + 1
@@ -154,7 +155,7 @@ def test_a_stopped_head_is_replaced_and_changes_nothing_when_it_wakes_up(etcd: S
             head = head_of(cluster)
             cluster.kill(head, signal.SIGSTOP)
             try:
-                assert eventually(lambda: head_of(cluster) != head and inspected(cluster)["control"]["serving"])
+                assert eventually(lambda: head_of(cluster) != head and inspected(cluster.name)["control"]["serving"])
             finally:
                 cluster.kill(head, signal.SIGCONT)
 
@@ -172,7 +173,7 @@ def test_without_etcd_the_head_goes_on_and_with_it_failover_works_again(etcd: Se
                 publisher.publish(b"while etcd is away").result(5.0)
         assert head_of(cluster) == head
         etcd.start()
-        run = inspected(cluster)["superblock"]["run_id"]
+        run = inspected(cluster.name)["superblock"]["run_id"]
         assert eventually(lambda: "head" in etcd.keys(f"{cluster.name}/{run}"))
         epoch = epoch_of(cluster)
         cluster.kill(head_of(cluster))

@@ -12,37 +12,23 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from broker.region import attach_region, inspect_region
+from broker.region import attach_region
 from client.cluster import Cluster
 from client.errors import CxlmqError
 from cxlmq import Admin, Publisher, Subscriber
 from tests.end_to_end.conftest import small_config
+from tests.end_to_end.library_support import SECONDS, eventually, inspected
 
 MESSAGES = 600
 AT = 200                                # the fault comes at this message
-SECONDS = 30.0
-
-
-def inspected(cluster: Cluster) -> dict:
-    with attach_region(cluster.name, writable=False) as region:
-        return inspect_region(region)
 
 
 def head_of(cluster: Cluster) -> int:
-    return int(inspected(cluster)["control"]["sequencer_broker"])
+    return int(inspected(cluster.name)["control"]["sequencer_broker"])
 
 
 def epoch_of(cluster: Cluster) -> int:
-    return int(inspected(cluster)["control"]["epoch"])
-
-
-def eventually(condition: Callable[[], bool], seconds: float = SECONDS) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
+    return int(inspected(cluster.name)["control"]["epoch"])
 
 
 def numbered(count: int) -> list[bytes]:
@@ -87,15 +73,15 @@ def assert_base_line(cluster: Cluster, free: int) -> None:
             return not admin.list_topics()
         assert eventually(deleted)
     assert eventually(lambda: len(cluster.processes) == cluster.config.brokers)
-    assert eventually(lambda: inspected(cluster)["pool"]["free"] == free), inspected(cluster)["pool"]
+    assert eventually(lambda: inspected(cluster.name)["pool"]["free"] == free), inspected(cluster.name)["pool"]
 
 
 def run(points: str, transport: str, fault: Callable[[Cluster], None] | None = None, **settings: object) -> None:
     """A cluster with crash points, through which messages are published."""
     with Cluster(small_config(brokers=3, crash_points=points, **settings)) as cluster:
         with Admin(cluster=cluster.name) as admin:
-            eventually(lambda: inspected(cluster)["pool"]["warm"] >= inspected(cluster)["pool"]["segments"])
-            free = inspected(cluster)["pool"]["free"]
+            eventually(lambda: inspected(cluster.name)["pool"]["warm"] >= inspected(cluster.name)["pool"]["segments"])
+            free = inspected(cluster.name)["pool"]["free"]
             admin.create_topic("t")
         publish_through(cluster, transport, None if fault is None else lambda: fault(cluster))
         assert cluster.restarts == len(points.split(",")) if points else True, cluster.notes
@@ -135,7 +121,7 @@ def test_a_stopped_head_is_replaced_and_changes_nothing_when_it_wakes_up(transpo
         head, epoch = head_of(cluster), epoch_of(cluster)
         cluster.kill(head, signal.SIGSTOP)
         try:
-            assert eventually(lambda: head_of(cluster) != head and inspected(cluster)["control"]["serving"])
+            assert eventually(lambda: head_of(cluster) != head and inspected(cluster.name)["control"]["serving"])
         finally:
             cluster.kill(head, signal.SIGCONT)
         assert epoch_of(cluster) == epoch + 1
@@ -146,8 +132,8 @@ def test_a_stopped_head_is_replaced_and_changes_nothing_when_it_wakes_up(transpo
 def run_stopped(broker: int, point: str, transport: str, until: Callable[[Cluster], bool]) -> None:
     """Broker `broker` is stopped at its 10th visit of a point, and goes on when `until` says so."""
     with Cluster(small_config(brokers=3, crash_points=f"{broker}:{point}:10:stop")) as cluster, Admin(cluster=cluster.name) as admin:
-        eventually(lambda: inspected(cluster)["pool"]["warm"] >= inspected(cluster)["pool"]["segments"])
-        free = inspected(cluster)["pool"]["free"]
+        eventually(lambda: inspected(cluster.name)["pool"]["warm"] >= inspected(cluster.name)["pool"]["segments"])
+        free = inspected(cluster.name)["pool"]["free"]
         admin.create_topic("t")
         seen: list[bool] = []
 
@@ -168,7 +154,7 @@ def run_stopped(broker: int, point: str, transport: str, until: Callable[[Cluste
 @pytest.mark.parametrize("transport", ["grpc", "attached"])
 @pytest.mark.parametrize("point", ["before-number", "number-taken", "mid-entry", "entry-written", "progress-written", "committed"])
 def test_a_head_stopped_at_a_boundary_is_replaced_and_what_it_stores_later_counts_for_nobody(point: str, transport: str) -> None:
-    run_stopped(0, point, transport, lambda cluster: head_of(cluster) != 0 and inspected(cluster)["control"]["serving"])
+    run_stopped(0, point, transport, lambda cluster: head_of(cluster) != 0 and inspected(cluster.name)["control"]["serving"])
 
 
 @pytest.mark.parametrize(("point", "transport"), [
@@ -205,13 +191,13 @@ def test_a_reader_that_went_on_elsewhere_holds_nothing_at_the_broker_that_came_b
             assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=SECONDS)] == [b"before"]
             with attach_region(cluster.name, writable=False) as region:
                 share = region.layout.numbers["cursors_per_broker"]
-            cluster.kill(inspected(cluster)["cursors"][0]["cursor"] // share)
+            cluster.kill(inspected(cluster.name)["cursors"][0]["cursor"] // share)
             assert eventually(lambda: cluster.restarts == 1)
             publisher.publish(b"after").result(SECONDS)
             assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=SECONDS)] == [b"after"]
             # It asks for more as every reader does; what it held under the place that was lost is given up.
             assert eventually(lambda: subscriber.fetch(1, timeout=0.1) == [] and
-                              [each["index"] for each in inspected(cluster)["cursors"]] == [2], 10), inspected(cluster)["cursors"]
+                              [each["index"] for each in inspected(cluster.name)["cursors"]] == [2], 10), inspected(cluster.name)["cursors"]
 
 
 @pytest.mark.parametrize("lock", ["mutex", "semaphore"])

@@ -93,6 +93,21 @@ def is_well(faulty: FaultyCluster, topic: str, end: int) -> Callable[[], bool]:
     return look
 
 
+def refused_by_a_disk(out: Publisher, tries: int = 100) -> tuple[list[bytes], list[ReplicaFailed]]:
+    """Publish until a disk refused some of it, for it is the brokers' load that says who gets a batch: all that was
+    published, and the refusals. Nothing may fail for another reason."""
+    published: list[bytes] = []
+    for number in range(tries):
+        some = numbered(20, 200, f"during {number}")
+        published += some
+        deliveries = [out.publish(message) for message in some]
+        errors = [error for each in deliveries if (error := each.exception()) is not None]
+        assert all(isinstance(error, ReplicaFailed) for error in errors), errors
+        if errors:
+            return published, [error for error in errors if isinstance(error, ReplicaFailed)]
+    raise AssertionError("nothing was refused")
+
+
 @pytest.mark.parametrize("transport", ["grpc", "attached"])
 @pytest.mark.parametrize(("rule", "reason"), [
     ("write enospc -1", "No space left"), ("write eio -1", "Input/output error"), ("write short 1", "No space left"),
@@ -100,25 +115,20 @@ def is_well(faulty: FaultyCluster, topic: str, end: int) -> Callable[[], bool]:
 ])
 def test_level_2_is_refused_for_what_a_disk_did_not_take_and_level_1_goes_on(
         faulty: FaultyCluster, topic: str, transport: str, rule: str, reason: str) -> None:
-    before, during, after = (numbered(40, 200, tag) for tag in ("before", "during", "after"))
+    before, after = numbered(40, 200, "before"), numbered(40, 200, "after")
     with publisher(faulty, topic, transport) as out:
         out.publish_many(before)
         out.flush()
         broker = faulty.replica_lines(topic)[0]["replica"]
         faulty.fail(f"{rule} broker-{broker}/{topic}.")
-        deliveries = [out.publish(message) for message in during]
-        outcomes = [delivery.exception() for delivery in deliveries]
-        failed = [error for error in outcomes if isinstance(error, ReplicaFailed)]
-        assert failed, "nothing was refused"
+        during, failed = refused_by_a_disk(out)
         assert {(error.replica, error.reason.startswith(reason)) for error in failed} == {(broker, True)}
-        refused = [message for message, error in zip(during, outcomes, strict=True) if error is not None]
-        assert len(refused) == len(failed)
         # Level 1 is not concerned.
         with publisher(faulty, topic, transport, ack=1) as other:
             assert other.publish(b"level 1").result().level == 1
         # The disk is well again: what it lacks is written anew, into another file, and level 2 goes on.
         faulty.fail()
-        assert eventually(is_well(faulty, topic, 81))
+        assert eventually(is_well(faulty, topic, len(before) + len(during) + 1))
         out.publish_many(after).result()
     assert sorted(read_topic(faulty.cluster.name, topic)) == sorted([*before, *during, b"level 1", *after])
     on_disk = sorted({record.position for file in find_files(faulty.folder) if file.topic["name"] == topic

@@ -186,6 +186,19 @@ def call_other(fuzzer: Fuzzer, channel: grpc.Channel) -> None:
         ended.cancel()
 
 
+def drain(call: Any, seconds: float, what: str) -> None:
+    """Take what a stream gives, and cancel it after some seconds."""
+    ended = threading.Timer(seconds, call.cancel)
+    ended.start()
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError as error:
+        refused_well(error, what)
+    finally:
+        ended.cancel()
+
+
 def call_publish(fuzzer: Fuzzer, channel: grpc.Channel) -> None:
     frames = fuzzer.stream()
     pauses = fuzzer.dice.random() < 0.3
@@ -198,30 +211,14 @@ def call_publish(fuzzer: Fuzzer, channel: grpc.Channel) -> None:
 
     call = channel.stream_stream("/cxlmq.v1.PubSub/Publish", None, pb.PublishResponse.FromString)(
         send(), timeout=SECONDS, metadata=fuzzer.metadata())
-    ended = threading.Timer(fuzzer.dice.choice((0.0, 0.05, 0.5)), call.cancel)
-    ended.start()
-    try:
-        for _ in call:
-            pass
-    except grpc.RpcError as error:
-        refused_well(error, f"Publish of {frames!r}")
-    finally:
-        ended.cancel()
+    drain(call, fuzzer.dice.choice((0.0, 0.05, 0.5)), f"Publish of {frames!r}")
 
 
 def call_subscribe(fuzzer: Fuzzer, channel: grpc.Channel) -> None:
     data = fuzzer.damage(fuzzer.fill(pb.SubscribeRequest()).SerializeToString())
     call = channel.unary_stream("/cxlmq.v1.PubSub/Subscribe", None, pb.SubscribeResponse.FromString)(
         data, timeout=SECONDS, metadata=fuzzer.metadata())
-    ended = threading.Timer(fuzzer.dice.choice((0.0, 0.02, 0.2)), call.cancel)
-    ended.start()
-    try:
-        for _ in call:
-            pass
-    except grpc.RpcError as error:
-        refused_well(error, f"Subscribe with {data!r}")
-    finally:
-        ended.cancel()
+    drain(call, fuzzer.dice.choice((0.0, 0.02, 0.2)), f"Subscribe with {data!r}")
 
 
 def call_raw(fuzzer: Fuzzer, address: str) -> None:
