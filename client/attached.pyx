@@ -260,6 +260,8 @@ cdef class AttachedCore:
         channel.generation = generation
         channel.broker = broker
         channel.alive = True
+        # Its broker wiped our lines there: what we still know of them is of an earlier use.
+        self.memory.invalidate(self.layout.attach_client(slot), 128)
         self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
         if c == 0:
             self.memory.count_at(self.layout.attach_statistics(slot))

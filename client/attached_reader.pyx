@@ -64,6 +64,8 @@ cdef class AttachedReader:
         self.layout = layout
         self.own = own
         self.own_offset = own_offset
+        # The broker wiped our lines: what this host still knows of them is of an earlier use.
+        own.invalidate(own_offset, 128)
         own.count_at(own_offset + 128)
         self.slot = slot
         self.generation = generation

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, UnknownTopic
-from broker.layout import ResultStatus, SessionState
+from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.stages import receiver as receiving
@@ -93,12 +93,11 @@ class Connection:
         """As the broker's server checks a stream's session before it opens the stream."""
         sessions, publisher = self.host.sessions, self.publisher
         try:
-            line, progress = sessions.line(self.slot), sessions.progress(self.slot)
+            error = self.host.session_error(publisher.client, self.slot, self.epoch)
         except BrokerUnavailable:
             return False                    # a new head is taking over
-        if (line["client_id"], line["session_epoch"]) != (publisher.client, self.epoch) or (
-                progress["state"] & 0xFF != SessionState.SESSION_OPEN):
-            self.answer(SessionFenced(reason="it ended", committed=progress["expected"]))
+        if error is not None:
+            self.answer(error)
             self.up.clear()
             return False
         self.stream = self.host.acks.open_stream(publisher.topic.number, publisher.topic.generation, publisher.level,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sim.cluster.world import Host, World
 
 DRAIN_STEPS = 60_000                        # within so many steps after the last fault everything has its answer
+REOPENINGS = 8                              # of one client, of what was under way and of answers that came late
 QUIET_STEPS = 2 * LEASE_TICKS            # a session whose publisher died is fenced within that
 
 
@@ -22,6 +23,7 @@ def drain(world: "World") -> None:
     world.draining = True
     world.unreliable = False
     until = world.step + DRAIN_STEPS
+    epochs = [publisher.epoch for publisher in world.publishers]
     if not any(host.powered for host in world.hosts):
         return
     while world.step < until:
@@ -29,6 +31,10 @@ def drain(world: "World") -> None:
         if all(publisher.finished for publisher in world.publishers):
             break
     world.advance(world.step + QUIET_STEPS)
+    for publisher, epoch in zip(world.publishers, epochs, strict=True):
+        if world.recovers and publisher.epoch > epoch + REOPENINGS:
+            world.history.leftovers.append(f"after the last fault the session of client {publisher.client} ended again "
+                                           f"and again: epochs {epoch} to {publisher.epoch}")
     late = [publisher for publisher in world.publishers if not publisher.finished]
     if late and world.recovers:
         states = ", ".join(f"client {each.client} ({each.state}: {len(each.flights)} in flight, {len(each.pending)} to "

@@ -46,6 +46,16 @@ def offset_line(place: str, first: int = 0, last: int = 64) -> Callable[[Layout,
     return target
 
 
+def slot_line(place: str, nbytes: int = 64, *indices: int) -> Callable[[Layout, int], Target]:
+    """From a line of an attached client's slot on, of all slots."""
+    def target(layout: Layout, _: int) -> Target:
+        start, slots = layout.offset_of(place, 0, *indices), layout.numbers["attach_slot_count"]
+        stride = layout.offset_of("attach_line", 1) - layout.offset_of("attach_line", 0) if slots else WHOLE
+        return start, start + stride * slots, stride, 0, nbytes
+
+    return target
+
+
 def _epoch_of_frontier(layout: Layout, _: int) -> Target:
     """Where the sequencer notes its epoch whenever the frontier moves."""
     at = layout.offset_of("topic_order", 0) + 16
@@ -88,6 +98,7 @@ DROP, MOVE, SOMETIMES, FENCE_AFTER, HALF = (
     Mutation.MUTATE_HALF)
 FLUSH, INVALIDATE, STORE, COPY_IN = (
     Operation.OP_FLUSH, Operation.OP_INVALIDATE, Operation.OP_STORE, Operation.OP_COPY_IN)
+ATTACHED = (("attached", 2), ("publishers", 4), ("region_bytes", 3 << 20))
 CALM = frozenset({"net"})                   # nothing that would write a forgotten line back by itself
 STALLS = frozenset({"stall"})
 
@@ -118,6 +129,17 @@ MUTANTS: tuple[Mutant, ...] = (
            Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("results")), needs=CALM, checker=True),
     Mutant("entry-not-flushed", 6, "the sequencer does not flush order entries",
            Astray(Role.ROLE_SEQUENCER, DROP, FLUSH, section("order indexes"))),
+    Mutant("descriptor-not-flushed", 6, "an attached publisher does not flush descriptors",
+           Astray(Role.ROLE_CLIENT, DROP, FLUSH, slot_line("attach_descriptor", 4096, 0)), needs=CALM,
+           shape=ATTACHED, checker=True),
+    Mutant("completion-not-flushed", 6, "a broker does not flush what it tells attached publishers",
+           Astray(Role.ROLE_ACK, DROP, FLUSH, slot_line("attach_completion", 1024, 0)), needs=CALM,
+           shape=ATTACHED, checker=True),
+    Mutant("lease-not-flushed", 6, "a broker does not flush leases",
+           Astray(Role.ROLE_RECEIVER, DROP, FLUSH, slot_line("attach_lease", 512, 0)), needs=CALM,
+           shape=ATTACHED, checker=True),
+    Mutant("leased-fence-missing", 7, "no fence between a leased payload and its descriptor",
+           Astray(Role.ROLE_CLIENT, FENCE_AFTER, COPY_IN, section("segments")), shape=ATTACHED),
     Mutant("header-fence-weak", 7, "no fence between headers and the frontier that covers them",
            Astray(Role.ROLE_DELEGATION, FENCE_AFTER, FLUSH, section("batch-header rings"))),
     Mutant("payload-fence-missing", 7, "no fence between a payload and its header",
@@ -134,6 +156,9 @@ MUTANTS: tuple[Mutant, ...] = (
            Astray(Role.ROLE_ADMIN, DROP, COPY_IN, topic_line("topic_order", WHOLE))),
     Mutant("two-writers", 11, "the sequencer writes into a broker's line",
            Astray(Role.ROLE_SEQUENCER, MOVE, STORE, _epoch_of_frontier, _to_broker_line), checker=True),
+    Mutant("slot-kept", 11, "an attached publisher goes on with the lines of the slot's earlier use",
+           Astray(Role.ROLE_CLIENT, DROP, INVALIDATE, slot_line("attach_client", 64)), needs=STALLS,
+           shape=ATTACHED, checker=True),
     Mutant("dirty-invalidated", 12, "a broker writes into the reclaimer's line before it invalidates it",
            Astray(Role.ROLE_RECLAIM, MOVE, STORE, offset_line("offset_broker", 56, 64), _to_reclaim_line),
            checker=True),

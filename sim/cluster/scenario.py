@@ -8,6 +8,7 @@ FAULT_KINDS = ("crash", "evict", "stall", "torn", "net")
 KIB, MIB = 1 << 10, 1 << 20
 STEPS = 20_000
 STAGES = 8                                  # of a host that may stall alone; the head has more
+SLOTS = 4                                   # of attached clients at each host
 LEASE_TICKS = 3_000                         # a session's gap may last so many ticks of the clock
 
 
@@ -16,7 +17,7 @@ class Fault:
     """One fault of a run: what happens, at which step, to which host or client, and how long."""
 
     step: int
-    kind: str                               # crash, client, stall, cut
+    kind: str                               # crash, client, stall, pause, cut
     where: int
     argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host
     policy: str = "lost"                    # crash: what becomes of lines that were not fenced
@@ -27,6 +28,7 @@ class Fault:
                          f"{'fences' if self.argument < 0 else 'operations'} later; "
                          f"unfenced lines: {self.policy}",
                 "client": f"client {self.where} dies",
+                "pause": f"client {self.where} stands still for {self.argument} steps",
                 "stall": f"{'' if self.stage < 0 else f'stage {self.stage} of '}host {self.where} stands still for "
                          f"{self.argument} steps",
                 "cut": f"client {self.where} loses its connection to host {self.argument}"}[self.kind]
@@ -61,13 +63,15 @@ class Scenario:
     region_bytes: int = MIB
     tick_ns: int = 10_000
     earlier_life: bool = False              # the topic's place had another topic before
+    attached: int = 0                       # publishers that write into the memory themselves, the first ones
     schedule: int = 0                       # another draw of who steps when, for shrinking
 
     def region(self) -> dict[str, Any]:
         """The numbers of the region's layout."""
         return {"broker_count": self.hosts, "topic_count_max": 2, "ring_slot_count": self.ring_slots,
                 "order_entry_count": self.entries, "session_count_max": 8 * self.hosts,
-                "cursor_count_max": 4 * self.hosts, "attach_slot_count": 0, "segment_bytes": self.segment_bytes,
+                "cursor_count_max": 4 * self.hosts, "attach_slot_count": SLOTS * self.hosts if self.attached else 0,
+                "segment_bytes": self.segment_bytes,
                 "message_bytes_max": 8 * KIB, "batch_bytes_max": 16 * KIB, "region_bytes": self.region_bytes,
                 "pool_strategy": self.pool}
 
@@ -96,7 +100,15 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
         pool=pool, ring_slots=random.choice((16, 16, 64)), entries=random.choice((32, 64, 256)),
         segment_bytes=random.choice((4 * KIB, 16 * KIB)), region_bytes=random.choice((MIB, MIB, 2 * MIB)),
         tick_ns=random.choice((1_000, 10_000, 30_000)), earlier_life=random.random() < 0.3)
+    if random.random() < 0.4:               # slots and leases take their share of the region
+        base = base.smaller(attached=random.randint(1, min(base.publishers, SLOTS - 1)),
+                            region_bytes=base.region_bytes + 2 * MIB)
     return base.smaller(faults=draw_faults(base))
+
+
+def policies_of(scenario: Scenario) -> tuple[str, ...]:
+    """What may become of lines that were not fenced when the power goes."""
+    return ("random", "inversion", "kept", "lost") if "torn" in scenario.kinds else ("kept", "lost")
 
 
 def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
@@ -107,7 +119,7 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
     def moment() -> int:
         return random.randrange(first, last)
 
-    policies = ("random", "inversion", "kept", "lost") if "torn" in scenario.kinds else ("kept", "lost")
+    policies = policies_of(scenario)
     if "crash" in scenario.kinds:
         for _ in range(random.choice((0, 1, 1, 2))):
             # Half of them before a fence: that is when most is under way.
@@ -120,6 +132,9 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
             stage = random.randrange(STAGES) if random.random() < 0.6 else -1
             found.append(Fault(moment(), "stall", random.randrange(scenario.hosts), random.randint(100, 4000),
                                stage=stage))
+    if "stall" in scenario.kinds and scenario.attached:
+        for _ in range(random.choice((0, 1, 2))):
+            found.append(Fault(moment(), "pause", random.randrange(scenario.attached), random.randint(100, 9000)))
     if "net" in scenario.kinds:
         for _ in range(random.choice((0, 1, 3, 6))):
             found.append(Fault(moment(), "cut", random.randrange(scenario.publishers),

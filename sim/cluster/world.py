@@ -17,8 +17,9 @@ from zlib import crc32
 
 from broker.config import TopicConfig
 from broker.doorbell import Doorbell
+from broker.errors import SessionFenced
 from broker.head import epoch_of
-from broker.layout import BrokerState, Layout
+from broker.layout import BrokerState, Layout, SessionState
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
@@ -27,6 +28,7 @@ from broker.replica_files import ReplicaFolder
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
+from broker.stages.attach import AttachStage
 from broker.stages.delegation import Delegation
 from broker.stages.directory import Directory
 from broker.stages.receiver import Receiver
@@ -38,6 +40,7 @@ from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
+from sim.cluster.attached import AttachedPublisher, close_gone
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.devices import costs_of
 from sim.cluster.door import HostControl, SimDoor
@@ -45,7 +48,7 @@ from sim.cluster.ending import drain, judge
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.history import Entry, History, Operation, Read, Violation
 from sim.cluster.loop import SimLoop
-from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
+from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario, policies_of
 from sim.cluster.schedule import Schedule, Stop
 from sim.cluster.succession import LOOK_STEPS, Succession
 from sim.cluster.witness import Witness
@@ -75,6 +78,7 @@ class Host:
         self.connections: list[Connection] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
+        self.attached: dict[int, int] = {}      # slots of attached clients -> their sessions' slots
 
     def start(self) -> None:
         """Put the broker together, as `broker.node` does."""
@@ -83,17 +87,17 @@ class Host:
         self.powered, self.stalled = True, False
         self.waiting.clear()
         self.control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62),
-                                   PROBE_PERIOD if "evict" in world.scenario.kinds else 0)
+                                   world.probe_period)
         self.loop = SimLoop(world.clock)
         self.notifier = Notifier()
         self.bells = [self._bell(host, 0) for host in range(world.scenario.hosts)]
         disk_bells = [self._bell(host, 1) for host in range(world.scenario.hosts)]
-        receiver_door = self.door(Role.ROLE_RECEIVER)
+        self.receiver_door = self.door(Role.ROLE_RECEIVER)
         self.delivery_door = self.door(Role.ROLE_DELIVERY)
         self.memory = self.door(Role.ROLE_BROKER)
-        self.log = BrokerLog(receiver_door, layout, make_pool(receiver_door, layout, number), number)
+        self.log = BrokerLog(self.receiver_door, layout, make_pool(self.receiver_door, layout, number), number)
         self.acks = AckStage(self.door(Role.ROLE_ACK), self.log, self.notifier)
-        self.receiver = Receiver(receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
+        self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
         self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
         self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD))
         self.disk_bells, self.head_units = disk_bells, list[int]()
@@ -120,6 +124,10 @@ class Host:
         yield "directory", self.directory
         yield "delegation", Delegation(self.door(Role.ROLE_DELEGATION), self.log, self.bells[0])
         yield "acks", self.acks
+        if scenario.attached:
+            self.attach = AttachStage(self.receiver_door, self.log, self.acks, world.clock,
+                                      LEASE_TICKS * scenario.tick_ns)
+            yield "attach", self.attach
         yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
         yield "release", Release(self.door(Role.ROLE_RECLAIM), self.log)
         if world.folder is not None:
@@ -186,6 +194,15 @@ class Host:
         """The epoch that acks are sent under."""
         return epoch_of(self.memory.load_word(self.world.layout.offset_of("control")))
 
+    def session_error(self, client: int, slot: int, epoch: int) -> SessionFenced | None:
+        """Why this session is not open, as a broker says it before it opens a stream or hands out a slot. Raises
+        `BrokerUnavailable` while a new head takes over."""
+        line, progress = self.sessions.line(slot), self.sessions.progress(slot)
+        if (line["client_id"], line["session_epoch"]) == (client, epoch) and (
+                progress["state"] & 0xFF == SessionState.SESSION_OPEN):
+            return None
+        return SessionFenced(reason="it ended", committed=progress["expected"])
+
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a service's coroutine on this host's event loop; a task whose end the caller looks for."""
         return self.loop.call_here(coroutine, CALL_TICKS * self.world.scenario.tick_ns / 1e9)
@@ -199,6 +216,8 @@ class Host:
         for connection in list(self.connections):
             if self.powered and not self.control.dead:
                 connection.serve()
+        if self.world.scenario.attached:
+            close_gone(self)
 
     def lose_power(self) -> None:
         """Everything private to the host is gone."""
@@ -229,7 +248,8 @@ class World:
         self.events: list[tuple[int, str, str]] = []        # step, column, text
         self._frontiers: dict[str, int] = {}
         self.layout = Layout.compute(**scenario.region())
-        self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts, scenario.random("hardware"),
+        self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts + scenario.attached,
+                                                  scenario.random("hardware"),
                                                   "evict" in scenario.kinds)
         self.costs = costs_of(scenario.profile)
         self.clock = ManualClock(SECOND)
@@ -244,6 +264,7 @@ class World:
         self.folder = Path(tempfile.mkdtemp(prefix="cxlmq-sim-", dir=SHARED_MEMORY_FOLDER)) if (
             scenario.replication_factor > 1) else None
         self.unreliable = "net" in scenario.kinds
+        self.probe_period = PROBE_PERIOD if "evict" in scenario.kinds else 0
         self.draining = False
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._queued = 0
@@ -374,6 +395,8 @@ class World:
             self._stall(self.hosts[fault.where], fault.argument, fault.stage)
         elif fault.kind == "client":
             self.publishers[fault.where].die()
+        elif fault.kind == "pause" and isinstance(client := self.publishers[fault.where], AttachedPublisher):
+            client.pause(fault.argument)
         elif fault.kind == "cut":
             connection = self.publishers[fault.where].connections.pop(fault.argument, None)
             if connection is not None:
@@ -440,8 +463,9 @@ class World:
         if scenario.earlier_life:
             self.live_before()
         self.topic = self.create_topic(TOPIC)
-        self.publishers = [Publisher(self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
-                           for client in range(scenario.publishers)]
+        self.publishers += [(AttachedPublisher if client < scenario.attached else Publisher)(
+            self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
+            for client in range(scenario.publishers)]
         self.subscribers = [Subscriber(self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
             self._often(act, CLIENT_STEPS)
@@ -472,6 +496,11 @@ class World:
         return not self.scenario.kinds & {"net", "crash"}
 
     @property
+    def policies(self) -> tuple[str, ...]:
+        """What may become of lines that were not fenced when the power goes."""
+        return policies_of(self.scenario)
+
+    @property
     def patience(self) -> int:
         """After how many steps without an answer a client tries elsewhere."""
         return ANSWER_STEPS * (4 if self.reliable else 1)
@@ -485,8 +514,9 @@ class World:
     def trace_hash(self) -> int:
         """The same for the same seed: of every step, every memory operation, every event and the order itself."""
         value = self.schedule.hash ^ self.witness.hash
-        for host in self.hosts:
-            value = (value * 31 + host.control.hash + host.control.operations) & (1 << 64) - 1
+        attached = [each for each in self.publishers if isinstance(each, AttachedPublisher)]
+        for control in [host.control for host in self.hosts] + [client.control for client in attached]:
+            value = (value * 31 + control.hash + control.operations) & (1 << 64) - 1
         return int(value)
 
     def close(self) -> None:

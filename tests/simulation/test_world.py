@@ -55,6 +55,21 @@ def test_another_process_on_another_day_does_the_same() -> None:
     assert found == {(verdict.trace_hash, verdict.steps) for verdict in [run_scenario(draw(17, steps=STEPS))]}
 
 
+def test_attached_publishers_take_part_and_live_through_what_befalls_them() -> None:
+    # They die in mid-copy, stand still for longer than their leases, never hear of their slots: others see what they sent.
+    acknowledged = reopened = dead = 0
+    for seed in range(2_000, 2_060):
+        verdict, world = run_world(draw(seed, steps=STEPS))
+        assert not verdict.failed, verdict
+        for client in range(world.scenario.attached):
+            acknowledged += sum(each.client == client and each.outcome == "ok" for each in world.history.operations)
+            reopened += world.publishers[client].epoch > 1
+            dead += world.publishers[client].state == "dead"
+    assert acknowledged > 500
+    assert reopened
+    assert dead
+
+
 def test_heads_are_replaced_and_nothing_is_lost() -> None:
     # Power goes, and stalled heads go on as if nothing had happened: others take over, again and again.
     epochs = []

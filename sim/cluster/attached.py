@@ -1,0 +1,223 @@
+"""Attached publishers of the simulated cluster: the library's own core, each on a host of its own with its own cache.
+
+The session is opened as over connections; then slots, leases, descriptors and completions go through memory alone. Its
+power may go at any operation, it may stand still for longer than its lease, and it may never hear that it got a slot.
+"""
+
+import struct
+from collections.abc import Container
+from typing import TYPE_CHECKING, Any
+
+from broker.errors import BrokerUnavailable, CxlmqError
+from client.attached import AttachedCore
+from client.batch import Batch, Delivery, Packer
+from client.connection import BrokerAddress
+from client.transport import rendezvous
+from sim.cluster.clients import PUSH_BACK_TRIES, Flight, Publisher
+from sim.cluster.door import HostControl, SimDoor
+from sim.cluster.history import Operation, Violation
+from sim.cluster.witness import build_payload
+from sim.cxl.memory import Role
+
+if TYPE_CHECKING:
+    from sim.cluster.world import Host, World
+
+WINDOW_BYTES = 64 << 10
+NEVER = 1e18                                # seconds: nothing expires here, the run ends before
+DYING_OPERATIONS, DYING_FENCES = 60, 8      # a client that is killed gets so far, at most
+LOOK_EVERY = 8                              # turns between two heartbeats
+
+
+class AttachedPublisher(Publisher):
+    """A client that attaches. It is its core's engine, too."""
+
+    def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
+        super().__init__(world, client, topic, batches, window, level)
+        self.number = world.scenario.hosts + client
+        self.control = HostControl(self.number, *world.costs, world.witness, world.turns.getrandbits(62),
+                                   world.probe_period)
+        self.packer = Packer(self, self._batch_is_full, world.layout.numbers["batch_bytes_max"],
+                             world.layout.numbers["message_bytes_max"])
+        door = SimDoor(world.hardware.door(self.number, int(Role.ROLE_CLIENT)), self.control)
+        world.plant(door, self.number, int(Role.ROLE_CLIENT))
+        target = world.layout.numbers["segment_bytes"]
+        self.core = AttachedCore(self, door, world.layout, self.packer, (target, target, target), WINDOW_BYTES, window,
+                                 level, NEVER)
+        self.core.begin_session(0)
+        self.slots: dict[int, tuple[int, int]] = {}             # host -> its incarnation, the slot that we have there
+        self.built: dict[int, Batch] = {}                       # by first message: what goes into a lease again
+        self.outcomes: list[tuple[Operation, Delivery]] = []
+        self.turns = self.paused_until = 0
+
+    # ---- what the core asks its engine for -------------------------------------------------------------------------
+
+    def make_room(self, nbytes: int) -> None:
+        """There is room."""
+
+    def _batch_is_full(self) -> None:
+        raise AssertionError("a batch of three messages is never full")
+
+    # ---- life ------------------------------------------------------------------------------------------------------
+
+    def die(self) -> None:
+        """Soon, in the middle of something."""
+        if self.random.random() < 0.5:      # before a fence: that is when most is under way
+            self.control.crash_fences = self.random.randint(1, DYING_FENCES)
+        else:
+            self.control.crash_at = self.control.operations + self.random.randint(1, DYING_OPERATIONS)
+
+    def pause(self, steps: int) -> None:
+        """Stand still."""
+        self.paused_until = self.world.step + steps
+
+    def act(self) -> None:
+        """What the client does when it comes to run."""
+        if self.world.step >= self.paused_until:
+            super().act()
+            self.world.clock.advance(self.control.cost_ns)
+            self.control.cost_ns = 0
+        if self.control.dead and self.state != "dead":
+            policy = self.random.choice(self.world.policies)
+            self.world.note(self.name, f"dies; unfenced lines: {policy}")
+            self.world.hardware.crash(self.number, policy)
+            self.state = "dead"
+
+    # ---- the session -----------------------------------------------------------------------------------------------
+
+    def _drop_connections(self) -> None:
+        """Leases of a session that has ended are given back when what was in flight was taken out of them."""
+
+    def _resume(self, high_water: int, positions: list[int]) -> None:
+        unsettled = dict(self.core.take_unsettled())
+        for sequence, batch in unsettled.items():
+            self.built[self.flights[sequence].operation.first] = batch
+        self._take_outcomes(unsettled)
+        super()._resume(high_water, positions)
+        self.core.leave([(slot, host) for host, (_, slot) in self.slots.items()])
+        self.slots.clear()
+
+    def _opened(self, session: dict[str, Any]) -> None:
+        super()._opened(session)
+        self.core.begin_session(self.epoch)
+
+    def _attach(self) -> None:
+        """Get a slot at every broker at which there is none."""
+        for host in self.world.hosts:
+            if not host.powered or host.stalled or host.number in self.slots or self.random.random() < 0.5:
+                continue
+            found = attach_publisher(host, self)
+            if isinstance(found, CxlmqError):
+                self._reopen("its session had ended")
+                return
+            if found is None or (self.world.unreliable and self.random.random() < 0.05):
+                continue                    # no slot is free, or the answer was lost: the broker notices
+            self.slots[host.number] = host.incarnation, found[0]
+            self.core.add_channel(*found, host.number)
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        """Take what was answered; drop brokers that died; say that we are there."""
+        self.turns += 1
+        for number in self.core.brokers_alive():
+            if not self.world.hosts[number].powered:
+                self.core.drop_channel(number)
+        if self.turns % LOOK_EVERY == 0:
+            self.core.beat()
+            self.core.check_slots()
+        self.core.poll()
+        self._take_outcomes(range(self.core.oldest, self.core.next_sequence))
+        if self.core.fenced:
+            self._reopen("a broker fenced it")
+        else:
+            self._attach()
+
+    def _take_outcomes(self, undecided: Container[int]) -> None:
+        outcomes, self.outcomes = self.outcomes, []
+        for operation, delivery in outcomes:
+            if isinstance(error := delivery.exception(), Exception):
+                raise Violation("A2", f"message {operation.first} of client {self.client}: {error}, and no fault was "
+                                      "such")
+            receipt = delivery.receipt()
+            self.world.history.marks.append((f"epoch at client {self.client}", receipt.epoch))
+            self._forget(operation)
+            self._settle(operation, receipt.position)
+        for sequence, flight in list(self.flights.items()) if self.level == 0 else ():      # nobody tells of these
+            if sequence not in undecided:
+                self._forget(flight.operation)
+                self._settle(flight.operation, None)
+
+    def _forget(self, operation: Operation) -> None:
+        self.flights = {sequence: flight for sequence, flight in self.flights.items()
+                        if flight.operation is not operation}
+
+    def _build(self, operation: Operation) -> Batch:
+        """Pack an operation's messages as the library does."""
+        payload, at = build_payload(self.client, operation.first, operation.count), 0
+        for _ in range(operation.count):
+            (nbytes,) = struct.unpack_from("<I", payload, at)
+            self.packer.append(payload[at + 8:at + 8 + nbytes])
+            at += 8 + -(-nbytes // 8) * 8
+        batch: Batch = self.packer.take()
+        batch.seal(self.world.clock.wall())
+        return batch
+
+    def _submit(self) -> None:
+        for _ in range(4):
+            done = self.submitted >= self.batches or self.world.draining
+            if len(self.flights) >= self.window or (done and not self.pending) or not self.core.brokers_alive():
+                return
+            if self.pending:
+                operation = self.pending.popleft()
+            else:
+                operation = Operation(self.client, self.next_number, self.random.randint(1, 3), self.level,
+                                      self.world.step, replicas=self.topic.replication_factor - 1)
+                self.next_number += operation.count
+                self.submitted += 1
+                self.world.history.operations.append(operation)
+            batch = self.built.pop(operation.first, None) or self._build(operation)
+            batch.level, batch.deadline = self.level, NEVER
+            sequence = self.core.next_sequence
+            if self.level:
+                delivery = Delivery(batch, 0)
+                delivery.add_done_callback(lambda each, of=operation: self.outcomes.append((of, each)))
+            if not self.core.submit_batch(batch):
+                self.built[operation.first] = batch
+                self.pending.appendleft(operation)
+                return
+            self.flights[sequence] = Flight(operation, b"", 0, self.world.step)
+
+    def _resend(self) -> None:
+        """Submit again what was refused, and what went to a broker that died."""
+        live = [BrokerAddress(host, "") for host in self.core.brokers_alive()]
+        for sequence in self.core.lost() if live else ():
+            for broker in rendezvous(live, self.client, sequence)[:PUSH_BACK_TRIES]:
+                if self.core.resubmit(sequence, broker.id):
+                    break
+
+
+def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int] | CxlmqError | None:
+    """What a broker's service does for AttachPublisher: (slot, generation), why not, or None for not now."""
+    try:
+        error = host.session_error(client.client, client.slot, client.epoch)
+    except BrokerUnavailable:
+        return None                         # a new head is taking over
+    if error is not None:
+        return error
+    topic = client.topic
+    found: tuple[int, int] | None = host.attach.open(
+        topic.number, topic.generation, client.slot, client.epoch, client.client, client.level,
+        topic.replication_factor, client.client, 1)
+    if found is not None:
+        host.sessions.attach(client.slot)
+        host.attached[found[0]] = client.slot
+    return found
+
+
+def close_gone(host: "Host") -> None:
+    """What a broker does about clients that left, never came, or are dead."""
+    for slot in host.attach.open_slots():
+        gone = slot["left"] or host.world.publishers[slot["pid"]].state == "dead"
+        if gone and host.attach.close_slot(slot["number"], slot["generation"]) and slot["number"] in host.attached:
+            host.sessions.detach(host.attached.pop(slot["number"]))
+
