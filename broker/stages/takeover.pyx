@@ -151,17 +151,21 @@ cdef class Takeover(Stage):
     # ---- tables ------------------------------------------------------------------------------------------------------
 
     cdef void copy(self, uint64_t target, uint64_t source, uint64_t nbytes) noexcept nogil:
-        """Copy lines of one bank to the other, word by word."""
+        """Copy lines of one bank to the other: whole ones, or what this host knows of the target's earlier use came back."""
         cdef uint64_t i
+        cdef uint64_t[8] line
         self.memory.invalidate(source, nbytes)
-        for i in range(0, nbytes, 8):
-            self.memory.store(target + i, self.memory.load(source + i))
+        for i in range(0, nbytes, 64):
+            self.memory.read_line(source + i, line)
+            self.memory.write_line(target + i, line)
         self.memory.flush(target, nbytes)
 
     cdef void zero(self, uint64_t target, uint64_t nbytes) noexcept nogil:
         cdef uint64_t i
-        for i in range(0, nbytes, 8):
-            self.memory.store(target + i, 0)
+        cdef uint64_t[8] line
+        memset(line, 0, sizeof(line))
+        for i in range(0, nbytes, 64):
+            self.memory.write_line(target + i, line)
         self.memory.flush(target, nbytes)
 
     cdef void wipe_tables(self) noexcept nogil:
@@ -291,7 +295,9 @@ cdef class Takeover(Stage):
         self.memory.read_line(self.layout.topic_reclaim(topic), &reclaim)
         if reclaim.reclaimed_index < self.committed[topic]:
             # Its position is that of the first entry kept, whatever the rest of the line says meanwhile.
-            self.memory.read_line(self.source.order_entry(topic, reclaim.reclaimed_index), &entry)
+            index = self.source.order_entry(topic, reclaim.reclaimed_index)
+            self.memory.invalidate(index, 64)
+            self.memory.read_line(index, &entry)
             if entry.commit == make_tag(order.generation, reclaim.reclaimed_index):
                 reclaim.reclaimed_position = entry.position
                 self.memory.write_line(self.layout.topic_reclaim(topic), &reclaim)

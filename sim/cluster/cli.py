@@ -21,9 +21,10 @@ from client.cli.common import (
 )
 from sim.cluster.devices import find_device
 from sim.cluster.diagram import describe, explain
+from sim.cluster.hardware import HARDWARE
 from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
 from sim.cluster.plan_report import show_plan
-from sim.cluster.run import Verdict, hunt, run_scenario, run_seeds
+from sim.cluster.run import COHERENCE, Verdict, hunt, run_scenario, run_seeds
 from sim.cluster.scenario import FAULT_KINDS, STEPS, Scenario, draw
 from sim.cluster.shrink import shrink
 
@@ -56,8 +57,9 @@ def _faults(text: str) -> frozenset[str]:
               help="Steps of stages with traffic and faults; draining comes after them.")
 @click.option("--faults", default="all", show_default=True, metavar="KIND,...",
               help="What may go wrong: crash, evict, stall, torn, net; or all, none.")
-@click.option("--memory", type=click.Choice(["mapped", "noncoherent"]), default="noncoherent", show_default=True,
-              help="Whether hosts have caches of their own that are not coherent.")
+@click.option("--memory", type=click.Choice(list(HARDWARE)), default="noncoherent", show_default=True,
+              help="Coherent, hosts with caches that are not coherent, or these under the coherence checker, whose "
+                   "findings count as failures.")
 @click.option("--mutant", metavar="NAME", help="Plant this bug; --mutants lists them.")
 @click.option("--mutants", is_flag=True, help="Plant every bug in turn, and say which seed sees it.")
 @click.option("--output", type=click.Path(dir_okay=False), metavar="FILE",
@@ -86,6 +88,7 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
       cxlmq sim --seed 123 --faults crash,stall --steps 50000 --json
       cxlmq sim --seeds 0..999
       cxlmq sim --seed 1 --mutant entry-not-flushed
+      cxlmq sim --seed 0 --mutant result-not-flushed --faults none --memory checked
       cxlmq sim --mutants
       cxlmq sim --plan --profile cxl-switch-xconn --plot curve.png
 
@@ -169,6 +172,8 @@ def _all_mutants(output: str | None) -> None:
 
 
 def _reason(verdict: Verdict) -> str:
+    if verdict.invariant == COHERENCE:
+        return f"seed {verdict.seed}: the coherence checker reports:\n{verdict.text}"
     return f"seed {verdict.seed}: invariant {verdict.invariant} does not hold: {verdict.text}" if (
         verdict.verdict == "violation") else f"seed {verdict.seed}: {verdict.text}"
 

@@ -7,11 +7,13 @@ from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
 
-from broker.coherence import explain
+from broker.coherence import explain, report_text
 from sim.cluster.history import Violation
 from sim.cluster.mutants import BY_NAME, Mutant, planter, switch_on
 from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
 from sim.cluster.world import World
+
+COHERENCE = "coherence"                     # the "invariant" that the checker judges
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
     verdict, invariant, text = "ok", "", ""
     try:
         world.run()
+        if (found := coherence_report(world))["reports"]:
+            raise Violation(COHERENCE, report_text(found))
     except Violation as violation:
         verdict, invariant, text = "violation", violation.invariant, violation.text
     except Exception as error:
@@ -79,11 +83,18 @@ def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]
         yield from pool.imap(_run_seed, jobs, chunksize=4)
 
 
+def coherence_report(world: World) -> dict[str, Any]:
+    """What the coherence checker found, explained; nothing when memory is not checked."""
+    checker = world.hardware.checker
+    if checker is None:
+        return {"reports": []}
+    checker.find_stranded(0)
+    return explain(checker.reports(), [], world.layout)
+
+
 def run_checked(scenario: Scenario) -> list[dict[str, Any]]:
-    """Run a scenario under the coherence checker; what that found, explained."""
-    _, world = run_world(scenario.smaller(memory="checked"))
-    world.hardware.checker.find_stranded(0)
-    return list(explain(world.hardware.checker.reports(), [], world.layout)["reports"])
+    """Run a scenario under the coherence checker; what that found, whatever else was broken."""
+    return list(coherence_report(run_world(scenario.smaller(memory="checked"))[1])["reports"])
 
 
 HUNT_SEEDS, HUNT_STEPS = 200, 6_000

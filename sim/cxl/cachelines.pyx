@@ -12,6 +12,7 @@ cdef class LineObserver:
     cdef void invalidated(self, Host* h, uint64_t line, uint64_t state, Access* who) noexcept nogil: pass
     cdef void fenced(self, Host* h, uint64_t drained, Access* who) noexcept nogil: pass
     cdef void atomic(self, Host* h, uint64_t offset, bint allowed, Access* who) noexcept nogil: pass
+    cdef void crashed(self, Host* h) noexcept nogil: pass
     cdef void payload_written(self, Host* h, uint64_t offset, uint64_t count, Access* who) noexcept nogil: pass
     cdef void payload_fenced(self, Host* h, uint64_t offset, uint64_t count) noexcept nogil: pass
     cdef void payload_read(self, Host* h, uint64_t offset, uint64_t count, uint64_t stale,

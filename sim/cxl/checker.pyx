@@ -403,6 +403,19 @@ cdef class Checker(LineObserver):
             memset(&nobody, 0, sizeof(Side))
             self.report_store(KIND_ATOMIC, offset, NULL, h, self.agent_of(h, who), who, 0, 0)
 
+    cdef void crashed(self, Host* h) noexcept nogil:
+        """What the host had not fenced is gone, or got there in the last moment: what is there is what counts."""
+        cdef uint64_t line
+        cdef Line* record
+        for line in range(self.line_count):
+            record = &self.lines[line]
+            lock(&record.lock)
+            if record.state and record.newest.host == h.number:
+                record.state = record.polls = 0
+                memcpy(&record.newest, &record.memory, sizeof(Store))
+            unlock(&record.lock)
+        memset(h.observed, 0, self.line_count * sizeof(Copy))
+
     # ---- payload ---------------------------------------------------------------------------------------------------------
 
     cdef void payload_written(self, Host* h, uint64_t offset, uint64_t count, Access* who) noexcept nogil:

@@ -268,6 +268,8 @@ cdef class HostCache:
         for offset in survived:
             write_back(&self.h, offset // 64, self.h.states[offset // 64])
         self._forget()
+        if self.h.observer != NULL:
+            (<LineObserver>self.h.observer).crashed(&self.h)
         self.h.control |= CONTROL_CRASHED
         kept = set(survived)
         return {"survived": survived, "lost": [offset for offset in lines if offset not in kept]}

@@ -5,7 +5,8 @@ from libc.string cimport memcpy, memset
 
 from sim.cxl.cachelines cimport (
     AGENT_LISTS, AGENT_MINE, Access, CONTROL_CRASHED, CONTROL_EVICT, CONTROL_LINK_LOST, CONTROL_TRACE, CXL_EXTENT,
-    CXL_TRACE_PRIME, FAULT_ATOMIC, Host, LINE_ABSENT, LINE_COHERENT, LINE_DIRTY, LINE_PENDING, LINE_STREAMED, LOCKED,
+    CXL_TRACE_PRIME, FAULT_ATOMIC, Host, LINE_ABSENT, LINE_CLEAN, LINE_COHERENT, LINE_DIRTY, LINE_PENDING, LINE_STREAMED,
+    LOCKED,
     LineObserver, OP_ATOMIC, OP_COPY_IN, OP_COPY_OUT, OP_FENCE, OP_FLUSH, OP_FULL_FENCE, OP_INVALIDATE, OP_LOAD,
     OP_POINTER, OP_READ_LINE, OP_STORE, OP_WRITE_LINE, STATE_MASK, VERSION_SHIFT, add_pending, cxl_caller, cxl_random,
     cxl_thread_number, cxl_version_store, delay, drain, drop, ensure, fill, lock_line, next_order, present, settle,
@@ -255,7 +256,9 @@ cdef class NonCoherentMemory(Memory):
                 memcpy(h.base + offset, source, here)
             else:
                 state = lock_line(&h.states[line])
-                if here < 64:
+                if here < 64 and state & STATE_MASK == LINE_CLEAN:
+                    state = fill(h, line)       # a store around the cache takes an old copy out of it
+                elif here < 64:
                     state = present(h, line, state)
                 else:
                     state = <uint64_t>(h.versions[line] & ~<uint32_t>1) << VERSION_SHIFT
