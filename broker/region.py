@@ -27,6 +27,7 @@ from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
     POOL_STRATEGIES,
+    AttachState,
     BrokerState,
     ControlBits,
     CursorState,
@@ -539,6 +540,7 @@ def inspect_region(region: Region) -> dict[str, Any]:
         "topics": topics,
         "sessions": _inspect_sessions(memory, layout),
         "cursors": _inspect_cursors(memory, layout),
+        "attached": _inspect_attached(memory, layout),
         "groups": _inspect_groups(memory, layout, topics),
         "pool": _inspect_pool(memory, layout, topics),
     }
@@ -637,6 +639,21 @@ def _inspect_cursors(memory: Memory, layout: Layout) -> list[dict[str, Any]]:
                       "name": _one(memory, layout, "CursorName", "cursor_name", number)["text"],
                       "granted": grant["granted"], "granted_index": grant["index"],
                       "topic": line["topic"] & 0xFFFF, "topic_generation": line["topic"] >> 16})
+    return found
+
+
+def _inspect_attached(memory: Memory, layout: Layout) -> list[dict[str, Any]]:
+    """Slots of attached clients that are in use: at which broker, whose, and how many leases they hold."""
+    found = []
+    for number in range(layout.numbers["attach_slot_count"]):
+        line, client = (_one(memory, layout, record, place, number) for record, place in (
+            ("AttachLine", "attach_line"), ("AttachClientLine", "attach_client")))
+        generation, state = _versioned(AttachState, line["state"])
+        if state in ("open", "fenced"):
+            found.append({"slot": number, "broker": number // layout.numbers["attach_per_broker"], "state": state,
+                          "generation": generation, "pid": client["pid"], "topic": line["topic"] & 0xFFFF,
+                          "session": line["session_slot"], "client_id": line["client_id"],
+                          "leases": line["granted"] - client["retired"]})
     return found
 
 

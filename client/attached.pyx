@@ -58,6 +58,7 @@ cdef struct Channel:
     uint64_t generation
     uint64_t broker
     bint alive
+    bint left                       # its slot is somebody else's by now
     bint loaned                     # a loan is open in its lease: nothing else goes there
     bint has_lease
     uint64_t submitted
@@ -250,8 +251,10 @@ cdef class AttachedCore:
 
     def add_channel(self, uint64_t slot, uint64_t generation, uint64_t broker) -> None:
         """A slot at one more broker, or at one that came back."""
-        cdef uint64_t c = self.channel_count
+        cdef uint64_t c = 0
         cdef Channel* channel
+        while c < self.channel_count and not self.channels[c].left:
+            c += 1
         if c == CHANNELS_MAX:
             raise CxlmqError(f"a publisher has at most {CHANNELS_MAX} slots in a session")
         channel = &self.channels[c]
@@ -262,11 +265,33 @@ cdef class AttachedCore:
         channel.alive = True
         # Its broker wiped our lines there: what we still know of them is of an earlier use.
         self.memory.invalidate(self.layout.attach_client(slot), 128)
-        self.bells.append(Doorbell(self.memory, self.layout.doorbell(broker, 0)))
-        if c == 0:
-            self.memory.count_at(self.layout.attach_statistics(slot))
-        self.channel_count = c + 1
+        self.bells[c:c + 1] = [Doorbell(self.memory, self.layout.doorbell(broker, 0))]
+        self.channel_count = max(self.channel_count, c + 1)
+        self.count_somewhere()
         self.beat()
+
+    cdef void count_somewhere(self):
+        """Count what we flush and fence in the first slot that is ours."""
+        cdef uint64_t c
+        for c in range(self.channel_count):
+            if not self.channels[c].left:
+                self.memory.count_at(self.layout.attach_statistics(self.channels[c].slot))
+                return
+
+    def let_go(self) -> list[int]:
+        """Slots at dead brokers out of whose leases nothing has to be submitted any more: we are done with them."""
+        cdef uint64_t c, lease, waiting
+        cdef Channel* channel
+        found = []
+        for c in range(self.channel_count):
+            channel = &self.channels[c]
+            waiting = 0
+            for lease in range(LEASE_RING):
+                waiting += channel.lease_waiting[lease]
+            if not (channel.alive or channel.left or channel.loaned or waiting):
+                channel.left = True
+                found.append(channel.slot)
+        return found
 
     # ---- leases and channels ------------------------------------------------------------------------------------------
 
@@ -407,6 +432,8 @@ cdef class AttachedCore:
         cdef Channel* channel
         for c in range(self.channel_count):
             channel = &self.channels[c]
+            if channel.left:
+                continue
             if channel.completed < channel.submitted:
                 at = self.layout.attach_completion(channel.slot, channel.completed)
                 self.memory.invalidate(at, 16)
@@ -519,12 +546,12 @@ cdef class AttachedCore:
         """Pack one message: bytes, or anything with the buffer protocol."""
         cdef Delivery delivery
         if self.spilling:
-            return self.overflow.append(data)
+            return self.append_spilled(data)
         delivery = self.new_delivery()
         try:
             self.pack_object(data)
         except Spill:
-            return self.overflow.append(data)
+            return self.append_spilled(data)
         self.is_of_last(delivery)
         if self.used + MESSAGE_HEADER_BYTES >= self.capacity:
             self.seal_full()
@@ -550,8 +577,15 @@ cdef class AttachedCore:
                 return self.pack_object(data)
             except Spill:
                 pass
-        self.overflow.append(data)
+        self.append_spilled(data)
         return 0
+
+    cdef object append_spilled(self, data):
+        """Pack into private memory. The client loop may meanwhile have found nothing there and ended the spilling: what
+        comes next must stay behind this."""
+        delivery = self.overflow.append(data)
+        self.spill()
+        return delivery
 
     def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
@@ -570,7 +604,9 @@ cdef class AttachedCore:
                 while not self.is_open or self.used + stride > self.capacity:
                     self.begin(nbytes)
             except Spill:
-                return self.overflow.append_array(rows[i:])
+                delivery = self.overflow.append_array(rows[i:])
+                self.spill()                # as `append_spilled`
+                return delivery
             fit = min(total - i, (self.capacity - self.used) // stride)
             self.busy = True
             with nogil:
@@ -683,6 +719,8 @@ cdef class AttachedCore:
         cdef Sent* sent
         for c in range(self.channel_count):
             channel = &self.channels[c]
+            if channel.left:
+                continue
             was_retired = channel.retired
             while channel.completed < channel.submitted:
                 at = self.layout.attach_completion(channel.slot, channel.completed)
@@ -822,6 +860,8 @@ cdef class AttachedCore:
         """Say that we are alive: a silent client's leases end."""
         cdef uint64_t c, at
         for c in range(self.channel_count):
+            if self.channels[c].left:
+                continue
             at = self.layout.attach_client(self.channels[c].slot)
             self.memory.store(at, cxl_now_ns())
             self.memory.flush(at, 64)
@@ -850,6 +890,7 @@ cdef class AttachedCore:
             self.memory.flush(at, 64)
             self.memory.full_fence()
             Doorbell(self.memory, self.layout.doorbell(broker, 0)).ring_now()
+        self.count_somewhere()
         return True
 
     cdef int loan_ends(self) except -1:
@@ -918,7 +959,7 @@ cdef class AttachedCore:
         batch.release()
         return True
 
-    cdef void spill(self):
+    cpdef void spill(self):
         """Everything goes to private memory from now on."""
         if not self.spilling:
             self.spilling = True
@@ -1076,7 +1117,7 @@ cdef class AttachedCore:
             # Its lease is not ours any more: the message goes the other way, before everything that comes later.
             self.spill()
             try:
-                return self.overflow.append(<uint8_t[:loan.nbytes]>loan.data if loan.nbytes else b"")
+                return self.append_spilled(<uint8_t[:loan.nbytes]>loan.data if loan.nbytes else b"")
             finally:
                 self.give_back(loan)
         batch = Batch(self.engine, 0)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from broker.errors import (
@@ -143,10 +143,10 @@ class AttachedEngine(Engine):
             await self.connection.unary(broker.target, "Admin/Detach", request, pb.DetachResponse,
                                         timeout=DETACH_SECONDS)
 
-    def _leave(self) -> None:
-        """Give up all slots; their brokers are told in memory, and by a call so that they look at once."""
-        held, self.attachments = list(self.attachments.values()), {}
-        if self.core is None or not self.core.leave([(each.slot, each.doorbell) for _, each in held]):
+    def _leave(self, slots: Iterable[int]) -> None:
+        """Give up slots; their brokers are told in memory, and by a call so that they look at once."""
+        held = [self.attachments.pop(slot) for slot in slots]
+        if not held or self.core is None or not self.core.leave([(each.slot, each.doorbell) for _, each in held]):
             return
         for broker, each in held:
             task = self.loop.create_task(self._detach(broker, each))
@@ -159,7 +159,7 @@ class AttachedEngine(Engine):
     async def _disconnect(self) -> None:
         if self.core is not None:
             self.counts["failed"] += self.core.shut_down(self.failure or ClosedError(what="the publisher"))
-        self._leave()
+        self._leave(list(self.attachments))
         if self.detaching:
             await asyncio.wait(list(self.detaching))
         for task in list(self.attaching.values()):
@@ -170,6 +170,11 @@ class AttachedEngine(Engine):
 
     def _connected(self) -> int:
         return len(self._brokers_alive())
+
+    def _seal(self, batch: Batch) -> None:
+        super()._seal(batch)
+        if self.core is not None:
+            self.core.spill()               # what comes next must stay behind it
 
     # ---- asked by the core and by the publisher ---------------------------------------------------------------------
 
@@ -314,6 +319,7 @@ class AttachedEngine(Engine):
             line = unpack("BrokerLine", memory.read_line_bytes(at))
             if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
                 self.core.drop_channel(broker)
+        self._leave(self.core.let_go())
         self.core.check_slots()
         try:
             state = HeadView(memory, layout).read("TopicLine", "topic", self.session.topic_number)["state"]
@@ -378,7 +384,7 @@ class AttachedEngine(Engine):
         taken = core.take_unsettled()
         for _, batch in taken:
             self._keep(batch)
-        self._leave()
+        self._leave(list(self.attachments))
         core.begin_session(self.epoch)
         return taken
 

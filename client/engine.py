@@ -77,6 +77,7 @@ class Engine(ABC):
         self.sealed = itertools.count()
         self.held = 0                               # bytes of `unsettled`
         self.account = threading.Lock()
+        self.sealing = threading.RLock()            # batches are pending in the order in which they were packed
         self.packer: Packer | None = None
         self.changed = threading.Condition()
         self.waiters = 0
@@ -258,12 +259,13 @@ class Engine(ABC):
     def send_full(self) -> None:
         """The packer's batch is full: it goes, and under load the next one may be larger."""
         assert self.packer is not None
-        batch = self.packer.take()
-        if batch is None:
-            return
-        if not self.fixed_batch and self._is_loaded():
-            self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
-        self._seal(batch)
+        with self.sealing:
+            batch = self.packer.take()
+            if batch is None:
+                return
+            if not self.fixed_batch and self._is_loaded():
+                self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
+            self._seal(batch)
 
     def _seal(self, batch: Batch) -> None:
         assert self.ack is not None
@@ -297,12 +299,13 @@ class Engine(ABC):
 
     def seal_current(self) -> None:
         """Send what is packed so far. When that is little, the next batch need not be as large."""
-        taken = self.packer.take() if self.packer is not None else None
-        if taken is None or self.packer is None:
-            return
-        if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
-            self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
-        self._seal(taken)
+        with self.sealing:
+            taken = self.packer.take() if self.packer is not None else None
+            if taken is None or self.packer is None:
+                return
+            if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
+                self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
+            self._seal(taken)
 
     # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 

@@ -66,6 +66,8 @@ def _parts(values: dict[str, Any]) -> list[Any]:
         parts.append(_frontiers(topic))
     parts += [_listing("sessions", values["sessions"], ("session", "state", "client_id", "topic", "expected", "held")),
               _listing("readers", values["cursors"], ("cursor", "name", "state", "topic", "index", "position", "pid")),
+              _listing("attached clients", values["attached"],
+                       ("slot", "broker", "state", "topic", "session", "leases", "pid")),
               _listing("groups", values["groups"], ("group", "topic", "state", "position", "lag", "holder")),
               _accesses(values["statistics"])]
     return [part for part in parts if part is not None]

@@ -350,6 +350,8 @@ class ChaosRun:
             left.append(f"{found['pool']['used']} segments are in use, and there is no topic")
         if found["cursors"]:
             left.append(f"{len(found['cursors'])} cursors are open, and there is no reader")
+        if found["attached"]:
+            left.append(f"{len(found['attached'])} slots of attached clients are in use, and there is none")
         return left
 
     # ---- level 2 ----------------------------------------------------------------------------------------------------

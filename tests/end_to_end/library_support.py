@@ -56,12 +56,13 @@ def held(cluster: str) -> dict[str, Any]:
         "sessions": [each["session"] for each in found["sessions"]
                      if each["state"] == "open" and each["sequencer_state"] == "open"],
         "cursors": [each["cursor"] for each in found["cursors"]],
+        "attached": [each["slot"] for each in found["attached"]],
         "slots": [(topic["name"], place["broker"]) for topic in found["topics"] for place in topic["brokers"]
                   if place["delegated"] != place["reclaimed"]],
     }
 
 
-NOTHING: dict[str, Any] = {"sessions": [], "cursors": [], "slots": []}
+NOTHING: dict[str, Any] = {"sessions": [], "cursors": [], "attached": [], "slots": []}
 
 
 def settles_to_nothing(cluster: str, seconds: float = SECONDS) -> bool:

@@ -111,6 +111,27 @@ def test_a_loan_whose_view_is_still_held_is_not_published(cluster, fresh):
     assert read_all(cluster, fresh, 1) == [b"only"]
 
 
+@pytest.mark.parametrize("call", [
+    lambda publisher, message: publisher.publish(message),
+    lambda publisher, message: publisher.publish_many([message]),
+    lambda publisher, message: publisher.publish_array(numpy.frombuffer(message, numpy.uint8).reshape(1, -1)),
+])
+def test_what_spilled_stays_before_what_comes_later(cluster, fresh, call, monkeypatch):
+    # The client loop finds private memory empty, and ends the spilling, while a message is just about to be put there.
+    with Publisher(fresh, cluster=cluster.name, transport="attached", linger_ms=1000) as publisher:
+        engine = publisher._engine
+
+        def make_room(nbytes: int, make_room=engine.make_room) -> None:
+            make_room(nbytes)
+            engine.core.end_spilling()
+
+        monkeypatch.setattr(engine, "make_room", make_room)
+        engine.core.spill()
+        call(publisher, b"spilled")
+        publisher.publish(b"later").result(20)
+    assert read_all(cluster, fresh, 2) == [b"spilled", b"later"]
+
+
 def test_loans_are_refused_over_grpc(cluster, fresh):
     with Publisher(fresh, cluster=cluster.name, transport="grpc") as publisher, pytest.raises(ConfigError):
         publisher.loan(10)

@@ -200,6 +200,23 @@ def test_a_reader_that_went_on_elsewhere_holds_nothing_at_the_broker_that_came_b
                               [each["index"] for each in inspected(cluster.name)["cursors"]] == [2], 10), inspected(cluster.name)["cursors"]
 
 
+def test_attached_clients_that_outlive_many_brokers_hold_one_slot_a_broker() -> None:
+    # Slots are few: who keeps those at brokers that died takes them from everybody who comes later.
+    with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t")
+        with Publisher("t", cluster=cluster.name, transport="attached") as publisher, \
+                Subscriber("t", cluster=cluster.name, transport="attached", start="beginning") as subscriber:
+            for turn in range(6):
+                cluster.kill(turn % 3)
+                assert eventually(lambda turn=turn: cluster.restarts == turn + 1)
+                publisher.publish(b"%d" % turn).result(SECONDS)
+                assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=SECONDS)] == [b"%d" % turn]
+            assert eventually(lambda: subscriber.fetch(1, timeout=0.1) == [] and
+                              sorted(each["broker"] for each in inspected(cluster.name)["attached"]
+                                     if each["client_id"]) == [0, 1, 2]), inspected(cluster.name)["attached"]
+            assert len([each for each in inspected(cluster.name)["attached"] if not each["client_id"]]) == 1
+
+
 @pytest.mark.parametrize("lock", ["mutex", "semaphore"])
 def test_a_head_that_is_killed_leaves_no_lock_behind(lock: str) -> None:
     run("0:number-taken:20", "grpc", sequencer_lock=lock, scanners=2)
