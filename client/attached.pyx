@@ -70,6 +70,7 @@ cdef struct Channel:
     uint64_t lease_offset
     uint64_t lease_bytes
     uint64_t lease_used
+    int64_t heard_ns                # of its last answer, or since when it has something to answer
     uint64_t lease_waiting[16]      # batches of each lease that are not settled
     uint64_t sequences[64]          # by submission number
 
@@ -277,6 +278,14 @@ cdef class AttachedCore:
             if not self.channels[c].left:
                 self.memory.count_at(self.layout.attach_statistics(self.channels[c].slot))
                 return
+
+    def quiet_slots(self, double seconds) -> list[int]:
+        """Slots at live brokers that have batches and have answered none for so long."""
+        cdef uint64_t c
+        cdef int64_t since = cxl_now_ns() - <int64_t>(seconds * 1e9)
+        return [self.channels[c].slot for c in range(self.channel_count)
+                if self.channels[c].alive and self.channels[c].submitted != self.channels[c].completed
+                and self.channels[c].heard_ns < since]
 
     def let_go(self) -> list[int]:
         """Slots at dead brokers out of whose leases nothing has to be submitted any more: we are done with them."""
@@ -689,12 +698,14 @@ cdef class AttachedCore:
         descriptor.batch_sequence = sequence
         descriptor.published_wall_ns = wall_ns
         descriptor.reserved[0] = descriptor.reserved[1] = 0
+        sent.sent_ns = cxl_now_ns()
+        if channel.submitted == channel.completed:
+            channel.heard_ns = sent.sent_ns
         channel.sequences[channel.submitted % ATTACH_RING] = sequence
         channel.lease_waiting[channel.using % LEASE_RING] += 1
         channel.submitted += 1
         self.in_flight += 1
         self.in_flight_bytes += nbytes
-        sent.sent_ns = cxl_now_ns()
         # The payload first: a broker that sees the descriptor may hand the payload to anyone.
         self.memory.fence()
         self.memory.write_line(at, &descriptor)
@@ -714,7 +725,7 @@ cdef class AttachedCore:
 
     cpdef uint64_t poll(self) except? 0xFFFFFFFFFFFFFFFF:
         """Settle what was answered; how many batches that were."""
-        cdef uint64_t c, at, state, status, done = 0, was_retired
+        cdef uint64_t c, at, state, status, done = 0, was_retired, was_completed
         cdef Channel* channel
         cdef Sent* sent
         for c in range(self.channel_count):
@@ -722,6 +733,7 @@ cdef class AttachedCore:
             if channel.left:
                 continue
             was_retired = channel.retired
+            was_completed = channel.completed
             while channel.completed < channel.submitted:
                 at = self.layout.attach_completion(channel.slot, channel.completed)
                 self.memory.invalidate(at, 16)
@@ -748,6 +760,8 @@ cdef class AttachedCore:
                 else:
                     sent.state = SENT_RETRY
                     self.retry_wanted = True
+            if channel.completed != was_completed:
+                channel.heard_ns = cxl_now_ns()
             if channel.retired != was_retired:
                 self.tell(channel)
         while self.oldest < self.next_sequence and self.sent[self.oldest % SENT_RING].state == SENT_FREE:

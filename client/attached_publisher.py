@@ -31,7 +31,7 @@ from broker.topics import holder_at
 from client.attached import AttachedCore, Loan
 from client.batch import Batch
 from client.connection import BrokerAddress
-from client.engine import Engine
+from client.engine import SILENT_SECONDS, Engine
 from client.transport import rendezvous
 from sim.cxl.memory import Role
 from sim.cxl.region import host_identity, process_alive, process_start_time
@@ -86,7 +86,7 @@ class AttachedEngine(Engine):
     async def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
         """Get a slot at every broker. Raises when there is none at all."""
         for broker in brokers:
-            if broker.id not in self.attaching and broker.id not in self._brokers_alive():
+            if broker.id not in {*self.attaching, *self._brokers_alive(), *self.silent}:
                 task = self.loop.create_task(self._attach(broker, self.epoch))
                 self.attaching[broker.id] = task
                 task.add_done_callback(lambda _, key=broker.id: self.attaching.pop(key, None))  # type: ignore[misc]
@@ -142,6 +142,14 @@ class AttachedEngine(Engine):
         with contextlib.suppress(CxlmqError):       # it is gone, or sees by itself that we left
             await self.connection.unary(broker.target, "Admin/Detach", request, pb.DetachResponse,
                                         timeout=DETACH_SECONDS)
+
+    def _quiet_brokers(self) -> list[BrokerAddress]:
+        assert self.core is not None
+        return [self.attachments[slot][0] for slot in self.core.quiet_slots(SILENT_SECONDS)]
+
+    def _lose(self, broker: BrokerAddress) -> None:
+        if self.core is not None:
+            self.core.drop_channel(broker.id)
 
     def _leave(self, slots: Iterable[int]) -> None:
         """Give up slots; their brokers are told in memory, and by a call so that they look at once."""

@@ -225,15 +225,25 @@ class Connection:
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise BrokerUnavailable(f"{target} did not answer {method} within {timeout:g} s: is it stopped or "
-                                        "overloaded (`cxlmq cluster status`)?", address=target) from None
+                                        "overloaded (`cxlmq cluster status`)?", address=target, silent=True) from None
             raise translated(error, target) from None
 
-    async def any(self, method: str, request: Any, reply: Any) -> Any:
+    async def is_silent(self, target: str, seconds: float) -> bool:
+        """Whether a broker says nothing at all: its process stands still. One that is gone is not silent."""
+        try:
+            await self.unary(target, "Cluster/Describe", pb.DescribeClusterRequest(), pb.ClusterDescription, seconds)
+        except BrokerUnavailable as error:
+            return "silent" in error.details
+        except CxlmqError:
+            pass
+        return False
+
+    async def any(self, method: str, request: Any, reply: Any, timeout: float = CALL_SECONDS) -> Any:
         """Call a method at any broker that answers."""
         error: CxlmqError = BrokerUnavailable(address=self.bootstrap or f"cluster {self.cluster}")
         for broker in await self.brokers():
             try:
-                return await self.unary(broker.target, method, request, reply)
+                return await self.unary(broker.target, method, request, reply, timeout)
             except BrokerUnavailable as failed:
                 error = failed
         raise error

@@ -38,6 +38,9 @@ RECONNECT_SECONDS = 0.5
 CLOSE_SESSION_SECONDS = 2.0
 BLOCK_GRACE_SECONDS = 1.0
 FLUSH_GRACE_SECONDS = 5.0
+SILENT_SECONDS = 0.5                    # a broker that has batches and answers none is asked whether it is there
+ASK_SECONDS = 1.0
+LOOK_UP_SECONDS = 5.0
 UNKNOWN_POSITION = (1 << 64) - 1
 
 
@@ -90,6 +93,8 @@ class Engine(ABC):
         self.reconnecting: asyncio.Task[None] | None = None
         self.next_reconnect = 0.0
         self.known_brokers = 0
+        self.asking: dict[int, asyncio.Task[None]] = {}
+        self.silent: set[int] = set()               # brokers that stand still: nothing is sent to them
         self.latencies = array("q")
         self.counts = dict.fromkeys(
             ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
@@ -115,6 +120,14 @@ class Engine(ABC):
     @abstractmethod
     def _connected(self) -> int:
         """To how many live brokers there is a way."""
+
+    @abstractmethod
+    def _quiet_brokers(self) -> list[BrokerAddress]:
+        """Live brokers that have batches of ours and have answered none for `SILENT_SECONDS`."""
+
+    @abstractmethod
+    def _lose(self, broker: BrokerAddress) -> None:
+        """A broker stands still: what it has not answered goes to others, as if it had died."""
 
     @abstractmethod
     def _pump(self) -> None:
@@ -153,7 +166,8 @@ class Engine(ABC):
     async def open(self) -> None:
         """Find the brokers, open the session and a way to every broker."""
         brokers = await self.connection.brokers()
-        topic = await self.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=self.topic), pb.Topic)
+        topic = await self.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=self.topic), pb.Topic,
+                                          LOOK_UP_SECONDS)
         if self.ack is None:
             self.ack = topic.ack
         TopicConfig(name=topic.name, order=topic.order, ack=self.ack,
@@ -174,8 +188,9 @@ class Engine(ABC):
     async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
         """Open the session's next epoch. Raises `SessionFenced` when a later publisher of this client id took over."""
         assert self.ack is not None
+        awake = [each for each in brokers if each.id not in self.silent]
         self.session, self.session_target = await open_session(
-            self.connection, brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
+            self.connection, awake or brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
         self.epoch = self.session.session_epoch
         self.session_open = True
 
@@ -377,6 +392,7 @@ class Engine(ABC):
     def _step(self) -> None:
         """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
         self._expire()
+        self._ask_quiet()
         self._resend_due()
         now = time.monotonic()
         if now >= self.next_reconnect and not self.reopening and self._lacks_brokers() and (
@@ -385,6 +401,22 @@ class Engine(ABC):
             self.reconnecting = self.loop.create_task(self._reconnect())
         if self.pending:
             self._pump()
+
+    def _ask_quiet(self) -> None:
+        for broker in self._quiet_brokers() if not self.reopening else ():
+            if broker.id not in self.asking:
+                task = self.asking[broker.id] = self.loop.create_task(self._ask(broker))
+                task.add_done_callback(lambda _, key=broker.id: self.asking.pop(key, None))  # type: ignore[misc]
+
+    async def _ask(self, broker: BrokerAddress) -> None:
+        """Ask a quiet broker whether it is there. As long as it does not answer, it is left alone: at order 5 what all
+        brokers have would wait for what it has."""
+        while not self.closed and await self.connection.is_silent(broker.target, ASK_SECONDS):
+            if broker.id not in self.silent:
+                self.silent.add(broker.id)
+                self._lose(broker)
+        self.silent.discard(broker.id)
+        await asyncio.sleep(ASK_SECONDS)
 
     def _lacks_brokers(self) -> bool:
         return self._connected() < max(1, self.known_brokers)
@@ -531,7 +563,7 @@ class Engine(ABC):
     async def close(self) -> None:
         """End all ways and the session. What is not settled is given up."""
         self.closed = True
-        for task in (self.ticker, self.reconnecting):
+        for task in (self.ticker, self.reconnecting, *self.asking.values()):
             if task is not None:
                 task.cancel()
         await self._disconnect()

@@ -25,7 +25,7 @@ from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from client.batch import Batch, now_ns
 from client.connection import BrokerAddress
-from client.engine import Engine
+from client.engine import SILENT_SECONDS, Engine
 from client.transport import PublishTransport, rendezvous
 
 TICK_SECONDS = 0.05
@@ -51,6 +51,7 @@ class PublisherEngine(Engine):
         self.span_grows_at = 0.0
         self.retry_at: dict[int, float] = {}
         self.last_refusal: dict[int, CxlmqError] = {}
+        self.refusals: dict[int, int] = {}          # how many there were
         self.obstacle: CxlmqError | None = None     # the last refusal, as long as nothing was acked since
         self.transports: dict[int, PublishTransport] = {}
         self.turn = 0
@@ -66,7 +67,7 @@ class PublisherEngine(Engine):
         for broker_id in [key for key, transport in self.transports.items() if not transport.alive]:
             del self.transports[broker_id]
         for broker in brokers:
-            if broker.id in self.transports:
+            if broker.id in self.transports or broker.id in self.silent:
                 continue
             opened = pb.PublishOpen(
                 topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
@@ -77,6 +78,16 @@ class PublisherEngine(Engine):
 
     def _connected(self) -> int:
         return sum(transport.alive for transport in self.transports.values())
+
+    def _quiet_brokers(self) -> list[BrokerAddress]:
+        since = time.monotonic() - SILENT_SECONDS
+        return [each.broker for each in self.transports.values() if each.alive and each.is_quiet(since)]
+
+    def _lose(self, broker: BrokerAddress) -> None:
+        transport = self.transports.get(broker.id)
+        if transport is not None:
+            transport.abandon()
+            self._on_broken(transport, BrokerUnavailable(address=broker.target))
 
     def _lacks_brokers(self) -> bool:
         return super()._lacks_brokers() or bool(self.retry_at)
@@ -128,6 +139,7 @@ class PublisherEngine(Engine):
     def _leave(self, sequence: int) -> Batch:
         batch = self.inflight.pop(sequence)
         self.last_refusal.pop(sequence, None)
+        self.refusals.pop(sequence, None)
         self.inflight_bytes -= batch.nbytes
         return batch
 
@@ -191,6 +203,7 @@ class PublisherEngine(Engine):
         """
         now = time.monotonic()
         self.obstacle = self.last_refusal[sequence] = error
+        self.refusals[sequence] = self.refusals.get(sequence, 0) + 1
         self.retry_at[sequence] = now + PUSHED_BACK_SECONDS
         if sequence == self._oldest() and len(self.inflight) > 1 and not self.reopening:
             self.span = max(1, len(self.inflight) // 2)
@@ -221,7 +234,8 @@ class PublisherEngine(Engine):
             self._resend_due()
 
     def _resend_due(self) -> None:
-        """Send again what was refused or lost, by rendezvous hashing over the brokers that are there."""
+        """Send again what was refused or lost, by rendezvous hashing over the brokers that are there: what one had no room
+        for goes to the next, which may have some."""
         if self.reopening:
             return
         now = time.monotonic()
@@ -235,7 +249,8 @@ class PublisherEngine(Engine):
                 return
             if sequence in self.last_refusal and batch.deadline - now < LAST_TRY_SECONDS:
                 continue                    # so that at its deadline it is known to be refused, and not on its way
-            chosen = rendezvous([transport.broker for transport in live], self.client_id, sequence)[0]
+            order = rendezvous([transport.broker for transport in live], self.client_id, sequence)
+            chosen = order[self.refusals.get(sequence, 0) % len(order)]
             self.retry_at.pop(sequence)
             self.counts["retries"] += 1
             self._send(self.transports[chosen.id], batch)
@@ -270,6 +285,7 @@ class PublisherEngine(Engine):
         self.inflight_bytes = 0
         self.retry_at.clear()
         self.last_refusal.clear()
+        self.refusals.clear()
         self.next_sequence = 0
         return taken
 

@@ -8,6 +8,8 @@ from broker.proto import cxlmq_pb2 as pb
 from client.connection import BrokerAddress, Connection
 from client.transport import rendezvous
 
+OPEN_SECONDS = 5.0                      # a broker that has not opened it by then is left for another one
+
 
 async def open_session(connection: Connection, brokers: Sequence[BrokerAddress], topic: str, client_id: int, ack: int,
                        epoch: int, resume_from: int) -> tuple[pb.Session, str]:
@@ -23,7 +25,8 @@ async def open_session(connection: Connection, brokers: Sequence[BrokerAddress],
         request = pb.OpenSessionRequest(topic=topic, client_id=client_id, session_epoch=wanted, ack=ack,
                                         resume_from=resume_from, resume_epoch=epoch)
         try:
-            session = await connection.unary(candidates[0].target, "Admin/OpenSession", request, pb.Session)
+            session = await connection.unary(candidates[0].target, "Admin/OpenSession", request, pb.Session,
+                                             timeout=OPEN_SECONDS)
             return session, candidates[0].target
         except SessionFenced as fenced:
             if epoch:

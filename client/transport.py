@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,7 @@ class PublishTransport:
         self._window_bytes = window_bytes
         self._waiting: dict[int, int] = {}      # sequence -> bytes, sent and not answered
         self._waiting_bytes = 0
+        self._heard_at = 0.0                    # or since when it has something to answer
         self._queue: deque[Batch] = deque()
         self._news = asyncio.Event()
         self._closing = False
@@ -60,11 +62,17 @@ class PublishTransport:
 
     def send(self, batch: "Batch") -> None:
         """Queue a stamped batch."""
+        if not self._waiting:
+            self._heard_at = time.monotonic()
         if batch.sequence not in self._waiting:
             self._waiting[batch.sequence] = batch.nbytes
             self._waiting_bytes += batch.nbytes
         self._queue.append(batch)
         self._news.set()
+
+    def is_quiet(self, since: float) -> bool:
+        """Whether it has batches and has answered none since a moment (monotonic seconds)."""
+        return bool(self._waiting) and self._heard_at < since
 
     def answered(self, sequence: int) -> None:
         """The broker answered this batch."""
@@ -127,6 +135,7 @@ class PublishTransport:
             frame = await self._call.read()
             if frame is grpc.aio.EOF:
                 return
+            self._heard_at = time.monotonic()
             self._on_acks(self, pb.PublishResponse.FromString(frame))
 
     def abandon(self) -> None:

@@ -123,6 +123,8 @@ class AttachedPublisher(Publisher):
             if not self.world.hosts[number].powered:
                 self.core.drop_channel(number)
         if self.turns % LOOK_EVERY == 0:
+            done_with = self.core.let_go()
+            self.core.leave([(slot, host) for host, (_, slot) in self.slots.items() if slot in done_with])
             self.core.beat()
             self.core.check_slots()
         self.core.poll()

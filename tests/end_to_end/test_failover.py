@@ -200,6 +200,32 @@ def test_a_reader_that_went_on_elsewhere_holds_nothing_at_the_broker_that_came_b
                               [each["index"] for each in inspected(cluster.name)["cursors"]] == [2], 10), inspected(cluster.name)["cursors"]
 
 
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_what_a_stopped_broker_has_goes_to_others_and_is_in_the_log_once(transport: str) -> None:
+    # At order 5 everything behind a batch that it has would wait for as long as it stands still.
+    with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t")
+        sent = numbered(300)
+        with Publisher("t", cluster=cluster.name, transport=transport, batch_bytes=256, delivery_timeout=SECONDS) as publisher:
+            publisher.publish_many(sent[:100])
+            publisher.flush()
+            stopped = next(broker for broker in range(3) if broker != head_of(cluster))
+            cluster.kill(stopped, signal.SIGSTOP)
+            try:
+                publisher.publish_many(sent[100:200])
+                publisher.flush()               # it still stands still
+            finally:
+                cluster.kill(stopped, signal.SIGCONT)
+            publisher.publish_many(sent[200:])
+            publisher.flush()
+            assert eventually(lambda: publisher.publish(b"back").result(SECONDS).broker == stopped)
+        with Subscriber("t", cluster=cluster.name, transport=transport, start="beginning") as subscriber:
+            found: list[bytes] = []
+            while len(found) < 300:
+                found += [bytes(each.payload) for each in subscriber.fetch(300 - len(found), timeout=SECONDS)]
+        assert found == sent
+
+
 def test_attached_clients_that_outlive_many_brokers_hold_one_slot_a_broker() -> None:
     # Slots are few: who keeps those at brokers that died takes them from everybody who comes later.
     with Cluster(small_config(brokers=3)) as cluster, Admin(cluster=cluster.name) as admin:

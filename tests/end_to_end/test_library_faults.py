@@ -358,14 +358,16 @@ def test_a_topic_that_keeps_everything_says_that_it_is_full(transport: str) -> N
                            buffer_bytes=1 << 20, transport=transport) as publisher:
                 deliveries = []
                 while not any(each.done() and each.exception() is not None for each in deliveries):
-                    deliveries.append(publisher.publish(bytes(60_000)))
+                    deliveries.append(publisher.publish(numbered_one(len(deliveries), 60_000)))
                 outcomes = [outcome(each) for each in deliveries]
             assert PoolFull in outcomes
-            kept = outcomes.count(None)
-            assert outcomes[:kept] == [None] * kept, "what fits comes first"
             error = next(each.exception() for each in deliveries if outcome(each) is PoolFull)
             assert "never drops" in str(error.details["holder"])
-            assert len(read_topic(cluster.name, topic)) >= kept
+            got = read_topic(cluster.name, topic)
+            acked, refused = ([numbered_one(number, 60_000) for number, how in enumerate(outcomes) if how is what]
+                              for what in (None, PoolFull))
+            assert [each for each in got if each in set(acked)] == acked
+            assert not set(refused) & set(got), "what was refused is not in the log"
         with topic_of(cluster) as topic, Publisher(topic, cluster=cluster.name, transport=transport) as publisher:
             assert publisher.publish(bytes(60_000)).result().position == 0
 
