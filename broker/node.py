@@ -360,6 +360,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         while not stop.is_set():
             node.log.note_cpu(time.process_time_ns())
             node.look_after_memory()
+            server.raise_if_failed()
             for slot, generation in node.gone_clients():
                 await server.close_attached(slot, generation)
             with contextlib.suppress(TimeoutError):

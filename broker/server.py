@@ -324,18 +324,23 @@ class BrokerServer:
 
     async def _look_after(self) -> None:
         """What nobody else would notice: deleted topics whose streams are idle, sessions whose publisher is gone."""
-        seen = self.node.topics.version()
+        seen = -1
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            if seen != (now := self.node.topics.version()):
-                seen = now
-                self._tell_of_deletions()
-            with contextlib.suppress(BrokerUnavailable):
+            with contextlib.suppress(BrokerUnavailable):        # a new head is taking over: next time
+                if seen != (now := self.node.topics.version()):
+                    self._tell_of_deletions()
+                    seen = now
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
                 self.cursors.free_left({
                     (each["pid"], each["start_time"]) for each in self.node.attach.open_slots()
                     if not each["left"] and (each["number"], each["generation"]) in self._inherited})
-            await self.groups.look_after()
+                await self.groups.look_after()
+
+    def raise_if_failed(self) -> None:
+        """Raise what ended the looking after: a broker without it would fill up in silence."""
+        if self._caretaker is not None and self._caretaker.done():
+            self._caretaker.result()
 
     def _tell_of_deletions(self) -> None:
         for stream in self.publish_streams.values():

@@ -234,8 +234,10 @@ class PublisherEngine(Engine):
             self._resend_due()
 
     def _resend_due(self) -> None:
-        """Send again what was refused or lost, by rendezvous hashing over the brokers that are there: what one had no room
-        for goes to the next, which may have some."""
+        """Send again what was refused or lost, by rendezvous hashing over the live brokers.
+
+        What one of them had no room for goes to the next.
+        """
         if self.reopening:
             return
         now = time.monotonic()

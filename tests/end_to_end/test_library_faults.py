@@ -20,6 +20,7 @@ from client.cluster import Cluster
 from tests.end_to_end.conftest import small_config
 from tests.end_to_end.library_support import (
     eventually,
+    held,
     inspected,
     numbered,
     read,
@@ -42,7 +43,7 @@ def pair() -> Iterator[Cluster]:
     """Two brokers, which tests stop and continue."""
     with Cluster(small_config(brokers=2, region_bytes="32MiB", session_lease_seconds=6)) as running:
         yield running
-        assert settles_to_nothing(running.name), "a session whose publisher could not close it ends by itself"
+        assert settles_to_nothing(running.name), f"{held(running.name)}: a session whose publisher could not close it ends by itself"
 
 
 def is_stopped(pid: int) -> bool:
