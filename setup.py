@@ -29,6 +29,7 @@ def extension(path: Path) -> Extension:
 SOURCES = sorted(path for folder in ("sim", "broker", "client") for path in ROOT.glob(f"{folder}/**/*.pyx"))
 
 setup(
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=cythonize(
         [extension(path) for path in SOURCES],
         nthreads=os.cpu_count() or 1,

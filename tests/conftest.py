@@ -12,7 +12,7 @@ settings.load_profile("cxlmq")
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--plant", metavar="NAME", help="run with this bug planted in the stages: see cxlmq sim --mutants")
     parser.addoption("--fuzz-seeds", metavar="FIRST:END", default="0:4", help="seeds of tests/end_to_end/test_fuzz_grpc.py")
-    parser.addoption("--chaos", metavar="MINUTES:SEED", default="0.75:1", help="how long, and with which seed, "
+    parser.addoption("--chaos", metavar="MINUTES:SEED", default="2:1", help="how long, and with which seed, "
                      "tests/end_to_end/test_chaos_run.py runs")
 
 

@@ -1,22 +1,26 @@
-"""Attached publishers of the simulated cluster: the library's own core, each on a host of its own with its own cache.
+"""Attached clients of the simulated cluster: the library's own cores, each on a host of its own with its own cache.
 
-The session is opened as over connections; then slots, leases, descriptors and completions go through memory alone. Its
-power may go at any operation, it may stand still for longer than its lease, and it may never hear that it got a slot.
+A publisher opens its session as over connections; then slots, leases, descriptors and completions go through memory
+alone. Its power may go at any operation, it may stand still for longer than its lease, and it may never hear of a slot
+that it got. A subscriber holds views for a while, and nothing that they show may be reclaimed meanwhile.
 """
 
 import struct
+from collections import deque
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerUnavailable, CxlmqError
+from broker.reader import ReadError, ReadStatus
 from client.attached import AttachedCore
+from client.attached_reader import AttachedReader
 from client.batch import Batch, Delivery, Packer
 from client.connection import BrokerAddress
 from client.transport import rendezvous
-from sim.cluster.clients import PUSH_BACK_TRIES, Flight, Publisher
+from sim.cluster.clients import PUSH_BACK_TRIES, Flight, Publisher, Subscriber
 from sim.cluster.door import HostControl, SimDoor
-from sim.cluster.history import Operation, Violation
-from sim.cluster.witness import build_payload
+from sim.cluster.history import Operation, Read, Violation
+from sim.cluster.witness import build_payload, payload_sender
 from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
@@ -25,7 +29,16 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 64 << 10
 NEVER = 1e18                                # seconds: nothing expires here, the run ends before
 DYING_OPERATIONS, DYING_FENCES = 60, 8      # a client that is killed gets so far, at most
+READERS = 1_000                             # as the process id of each: publishers have their own numbers
 LOOK_EVERY = 8                              # turns between two heartbeats
+
+
+def client_door(world: "World", number: int) -> tuple[HostControl, SimDoor]:
+    """The power switch and the door of a client's host."""
+    control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62), world.probe_period)
+    door = SimDoor(world.hardware.door(number, int(Role.ROLE_CLIENT)), control)
+    world.plant(door, number, int(Role.ROLE_CLIENT))
+    return control, door
 
 
 class AttachedPublisher(Publisher):
@@ -34,12 +47,9 @@ class AttachedPublisher(Publisher):
     def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
         super().__init__(world, client, topic, batches, window, level)
         self.number = world.scenario.hosts + client
-        self.control = HostControl(self.number, *world.costs, world.witness, world.turns.getrandbits(62),
-                                   world.probe_period)
+        self.control, door = client_door(world, self.number)
         self.packer = Packer(self, self._batch_is_full, world.layout.numbers["batch_bytes_max"],
                              world.layout.numbers["message_bytes_max"])
-        door = SimDoor(world.hardware.door(self.number, int(Role.ROLE_CLIENT)), self.control)
-        world.plant(door, self.number, int(Role.ROLE_CLIENT))
         target = world.layout.numbers["segment_bytes"]
         self.core = AttachedCore(self, door, world.layout, self.packer, (target, target, target), WINDOW_BYTES, window,
                                  level, NEVER)
@@ -198,6 +208,80 @@ class AttachedPublisher(Publisher):
                     break
 
 
+class AttachedSubscriber(Subscriber):
+    """A reader that attaches: its views keep what they show from being reclaimed."""
+
+    def __init__(self, world: "World", number: int, topic: Any) -> None:
+        super().__init__(world, number, topic)
+        self.control, self.door = client_door(world, world.scenario.hosts + world.scenario.attached + number)
+        self.attached: AttachedReader | None = None
+        self.views: deque[tuple[int, Any]] = deque()            # order index, batch
+
+    def act(self) -> None:
+        """Find a broker, or read there."""
+        super().act()
+        self.world.clock.advance(self.control.cost_ns)
+        self.control.cost_ns = 0
+
+    def _wait(self) -> None:
+        super()._wait()
+        host = self.host
+        if self.request is not None or host is None or self.reader is None:
+            return
+        # The place is granted: the service hands out a slot for it, or gives it back.
+        topic, layout = self.topic, self.world.layout
+        found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, READERS, 1)
+        if found is None or (self.world.unreliable and self.random.random() < 0.05):
+            if found is None:
+                host.cursors.close(self.cursor)
+            else:
+                host.attached_cursors[found[0]] = self.cursor   # the answer was lost: the broker notices
+            self.host = self.reader = None
+            return
+        host.attached_cursors[found[0]] = self.cursor
+        self.attached = AttachedReader(
+            self.door, layout, self.door, layout.offset_of("attach_client", found[0]), *found, topic.number,
+            topic.generation, self.index, topic.name, True)
+        self.attached.beat()
+
+    def leave(self) -> None:
+        """Give up the place at this broker, and what is viewed under it."""
+        if self.attached is None:
+            super().leave()
+            return
+        self.views.clear()
+        self.attached.leave()
+        self.host = self.reader = self.attached = None
+        self.cursor = -1
+
+    def read(self) -> int:
+        """View what is there; let go of some of what was viewed before."""
+        reader, host = self.attached, self.host
+        assert reader is not None and host is not None
+        kept_from = self.world.witness.frontiers(self.topic.number)["reclaimed"]
+        if self.views and kept_from > self.views[0][0] and host.powered:
+            raise Violation("C", f"{self.name} views order entry {self.views[0][0]}, and all below {kept_from} is "
+                                 "reclaimed")
+        for _ in range(self.random.randint(0, len(self.views))):
+            self.views.popleft()
+        try:
+            batches = reader.take(self.random.choice((1, 4, 30)))
+        except ReadError as error:
+            self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
+                                              error.status == ReadStatus.READ_CLOSED or not host.powered))
+            self.leave()
+            return 0
+        for batch in batches:
+            sender = payload_sender(bytes(batch.payload), batch.count)
+            self.world.check_read(self, self.index, batch, sender)
+            self.reads.append(Read(self.index, batch.position, batch.count, sender))
+            self.views.append((self.index, batch))
+            self.index += 1
+        if not reader.is_open():
+            self.leave()
+        return len(batches)
+
+
 def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int] | CxlmqError | None:
     """What a broker's service does for AttachPublisher: (slot, generation), why not, or None for not now."""
     try:
@@ -219,7 +303,16 @@ def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int]
 def close_gone(host: "Host") -> None:
     """What a broker does about clients that left, never came, or are dead."""
     for slot in host.attach.open_slots():
-        gone = slot["left"] or host.world.publishers[slot["pid"]].state == "dead"
-        if gone and host.attach.close_slot(slot["number"], slot["generation"]) and slot["number"] in host.attached:
-            host.sessions.detach(host.attached.pop(slot["number"]))
+        number, generation = slot["number"], slot["generation"]
+        gone = slot["left"] or (slot["pid"] < READERS and host.world.publishers[slot["pid"]].state == "dead")
+        if gone and host.attach.close_slot(number, generation):
+            if number in host.attached:
+                host.sessions.detach(host.attached.pop(number))
+            if number in host.attached_cursors:
+                host.ending_cursors.append((number, generation, host.attached_cursors.pop(number)))
+    # The stage moves a cursor as long as the slot is open: only then may somebody else have it.
+    for number, generation, cursor in list(host.ending_cursors):
+        if not host.attach.is_taken(number, generation):
+            host.ending_cursors.remove((number, generation, cursor))
+            host.cursors.close(cursor)
 

@@ -27,6 +27,7 @@ from sim.cluster.plan_report import show_plan
 from sim.cluster.run import COHERENCE, Verdict, hunt, run_scenario, run_seeds
 from sim.cluster.scenario import FAULT_KINDS, STEPS, Scenario, draw
 from sim.cluster.shrink import shrink
+from sim.cluster.world import remove_leftovers
 
 HOSTS_MAX = 16
 SHOWN_FAILURES = 5
@@ -94,6 +95,7 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
 
     Exit code 1 when an invariant does not hold.
     """
+    remove_leftovers()
     if mutants:
         _all_mutants(output)
         return

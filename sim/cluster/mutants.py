@@ -46,12 +46,12 @@ def offset_line(place: str, first: int = 0, last: int = 64) -> Callable[[Layout,
     return target
 
 
-def slot_line(place: str, nbytes: int = 64, *indices: int) -> Callable[[Layout, int], Target]:
+def slot_line(place: str, nbytes: int = 64, *indices: int, first: int = 0) -> Callable[[Layout, int], Target]:
     """From a line of an attached client's slot on, of all slots."""
     def target(layout: Layout, _: int) -> Target:
         start, slots = layout.offset_of(place, 0, *indices), layout.numbers["attach_slot_count"]
         stride = layout.offset_of("attach_line", 1) - layout.offset_of("attach_line", 0) if slots else WHOLE
-        return start, start + stride * slots, stride, 0, nbytes
+        return start, start + stride * slots, stride, first, nbytes
 
     return target
 
@@ -115,6 +115,10 @@ MUTANTS: tuple[Mutant, ...] = (
            Astray(Role.ROLE_ADMIN, DROP, FLUSH, topic_line("topic")), needs=CALM, checker=True),
     Mutant("offsets-not-flushed", 3, "a broker does not flush the line that says it serves a topic",
            Astray(Role.ROLE_RECEIVER, DROP, FLUSH, offset_line("offset_broker")), needs=CALM, checker=True),
+    Mutant("released-not-flushed", 3, "an attached reader does not flush what it has released",
+           Astray(Role.ROLE_CLIENT, DROP, FLUSH, slot_line("attach_client", 48, first=40)), needs=CALM,
+           shape=(*ATTACHED, ("attached_readers", 1), ("subscribers", 1), ("entries", 32), ("batches", 150)),
+           checker=True),
     Mutant("seldom-invalidated", 4, "the sequencer invalidates a batch header one time in eight",
            Astray(Role.ROLE_SEQUENCER, SOMETIMES, INVALIDATE, section("batch-header rings")), checker=True),
     Mutant("frontier-stale", 4, "a reader looks at the committed frontier in its own cache",

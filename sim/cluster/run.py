@@ -55,12 +55,12 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
     except Exception as error:
         verdict, invariant = "error", type(error).__name__
         text = f"{error}\n{traceback.format_exc(limit=-6)}"
+    finally:
+        world.close()
+        switch_on(None)
     batches = len(world.witness.log_of(0))
-    result = Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
-                     perf_counter() - begun)
-    world.close()
-    switch_on(None)
-    return result, world
+    return Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
+                   perf_counter() - begun), world
 
 
 def run_scenario(scenario: Scenario) -> Verdict:

@@ -64,6 +64,7 @@ class Scenario:
     tick_ns: int = 10_000
     earlier_life: bool = False              # the topic's place had another topic before
     attached: int = 0                       # publishers that write into the memory themselves, the first ones
+    attached_readers: int = 0
     schedule: int = 0                       # another draw of who steps when, for shrinking
 
     def region(self) -> dict[str, Any]:
@@ -102,6 +103,7 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
         tick_ns=random.choice((1_000, 10_000, 30_000)), earlier_life=random.random() < 0.3)
     if random.random() < 0.4:               # slots and leases take their share of the region
         base = base.smaller(attached=random.randint(1, min(base.publishers, SLOTS - 1)),
+                            attached_readers=random.randint(0, base.subscribers),
                             region_bytes=base.region_bytes + 2 * MIB)
     return base.smaller(faults=draw_faults(base))
 

@@ -8,6 +8,7 @@ Stages step natively in drawn order; Python runs when a client, an event loop or
 """
 
 import heapq
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
@@ -40,7 +41,7 @@ from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
-from sim.cluster.attached import AttachedPublisher, close_gone
+from sim.cluster.attached import AttachedPublisher, AttachedSubscriber, close_gone
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.devices import costs_of
 from sim.cluster.door import HostControl, SimDoor
@@ -65,6 +66,7 @@ SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and 
 TOPIC = "simulated-" + "-".join(f"{number:03}" for number in range(20))
 HEAD_STAGES = ("scanner", "reclaim")
 WEIGHTS = (1, 1, 2, 4)
+FOLDER_PREFIX = "cxlmq-sim-"                # then the process, so that what a killed one has left can be told
 PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
 
 
@@ -78,7 +80,9 @@ class Host:
         self.connections: list[Connection] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
-        self.attached: dict[int, int] = {}      # slots of attached clients -> their sessions' slots
+        self.attached: dict[int, int] = {}      # slots of attached publishers -> their sessions' slots
+        self.attached_cursors: dict[int, int] = {}              # slots of attached readers -> their cursors
+        self.ending_cursors: list[tuple[int, int, int]] = []    # slot, its generation, cursor
 
     def start(self) -> None:
         """Put the broker together, as `broker.node` does."""
@@ -248,8 +252,8 @@ class World:
         self.events: list[tuple[int, str, str]] = []        # step, column, text
         self._frontiers: dict[str, int] = {}
         self.layout = Layout.compute(**scenario.region())
-        self.hardware = HARDWARE[scenario.memory](self.layout, scenario.hosts + scenario.attached,
-                                                  scenario.random("hardware"),
+        hosts = scenario.hosts + scenario.attached + scenario.attached_readers
+        self.hardware = HARDWARE[scenario.memory](self.layout, hosts, scenario.random("hardware"),
                                                   "evict" in scenario.kinds)
         self.costs = costs_of(scenario.profile)
         self.clock = ManualClock(SECOND)
@@ -261,7 +265,7 @@ class World:
         self.witness = Witness(self.hardware.truth, self.layout, scenario.publishers + 1, numbers)
         self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
                                  self.witness, scenario.tick_ns)
-        self.folder = Path(tempfile.mkdtemp(prefix="cxlmq-sim-", dir=SHARED_MEMORY_FOLDER)) if (
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=SHARED_MEMORY_FOLDER)) if (
             scenario.replication_factor > 1) else None
         self.unreliable = "net" in scenario.kinds
         self.probe_period = PROBE_PERIOD if "evict" in scenario.kinds else 0
@@ -312,11 +316,12 @@ class World:
 
     def check_read(self, reader: Subscriber, index: int, batch: Any, sender: tuple[int, int] | None) -> None:
         """What a reader got is what the log has there."""
+        count = batch.count if hasattr(batch, "count") else batch.message_count
         self.note(reader.name, f"read entry {index}")
         if self.witness.check_now(False):
             raise Violation(*self.witness.describe())
         entry = self.witness.entry(0, index)
-        if sender != (entry["client"], entry["first"]) or (batch.position, batch.message_count) != (
+        if sender != (entry["client"], entry["first"]) or (batch.position, count) != (
                 entry["position"], entry["count"]):
             raise Violation("T" if sender else "N",
                             f"{reader.name} read at order entry {index} position {batch.position} {sender}, the log "
@@ -466,7 +471,8 @@ class World:
         self.publishers += [(AttachedPublisher if client < scenario.attached else Publisher)(
             self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
             for client in range(scenario.publishers)]
-        self.subscribers = [Subscriber(self, number, self.topic) for number in range(scenario.subscribers)]
+        self.subscribers = [(AttachedSubscriber if number < scenario.attached_readers else Subscriber)(
+            self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
             self._often(act, CLIENT_STEPS)
         for fault in scenario.faults:
@@ -514,7 +520,8 @@ class World:
     def trace_hash(self) -> int:
         """The same for the same seed: of every step, every memory operation, every event and the order itself."""
         value = self.schedule.hash ^ self.witness.hash
-        attached = [each for each in self.publishers if isinstance(each, AttachedPublisher)]
+        attached = [each for each in (*self.publishers, *self.subscribers)
+                    if isinstance(each, AttachedPublisher | AttachedSubscriber)]
         for control in [host.control for host in self.hosts] + [client.control for client in attached]:
             value = (value * 31 + control.hash + control.operations) & (1 << 64) - 1
         return int(value)
@@ -525,3 +532,10 @@ class World:
             host.end()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def remove_leftovers() -> None:
+    """Remove the disks of simulations whose process was killed."""
+    for folder in Path(SHARED_MEMORY_FOLDER).glob(f"{FOLDER_PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(FOLDER_PREFIX).partition("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)

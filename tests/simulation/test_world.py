@@ -10,6 +10,8 @@ import pytest
 
 from sim.cluster.run import run_scenario, run_seeds, run_world
 from sim.cluster.scenario import FAULT_KINDS, draw
+from sim.cluster.world import FOLDER_PREFIX, remove_leftovers
+from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 ROOT = Path(__file__).parents[2]
 ALL = frozenset(FAULT_KINDS)
@@ -78,6 +80,20 @@ def test_heads_are_replaced_and_nothing_is_lost() -> None:
         assert not verdict.failed, verdict
         epochs.append(len({entry.epoch for entry in world.log()}))
     assert sum(count > 1 for count in epochs) >= 5
+
+
+def test_what_a_killed_simulation_left_is_removed_and_nothing_else() -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, ours = (Path(SHARED_MEMORY_FOLDER, f"{FOLDER_PREFIX}{process}-test") for process in (ended.pid, os.getpid()))
+    left.mkdir()
+    ours.mkdir()
+    try:
+        remove_leftovers()
+        assert not left.exists()
+        assert ours.exists()
+    finally:
+        ours.rmdir()
 
 
 def test_other_seeds_do_something_else() -> None:
