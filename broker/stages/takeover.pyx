@@ -455,25 +455,31 @@ cdef class Takeover(Stage):
                        BatchResult* result) noexcept nogil:
         """Whether the source's result of a slot stands, or follows from what was adopted."""
         cdef TopicOrder* order = &self.order.topics[topic]
-        cdef uint64_t at = self.source.result(topic, broker, slot), tag = make_tag(order.generation, slot), status, index, k
-        cdef OrderEntry entry
+        cdef uint64_t at = self.source.result(topic, broker, slot), tag = make_tag(order.generation, slot), status
         self.memory.invalidate(at, 16)
         result.state = self.memory.load(at)
         result.position = self.memory.load(at + 8)
         if result.state & ~STATUS_MASK != tag:
-            return False
+            # Lost with the old head, and the entry was not: as a duplicate of itself it would not hold its payload.
+            result.state = tag | <uint64_t>RESULT_COMMITTED << 40
+            return self.is_adopted(topic, broker, header, result)
         status = result.state >> 40 & 0xFF
         if status == RESULT_COMMITTED:
-            if result.position + header.message_count <= self.positions[topic]:
-                return True
-            for index in range(self.committed[topic], order.committed_index):
-                k = self.layout.order_entry(topic, index)
-                self.memory.read_line(k, &entry)
-                if entry.payload_offset == header.payload_offset and entry.broker == broker:
-                    result.position = entry.position
-                    return True
-            return False
+            return (result.position + header.message_count <= self.positions[topic]
+                    or self.is_adopted(topic, broker, header, result))
         return status != RESULT_DUPLICATE or result.position <= self.positions[topic]
+
+    cdef bint is_adopted(self, uint64_t topic, uint64_t broker, BatchHeader* header,
+                         BatchResult* result) noexcept nogil:
+        """Whether the very batch of a header is in the log by an adopted entry; its position."""
+        cdef uint64_t index
+        cdef OrderEntry entry
+        for index in range(self.committed[topic], self.order.topics[topic].committed_index):
+            self.memory.read_line(self.layout.order_entry(topic, index), &entry)
+            if entry.payload_offset == header.payload_offset and entry.broker == broker:
+                result.position = entry.position
+                return True
+        return False
 
     cdef void write_frontier(self, uint64_t topic) noexcept nogil:
         cdef TopicOrder* order = &self.order.topics[topic]

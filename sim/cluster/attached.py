@@ -231,7 +231,8 @@ class AttachedSubscriber(Subscriber):
         # The place is granted: the service hands out a slot for it, or gives it back.
         topic, layout = self.topic, self.world.layout
         found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, READERS, 1)
-        if found is None or (self.world.unreliable and self.random.random() < 0.05):
+        lost = host.control.dead or (self.world.unreliable and self.random.random() < 0.05)
+        if found is None or lost:
             if found is None:
                 host.cursors.close(self.cursor)
             else:
@@ -294,6 +295,8 @@ def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int]
     found: tuple[int, int] | None = host.attach.open(
         topic.number, topic.generation, client.slot, client.epoch, client.client, client.level,
         topic.replication_factor, client.client, 1)
+    if host.control.dead:
+        return None                         # its power went meanwhile: nobody answers
     if found is not None:
         host.sessions.attach(client.slot)
         host.attached[found[0]] = client.slot

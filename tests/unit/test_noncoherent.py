@@ -286,7 +286,7 @@ def test_a_profile_makes_accesses_take_its_time() -> None:
         return time.perf_counter_ns() - begun
 
     assert took(lambda: pair.reader.load_word(64)) >= 200_000
-    assert took(lambda: pair.reader.load_word(64)) < 100_000, "it is cached"
+    assert min(took(lambda: pair.reader.load_word(64)) for _ in range(20)) < 100_000, "it is cached"
     pair.writer.store_word(64, 1)
     pair.writer.flush_range(64, 8)
     assert took(pair.writer.store_fence) >= 300_000

@@ -105,6 +105,21 @@ def test_what_was_written_and_not_committed_is_completed_or_voided(
     check(cluster, session, 14)
 
 
+def test_an_adopted_batch_whose_result_was_lost_is_no_duplicate_of_itself() -> None:
+    # As a duplicate it would not hold its payload: the segment came back, and was filled anew.
+    cluster, session = stopped_in_mid_step(3, 3, 0)
+    for broker, slot in itertools.product(range(2), range(cluster.layout.numbers["ring_slot_count"])):
+        at = cluster.layout.offset_of("result", 0, broker, slot)
+        if cluster.memory.load_word(at) and cluster.memory.load_word(at + 8) >= 7:
+            cluster.memory.store_word(at, 0)
+    assert cluster.take_over(1).adopted == 3
+    cluster.settle()
+    acks = [*cluster.take_acks(session, 0), *cluster.take_acks(session, 1)]
+    assert sorted((ack.sequence, ack.position, ack.status) for ack in acks) == [
+        (each, each, COMMITTED) for each in range(10)]
+    check(cluster, session, 10)
+
+
 def test_an_entry_behind_one_that_is_missing_is_voided_and_ordered_again() -> None:
     cluster, session = stopped_in_mid_step(6, 6, 0)
     cluster.poke("OrderEntry", "order_entry", session.topic.number, 6, commit=0)
