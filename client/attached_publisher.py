@@ -393,6 +393,7 @@ class AttachedEngine(Engine):
         for _, batch in taken:
             self._keep(batch)
         self._leave(list(self.attachments))
+        core.spill()                        # what was taken goes before what comes later
         core.begin_session(self.epoch)
         return taken
 

@@ -1,5 +1,6 @@
 """Attached clients: the same results as over gRPC, and what happens when they break their word or die."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -130,6 +131,23 @@ def test_what_spilled_stays_before_what_comes_later(cluster, fresh, call, monkey
         call(publisher, b"spilled")
         publisher.publish(b"later").result(20)
     assert read_all(cluster, fresh, 2) == [b"spilled", b"later"]
+
+
+def test_what_a_session_had_in_flight_stays_before_what_comes_later(cluster, fresh, monkeypatch):
+    # The new session has slots again, and the user's thread is faster than the one that sends what was in flight.
+    with Publisher(fresh, cluster=cluster.name, transport="attached", linger_ms=10_000) as publisher:
+        engine = publisher._engine
+
+        async def connect(brokers: object, connect=engine._connect) -> None:
+            await connect(brokers)
+            await asyncio.to_thread(publisher.publish, b"later")
+
+        monkeypatch.setattr(engine, "_connect", connect)
+        publisher.publish(b"in flight")
+        engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="a test", committed=0))
+        eventually(lambda: publisher.statistics()["reopened"] == 1 and publisher.statistics()["messages"] == 2)
+        publisher.flush()
+    assert read_all(cluster, fresh, 2) == [b"in flight", b"later"]
 
 
 def test_loans_are_refused_over_grpc(cluster, fresh):
