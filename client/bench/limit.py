@@ -90,6 +90,11 @@ def measure_memory(runs: int = 5, footprint_bytes: int | None = None) -> dict[st
     return found
 
 
+def nontemporal_rate(cores: int, footprint_bytes: int, runs: int = 3) -> float:
+    """GB/s that so many cores together store around the cache."""
+    return _median_rate(warm_mapping(footprint_bytes), os.urandom(PIECE_BYTES), "nontemporal", cores, runs)
+
+
 def choose_footprint() -> int:
     """Up to 1 GiB, at most a third of what tmpfs and memory have free, whole pieces for two threads."""
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

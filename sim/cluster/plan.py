@@ -7,11 +7,14 @@ A closed network of queues: each publisher has a window of batches on their way.
 cost differently.
 """
 
+import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from client.bench.limit import nontemporal_rate
 from sim.cluster.costs import time_packing, time_stages
 from sim.cluster.devices import write_rate
 from sim.cluster.scenario import Scenario
@@ -36,6 +39,7 @@ class Costs:
 
     per_batch: dict[str, float]
     packing: dict[int, float]               # message size -> ns per byte of messages
+    memory_gb_s: float = math.inf           # what all cores together store around the cache
 
     def packing_ns_per_byte(self, message_bytes: int) -> float:
         """Between two measured sizes, linear in 1/size: a cost per message and one per byte."""
@@ -89,7 +93,8 @@ def measure_costs(sizes: Sequence[int] = MESSAGE_SIZES, batch_bytes: int = MIB, 
         times = sorted(time_packing(mapping, bytes(size), max(batch_bytes, size + 64), FOOTPRINT_BYTES)
                        for _ in range(3))
         packing[size] = times[1] / (FOOTPRINT_BYTES * size / (8 + -(-size // 8) * 8))
-    return Costs(stages, packing)
+    progress("what memory takes from all cores")
+    return Costs(stages, packing, nontemporal_rate(os.cpu_count() or 1, FOOTPRINT_BYTES))
 
 
 def _stage_costs() -> dict[str, float]:
@@ -148,8 +153,8 @@ def stations_of(costs: Costs, hosts: int, publishers: int, message_bytes: int, b
     broker = stage["receiver"] + stage["delegation"] + stage["acks"] + stage["release"]
     sequencer = stage["scanner"] + stage["reclaim"]
     if device is None:
-        return [Station("publisher's core", packing, publishers), Station("brokers", broker, hosts),
-                Station("sequencer", sequencer)]
+        return [Station("publisher's core", packing, publishers), Station("memory", batch_bytes / costs.memory_gb_s),
+                Station("brokers", broker, hosts), Station("sequencer", sequencer)]
     # A batch costs a broker two loads and two rounds of flush and fence beyond what they cost here; the sequencer
     # loads a header and writes an entry and a result; with many hosts it looks at more frontiers for each batch.
     flush = device.flush_ns + device.fence_ns / BURST
@@ -174,8 +179,8 @@ def predict(costs: Costs, hosts: int, message_bytes: int, batch_bytes: int, devi
     polling = hosts * 2 * (device.load_ns if device else 5.0)
     rate, latency = solve(stations, count * window_of(batch_bytes), visible + polling)
     use = {station.name: rate * station.ns / station.count / GIGA for station in stations}
-    if cores is not None:
-        total = sum(station.ns for station in stations) / cores
+    if cores is not None:                   # while a core stores, it waits for memory: that is counted already
+        total = sum(station.ns for station in stations if station.name != "memory") / cores
         use["cores"] = rate * total / GIGA
         if use["cores"] > 1:
             rate, latency = rate / use["cores"], latency * use["cores"]

@@ -1,6 +1,7 @@
 """The plan's model: known results of queues, the right bottleneck named, costs that were measured and not made up."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_cores_bound_what_one_machine_does() -> None:
     bound = predict(COSTS, 8, 1024, 1 << 20, cores=2)
     assert bound.gbps < free.gbps
     assert bound.bottleneck == "cores"
+
+
+def test_memory_bounds_what_many_cores_do() -> None:
+    found = curve(replace(COSTS, memory_gb_s=25.0), None, 1024, 1 << 20, hosts=(1, 8), cores=8)
+    assert found[0].bottleneck == "publisher's core"
+    assert found[1].bottleneck == "memory"
+    assert found[1].gbps <= 25.0
 
 
 def test_packing_between_two_sizes() -> None:
