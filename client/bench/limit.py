@@ -93,7 +93,8 @@ def measure_memory(runs: int = 5, footprint_bytes: int | None = None) -> dict[st
 def nontemporal_rate(cores: int, footprint_bytes: int, runs: int = 3) -> float:
     """GB/s that so many cores together store around the cache."""
     whole = cores * PIECE_BYTES             # as many pieces for each
-    return _median_rate(warm_mapping(max(1, footprint_bytes // whole) * whole), os.urandom(PIECE_BYTES), "nontemporal", cores, runs)
+    mapping = warm_mapping(max(1, footprint_bytes // whole) * whole)
+    return _median_rate(mapping, os.urandom(PIECE_BYTES), "nontemporal", cores, runs)
 
 
 def choose_footprint() -> int:
