@@ -13,13 +13,12 @@ from broker.head import head_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.security import CALLER, RIGHTS
+from broker.sessions import UNKNOWN_POSITION, WINDOW
 from broker.topics import TopicEntry
 
 if TYPE_CHECKING:
     from broker.server import BrokerServer
 
-SESSION_WINDOW = 256                    # WINDOW of the sequencer
-UNKNOWN_POSITION = (1 << 64) - 1
 
 
 class AdminService:
@@ -109,7 +108,7 @@ class AdminService:
         numbers = self._node.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
-            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
+            topic_generation=entry.generation, order=entry.order, window=WINDOW,
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
             high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
             lease_ms=int(self._node.config.session_lease_seconds * 1000))
@@ -126,12 +125,11 @@ class AdminService:
             # Sessions that the client never heard of lie between.
             high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
         reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
-        end = request.resume_from + SESSION_WINDOW
+        end = request.resume_from + WINDOW
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
-        found = [reader.find_batch(request.client_id, request.resume_epoch, sequence)
-                 for sequence in range(request.resume_from, end)]
-        positions = [UNKNOWN_POSITION if each is None else each[0] for each in found]
+        positions = self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
+                                                    range(request.resume_from, end))
         while positions and positions[-1] == UNKNOWN_POSITION:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions

@@ -10,10 +10,14 @@ import numpy
 from broker.errors import BrokerUnavailable, CursorTableFull, SessionFenced, SessionTableFull
 from broker.head import HeadView
 from broker.layout import CursorState, Layout, SessionState, record_dtypes
+from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
 from sim.cxl.memory import Memory
 from sim.cxl.region import host_identity, process_alive
 
+UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
+UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
+WINDOW = 256                            # of the sequencer: batches of a session beyond the one expected next
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
 
@@ -106,12 +110,30 @@ class SessionTable:
         mine = lines["session_epoch"][open_now & (lines["client_id"] == client_id) & (lines["topic"] == topic)]
         return int(mine.max(initial=0))
 
-    def committed(self, client_id: int, topic: int, epoch: int) -> int | None:
-        """Where an earlier session of a client ended; None when its slot has another session by now."""
+    def _slot_of(self, client_id: int, topic: int, epoch: int) -> int | None:
+        """The slot of an earlier session; None when it has another session by now."""
         lines = self._every("SessionLine", "session")
         found = numpy.flatnonzero((lines["client_id"] == client_id) & (lines["session_epoch"] == epoch)
                                   & (lines["topic"] == topic))
-        return int(self.progress(int(found[0]))["expected"]) if len(found) else None
+        return int(found[0]) if len(found) else None
+
+    def committed(self, client_id: int, topic: int, epoch: int) -> int | None:
+        """Where an earlier session of a client ended; None when its slot has another session by now."""
+        slot = self._slot_of(client_id, topic, epoch)
+        return None if slot is None else int(self.progress(slot)["expected"])
+
+    def positions(self, reader: OrderReader, client_id: int, topic: int, epoch: int, sequences: range) -> list[int]:
+        """Where batches of an earlier session are in the log: `UNKNOWN_POSITION` for those that are not, and
+        `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5)."""
+        window, slot = set[int](), self._slot_of(client_id, topic, epoch)
+        if slot is not None:
+            line = self._head.read("SessionWindowLine", "session_window", slot)
+            first = line["base"] if line["generation"] == self.line(slot)["state"] >> 8 else sequences.stop
+            window = {sequence for sequence in range(first, min(first + WINDOW, sequences.stop))
+                      if line["in_log"][sequence % WINDOW // 64] >> sequence % 64 & 1}
+        found = {sequence: reader.find_batch(client_id, epoch, sequence) for sequence in sequences}
+        return [each[0] if each is not None else UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION
+                for sequence, each in found.items()]
 
     def _write(self, slot: int, line: dict[str, int]) -> None:
         at = self._layout.offset_of("session", slot)

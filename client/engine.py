@@ -28,6 +28,7 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
+from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from client.batch import Batch, Delivery, Dropped, Packer
 from client.connection import BrokerAddress, ClientLoop, Connection
 from client.session import open_session
@@ -41,7 +42,6 @@ FLUSH_GRACE_SECONDS = 5.0
 SILENT_SECONDS = 0.5                    # a broker that has batches and answers none is asked whether it is there
 ASK_SECONDS = 1.0
 LOOK_UP_SECONDS = 5.0
-UNKNOWN_POSITION = (1 << 64) - 1
 
 
 class Engine(ABC):
@@ -523,7 +523,7 @@ class Engine(ABC):
             at = sequence - resume_from
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
             if sequence < high_water or position != UNKNOWN_POSITION:
-                self._settle(batch, None if position == UNKNOWN_POSITION else position, None, duplicate=True)
+                self._settle(batch, None if position >= UNPLACED_POSITION else position, None, duplicate=True)
             else:
                 left.append(batch)
         self.pending.extendleft(reversed(left))

@@ -14,6 +14,7 @@ from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, UnknownT
 from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from broker.stages import receiver as receiving
 from client.connection import BrokerAddress
 from client.transport import rendezvous
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 RETRY_STEPS = 40                            # after a refusal
 ANSWER_STEPS = 4_000                        # a publisher that hears nothing for so long tries elsewhere
 PUSH_BACK_TRIES = 12                        # a broker tries so often to find room for a batch before it refuses it
-UNKNOWN = (1 << 64) - 1
 SPAN = 200                                  # sequences from the oldest unsettled batch on
 
 
@@ -209,9 +209,7 @@ class Publisher:
             end = self.resume_from + SPAN
             if high_water is not None and self.topic.order == 5:
                 end = min(end, high_water)
-            found = [reader.find_batch(self.client, self.epoch, sequence)
-                     for sequence in range(self.resume_from, end)]
-            positions = [UNKNOWN if each is None else each[0] for each in found]
+            positions = host.sessions.positions(reader, self.client, key, self.epoch, range(self.resume_from, end))
             high_water = self.resume_from if high_water is None else high_water
         return {**opened, "high_water": high_water, "positions": positions}
 
@@ -260,11 +258,11 @@ class Publisher:
         again = []
         for sequence, flight in self.flights.items():
             at = sequence - self.resume_from
-            known = positions[at] if 0 <= at < len(positions) else UNKNOWN
-            if sequence < high_water or known != UNKNOWN:
+            known = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
+            if sequence < high_water or known != UNKNOWN_POSITION:
                 # The library learns that it is in the log, and not on which disks.
                 flight.operation.level = min(flight.operation.level, 1)
-                self._settle(flight.operation, None if known == UNKNOWN else known)
+                self._settle(flight.operation, None if known >= UNPLACED_POSITION else known)
             else:
                 again.append(flight.operation)
         self.flights.clear()

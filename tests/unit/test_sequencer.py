@@ -4,11 +4,14 @@ import itertools
 import os
 import random
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from broker.layout import ResultStatus, SessionState
 from broker.records import pack
+from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from broker.stages.receiver import RECEIVED, RING_FULL
 from sim.cxl import region as files
 from tests.manual_cluster import LEASE_NS, SECOND, ManualCluster, Session, payload_of
@@ -174,6 +177,21 @@ def test_deduplication_survives_the_window_coming_round(order: int) -> None:
     cluster.publish_all(session, [0, 255, 256, 344, 599])
     assert set(statuses(cluster, session).values()) == {DUPLICATE}
     assert len(cluster.order_of(session.topic)) == 600
+
+
+def test_what_lies_beyond_a_gap_is_known_to_be_in_the_log_also_when_it_was_reclaimed() -> None:
+    # Whoever opens the session anew would send it again, and it would be there twice.
+    cluster = ManualCluster(brokers=2)
+    session = cluster.open_session(cluster.create(order=1))
+    cluster.publish_all(session, [0, 2, 3])
+    key = session.topic.generation << 16 | session.topic.number
+
+    def positions(reader: Any) -> list[int]:
+        return cluster.brokers[0].sessions.positions(reader, session.client, key, session.epoch, range(1, 5))
+
+    assert positions(cluster.reader(session.topic)) == [UNKNOWN_POSITION, 1, 2, UNKNOWN_POSITION]
+    reclaimed = SimpleNamespace(find_batch=lambda *_: None)
+    assert positions(reclaimed) == [UNKNOWN_POSITION, UNPLACED_POSITION, UNPLACED_POSITION, UNKNOWN_POSITION]
 
 
 def test_a_batch_beyond_the_window_is_refused_and_leaves_no_trace(cluster: ManualCluster) -> None:
