@@ -79,7 +79,9 @@ def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]
     if processes == 1:
         yield from map(_run_seed, jobs)
         return
-    with get_context("fork").Pool(processes) as pool:
+    context = get_context("forkserver")                     # whoever calls may have threads
+    context.set_forkserver_preload([__name__])
+    with context.Pool(processes) as pool:
         yield from pool.imap(_run_seed, jobs, chunksize=4)
 
 

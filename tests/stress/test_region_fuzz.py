@@ -1,14 +1,19 @@
 """A flipped bit in any record of the region: every stage, reader and tool gives a typed error or goes on. None crashes, and
-none reads or writes outside the region: that lies between pages that nobody may touch."""
+none reads or writes outside the region: that lies between pages that nobody may touch.
+
+    pytest ──{place}──► a process of its own, without threads ──fork──► one flip, and everything that a cluster does
+"""
 
 import ctypes
+import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from broker.region import Region, inspect_region, region_statistics
 from sim.cxl.region import host_identity
 from tests.manual_cluster import SECOND, TINY, ManualCluster, Session
 
+ROOT = Path(__file__).parents[2]
 GUARD_BYTES = 64 << 30
 FLIPS = 12                      # of each record
 SECONDS = 20
@@ -171,24 +177,8 @@ def outcome(work: Callable[[], None]) -> str:
     return said or ("" if os.WEXITSTATUS(status) == 0 else f"exit code {os.WEXITSTATUS(status)}")
 
 
-@pytest.fixture(scope="module", params=["atomic", "leader"])
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    if sys.maxsize < 1 << 32:
-        pytest.skip("the guards need 64-bit addresses")
-    return Subject(tmp_path_factory.mktemp("replicas"), request.param)
-
-
-def test_the_guard_catches_an_access_outside_the_region(subject: Subject) -> None:
-    """The checker of this file, shown to fail: bytes right behind the region cannot be read."""
-    end = ctypes.addressof(subject.cluster.mapping) + len(subject.cluster.mapping)
-    assert outcome(lambda: print(ctypes.string_at(end, 1))) == "ended by SIGSEGV"
-    assert outcome(subject.exercise) == ""
-
-
-@pytest.mark.parametrize("place", PLACES)
-def test_a_flipped_bit_crashes_nobody(subject: Subject, place: str) -> None:
-    if subject.cluster.layout.pool_strategy == "leader" and not place.startswith(("pool_", "segment_")):
-        pytest.skip("the pool makes no difference here")
+def flips(subject: Subject, place: str) -> list[str]:
+    """What went wrong with flips of one record."""
     failures = []
     for number in range(FLIPS):
         seed = f"{place} {number}"
@@ -200,6 +190,63 @@ def test_a_flipped_bit_crashes_nobody(subject: Subject, place: str) -> None:
         begun = time.monotonic()
         if said := outcome(work):
             failures.append(f"seed {seed!r} ({time.monotonic() - begun:.0f} s): {said}")
+    return failures
+
+
+def beyond(subject: Subject) -> list[str]:
+    """What becomes of an access behind the region, and of none."""
+    end = ctypes.addressof(subject.cluster.mapping) + len(subject.cluster.mapping)
+    return [outcome(lambda: print(ctypes.string_at(end, 1))), outcome(subject.exercise)]
+
+
+def main(pool: str, folder: str) -> None:
+    """Answer each line of standard input: a place, or "beyond". Others here have threads, and must not fork."""
+    subject = Subject(Path(folder), pool)
+    for line in sys.stdin:
+        place = line.strip()
+        print(json.dumps(beyond(subject) if place == "beyond" else flips(subject, place)), flush=True)
+
+
+class Fuzzer:
+    """A process that does it."""
+
+    def __init__(self, pool: str, folder: Path) -> None:
+        self.pool = pool
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.stress.test_region_fuzz", pool, str(folder)], cwd=ROOT, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def ask(self, what: str) -> list[str]:
+        """What it found."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        assert answer, "the process that forks has ended"
+        found: list[str] = json.loads(answer)
+        return found
+
+
+@pytest.fixture(scope="module", params=["atomic", "leader"])
+def fuzzer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fuzzer]:
+    if sys.maxsize < 1 << 32:
+        pytest.skip("the guards need 64-bit addresses")
+    made = Fuzzer(request.param, tmp_path_factory.mktemp("replicas"))
+    yield made
+    made.process.communicate()
+
+
+def test_the_guard_catches_an_access_outside_the_region(fuzzer: Fuzzer) -> None:
+    """The checker of this file, shown to fail: bytes right behind the region cannot be read."""
+    assert fuzzer.ask("beyond") == ["ended by SIGSEGV", ""]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_flipped_bit_crashes_nobody(fuzzer: Fuzzer, place: str) -> None:
+    if fuzzer.pool == "leader" and not place.startswith(("pool_", "segment_")):
+        pytest.skip("the pool makes no difference here")
+    failures = fuzzer.ask(place)
     assert not failures, "\n".join(failures)
 
 
@@ -211,3 +258,7 @@ def test_every_record_is_fuzzed() -> None:
         "Descriptor": "", "DoorbellLine": "a hint", "BankLine": "changed by compare-and-swap alone", "LockLine": "the system's mutex", "AccessStatistics": "counters",
     }
     assert there | set(left_out) >= set(RECORDS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
