@@ -19,8 +19,6 @@ from broker.topics import TopicEntry
 if TYPE_CHECKING:
     from broker.server import BrokerServer
 
-
-
 class AdminService:
     """Topics and sessions. What only the head may do is passed on to it."""
 

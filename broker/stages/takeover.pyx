@@ -288,16 +288,16 @@ cdef class Takeover(Stage):
         """Entries and results of one topic."""
         cdef TopicOrder* order = &self.order.topics[topic]
         cdef TopicReclaimLine reclaim
-        cdef uint64_t index, position, first_adopted, b
+        cdef uint64_t index, at, position, first_adopted, b
         cdef OrderEntry entry
         if order.generation == 0:
             return
         self.memory.read_line(self.layout.topic_reclaim(topic), &reclaim)
         if reclaim.reclaimed_index < self.committed[topic]:
             # Its position is that of the first entry kept, whatever the rest of the line says meanwhile.
-            index = self.source.order_entry(topic, reclaim.reclaimed_index)
-            self.memory.invalidate(index, 64)
-            self.memory.read_line(index, &entry)
+            at = self.source.order_entry(topic, reclaim.reclaimed_index)
+            self.memory.invalidate(at, 64)
+            self.memory.read_line(at, &entry)
             if entry.commit == make_tag(order.generation, reclaim.reclaimed_index):
                 reclaim.reclaimed_position = entry.position
                 self.memory.write_line(self.layout.topic_reclaim(topic), &reclaim)

@@ -11,16 +11,16 @@ from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerUnavailable, CxlmqError
-from broker.reader import ReadError, ReadStatus
+from broker.reader import ReadError
 from client.attached import AttachedCore
 from client.attached_reader import AttachedReader
 from client.batch import Batch, Delivery, Packer
 from client.connection import BrokerAddress
 from client.transport import rendezvous
-from sim.cluster.clients import PUSH_BACK_TRIES, Flight, Publisher, Subscriber
+from sim.cluster.clients import Flight, Publisher, Subscriber
 from sim.cluster.door import HostControl, SimDoor
-from sim.cluster.history import Operation, Read, Violation
-from sim.cluster.witness import build_payload, payload_sender
+from sim.cluster.history import Operation, Violation
+from sim.cluster.witness import build_payload
 from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ LOOK_EVERY = 8                              # turns between two heartbeats
 
 def client_door(world: "World", number: int) -> tuple[HostControl, SimDoor]:
     """The power switch and the door of a client's host."""
-    control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62), world.probe_period)
+    control = world.new_control(number)
     door = SimDoor(world.hardware.door(number, int(Role.ROLE_CLIENT)), control)
     world.plant(door, number, int(Role.ROLE_CLIENT))
     return control, door
@@ -54,7 +54,7 @@ class AttachedPublisher(Publisher):
         self.core = AttachedCore(self, door, world.layout, self.packer, (target, target, target), WINDOW_BYTES, window,
                                  level, NEVER)
         self.core.begin_session(0)
-        self.slots: dict[int, tuple[int, int]] = {}             # host -> its incarnation, the slot that we have there
+        self.slots: dict[int, int] = {}     # host -> the slot that we have there
         self.built: dict[int, Batch] = {}                       # by first message: what goes into a lease again
         self.outcomes: list[tuple[Operation, Delivery]] = []
         self.turns = self.paused_until = 0
@@ -87,7 +87,7 @@ class AttachedPublisher(Publisher):
             self.world.clock.advance(self.control.cost_ns)
             self.control.cost_ns = 0
         if self.control.dead and self.state != "dead":
-            policy = self.random.choice(self.world.policies)
+            policy = self.random.choice(self.world.scenario.policies)
             self.world.note(self.name, f"dies; unfenced lines: {policy}")
             self.world.hardware.crash(self.number, policy)
             self.state = "dead"
@@ -103,7 +103,7 @@ class AttachedPublisher(Publisher):
             self.built[self.flights[sequence].operation.first] = batch
         self._take_outcomes(unsettled)
         super()._resume(high_water, positions)
-        self.core.leave([(slot, host) for host, (_, slot) in self.slots.items()])
+        self.core.leave([(slot, host) for host, slot in self.slots.items()])
         self.slots.clear()
 
     def _opened(self, session: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class AttachedPublisher(Publisher):
                 return
             if found is None or (self.world.unreliable and self.random.random() < 0.05):
                 continue                    # no slot is free, or the answer was lost: the broker notices
-            self.slots[host.number] = host.incarnation, found[0]
+            self.slots[host.number] = found[0]
             self.core.add_channel(*found, host.number)
 
     # ---- batches ---------------------------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ class AttachedPublisher(Publisher):
                 self.core.drop_channel(number)
         if self.turns % LOOK_EVERY == 0:
             done_with = self.core.let_go()
-            self.core.leave([(slot, host) for host, (_, slot) in self.slots.items() if slot in done_with])
+            self.core.leave([(slot, host) for host, slot in self.slots.items() if slot in done_with])
             self.core.beat()
             self.core.check_slots()
         self.core.poll()
@@ -176,17 +176,9 @@ class AttachedPublisher(Publisher):
 
     def _submit(self) -> None:
         for _ in range(4):
-            done = self.submitted >= self.batches or self.world.draining
-            if len(self.flights) >= self.window or (done and not self.pending) or not self.core.brokers_alive():
+            if not self._may_submit() or not self.core.brokers_alive():
                 return
-            if self.pending:
-                operation = self.pending.popleft()
-            else:
-                operation = Operation(self.client, self.next_number, self.random.randint(1, 3), self.level,
-                                      self.world.step, replicas=self.topic.replication_factor - 1)
-                self.next_number += operation.count
-                self.submitted += 1
-                self.world.history.operations.append(operation)
+            operation = self._next_operation()
             batch = self.built.pop(operation.first, None) or self._build(operation)
             batch.level, batch.deadline = self.level, NEVER
             sequence = self.core.next_sequence
@@ -203,7 +195,7 @@ class AttachedPublisher(Publisher):
         """Submit again what was refused, and what went to a broker that died."""
         live = [BrokerAddress(host, "") for host in self.core.brokers_alive()]
         for sequence in self.core.lost() if live else ():
-            for broker in rendezvous(live, self.client, sequence)[:PUSH_BACK_TRIES]:
+            for broker in rendezvous(live, self.client, sequence):
                 if self.core.resubmit(sequence, broker.id):
                     break
 
@@ -232,14 +224,13 @@ class AttachedSubscriber(Subscriber):
         topic, layout = self.topic, self.world.layout
         found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, READERS, 1)
         lost = host.control.dead or (self.world.unreliable and self.random.random() < 0.05)
-        if found is None or lost:
-            if found is None:
-                host.cursors.close(self.cursor)
-            else:
-                host.attached_cursors[found[0]] = self.cursor   # the answer was lost: the broker notices
+        if found is None:
+            host.cursors.close(self.cursor)
+        else:
+            host.attached_cursors[found[0]] = self.cursor
+        if found is None or lost:           # of a slot whose answer was lost the broker notices
             self.host = self.reader = None
             return
-        host.attached_cursors[found[0]] = self.cursor
         self.attached = AttachedReader(
             self.door, layout, self.door, layout.offset_of("attach_client", found[0]), *found, topic.number,
             topic.generation, self.index, topic.name, True)
@@ -268,16 +259,11 @@ class AttachedSubscriber(Subscriber):
         try:
             batches = reader.take(self.random.choice((1, 4, 30)))
         except ReadError as error:
-            self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
-                                              error.status == ReadStatus.READ_CLOSED or not host.powered))
-            self.leave()
+            self._refused(host, error)
             return 0
         for batch in batches:
-            sender = payload_sender(bytes(batch.payload), batch.count)
-            self.world.check_read(self, self.index, batch, sender)
-            self.reads.append(Read(self.index, batch.position, batch.count, sender))
             self.views.append((self.index, batch))
-            self.index += 1
+            self._take(batch.position, batch.count, bytes(batch.payload))
         if not reader.is_open():
             self.leave()
         return len(batches)

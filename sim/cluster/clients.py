@@ -288,22 +288,30 @@ class Publisher:
     def _reachable(self) -> list[int]:
         return [host.number for host in self.world.hosts if host.powered]
 
+    def _may_submit(self) -> bool:
+        """Whether the window has room, and there is something to send."""
+        done = self.submitted >= self.batches or self.world.draining
+        return len(self.flights) < self.window and (bool(self.pending) or not done)
+
+    def _next_operation(self) -> Operation:
+        """What is to be sent again first, else a new one."""
+        if self.pending:
+            return self.pending.popleft()
+        operation = Operation(self.client, self.next_number, self.random.randint(1, 3), self.level, self.world.step,
+                              replicas=self.topic.replication_factor - 1)
+        self.next_number += operation.count
+        self.submitted += 1
+        self.world.history.operations.append(operation)
+        return operation
+
     def _submit(self) -> None:
         live = self._reachable()
         for _ in range(4):
-            done = self.submitted >= self.batches or self.world.draining
-            if not live or len(self.flights) >= self.window or (done and not self.pending):
+            if not live or not self._may_submit():
                 return
             if self.flights and self.next_sequence - next(iter(self.flights)) >= SPAN:
                 return
-            if self.pending:
-                operation = self.pending.popleft()
-            else:
-                operation = Operation(self.client, self.next_number, self.random.randint(1, 3), self.level,
-                                      self.world.step, replicas=self.topic.replication_factor - 1)
-                self.next_number += operation.count
-                self.submitted += 1
-                self.world.history.operations.append(operation)
+            operation = self._next_operation()
             frame = pb.PublishRequest(
                 batch_sequence=self.next_sequence, message_count=operation.count,
                 payload=build_payload(self.client, operation.first, operation.count)).SerializeToString()
@@ -460,6 +468,19 @@ class Subscriber:
         self.host = self.reader = self.request = None
         self.cursor = -1
 
+    def _refused(self, host: "Host", error: ReadError) -> None:
+        """Its cursor protects it, so nothing is lost; a topic that is gone is told as such."""
+        self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
+                                          error.status == ReadStatus.READ_CLOSED or not host.powered))
+        self.leave()
+
+    def _take(self, position: int, count: int, payload: bytes) -> None:
+        """Note the next batch, and hold it against the log."""
+        read = Read(self.index, position, count, payload_sender(payload, count))
+        self.world.check_read(self.name, read)
+        self.reads.append(read)
+        self.index += 1
+
     def read(self) -> int:
         """Read what is there, as one frame; how many batches it had."""
         reader, host = self.reader, self.host
@@ -467,19 +488,13 @@ class Subscriber:
         try:
             frame = reader.read_frame(self.random.choice((200, 2000, 20000)))
         except ReadError as error:
-            # Its cursor protects it, so nothing is lost; a topic that is gone is told as such.
-            self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
-                                              error.status == ReadStatus.READ_CLOSED or not host.powered))
-            self.leave()
+            self._refused(host, error)
             return 0
         if not frame or not host.powered:
             return 0
         batches = pb.SubscribeResponse.FromString(frame).batches
         for batch in batches:
-            sender = payload_sender(batch.payload, batch.message_count)
-            self.world.check_read(self, self.index, batch, sender)
-            self.reads.append(Read(self.index, batch.position, batch.message_count, sender))
-            self.index += 1
+            self._take(batch.position, batch.message_count, batch.payload)
         self.world.history.cursors.append((self.name, reader.index, reader.frontiers()["committed_index"]))
         host.cursors.move(self.cursor, reader.index)
         return len(batches)

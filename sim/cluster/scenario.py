@@ -76,6 +76,11 @@ class Scenario:
                 "message_bytes_max": 8 * KIB, "batch_bytes_max": 16 * KIB, "region_bytes": self.region_bytes,
                 "pool_strategy": self.pool}
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """What may become of lines that were not fenced when the power goes."""
+        return ("random", "inversion", "kept", "lost") if "torn" in self.kinds else ("kept", "lost")
+
     def smaller(self, **changes: Any) -> "Scenario":
         """The same run with something changed."""
         return replace(self, **changes)
@@ -108,11 +113,6 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
     return base.smaller(faults=draw_faults(base))
 
 
-def policies_of(scenario: Scenario) -> tuple[str, ...]:
-    """What may become of lines that were not fenced when the power goes."""
-    return ("random", "inversion", "kept", "lost") if "torn" in scenario.kinds else ("kept", "lost")
-
-
 def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
     """The faults of a run, by their kinds. They leave the first and the last fifth of it alone."""
     random, found = scenario.random("faults"), []
@@ -121,12 +121,12 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
     def moment() -> int:
         return random.randrange(first, last)
 
-    policies = policies_of(scenario)
     if "crash" in scenario.kinds:
         for _ in range(random.choice((0, 1, 1, 2))):
             # Half of them before a fence: that is when most is under way.
             after = random.randint(1, 300) if random.random() < 0.5 else -random.randint(1, 40)
-            found.append(Fault(moment(), "crash", random.randrange(scenario.hosts), after, random.choice(policies)))
+            found.append(Fault(moment(), "crash", random.randrange(scenario.hosts), after,
+                               random.choice(scenario.policies)))
         if random.random() < 0.4:
             found.append(Fault(moment(), "client", random.randrange(scenario.publishers)))
     if "stall" in scenario.kinds:

@@ -49,7 +49,7 @@ from sim.cluster.ending import drain, judge
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.history import Entry, History, Operation, Read, Violation
 from sim.cluster.loop import SimLoop
-from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario, policies_of
+from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
 from sim.cluster.schedule import Schedule, Stop
 from sim.cluster.succession import LOOK_STEPS, Succession
 from sim.cluster.witness import Witness
@@ -90,8 +90,7 @@ class Host:
         self.incarnation += 1
         self.powered, self.stalled = True, False
         self.waiting.clear()
-        self.control = HostControl(number, *world.costs, world.witness, world.turns.getrandbits(62),
-                                   world.probe_period)
+        self.control = world.new_control(number)
         self.loop = SimLoop(world.clock)
         self.notifier = Notifier()
         self.bells = [self._bell(host, 0) for host in range(world.scenario.hosts)]
@@ -287,6 +286,10 @@ class World:
         """Steps of stages so far: the time that events are dated by."""
         return int(self.schedule.steps)
 
+    def new_control(self, number: int) -> HostControl:
+        """The power switch of a host, of a broker or of a client."""
+        return HostControl(number, *self.costs, self.witness, self.turns.getrandbits(62), self.probe_period)
+
     def plant(self, door: SimDoor, host: int, role: int) -> None:
         """Put the planted bug into a door, if there is one and it belongs there."""
         if self._plant is not None:
@@ -314,18 +317,17 @@ class World:
             raise Violation("A1", f"message {operation.first} of client {operation.client} was acknowledged and is "
                                   "not in the committed order")
 
-    def check_read(self, reader: Subscriber, index: int, batch: Any, sender: tuple[int, int] | None) -> None:
+    def check_read(self, reader: str, read: Read) -> None:
         """What a reader got is what the log has there."""
-        count = batch.count if hasattr(batch, "count") else batch.message_count
-        self.note(reader.name, f"read entry {index}")
+        self.note(reader, f"read entry {read.index}")
         if self.witness.check_now(False):
             raise Violation(*self.witness.describe())
-        entry = self.witness.entry(0, index)
-        if sender != (entry["client"], entry["first"]) or (batch.position, count) != (
+        entry = self.witness.entry(0, read.index)
+        if read.sender != (entry["client"], entry["first"]) or (read.position, read.count) != (
                 entry["position"], entry["count"]):
-            raise Violation("T" if sender else "N",
-                            f"{reader.name} read at order entry {index} position {batch.position} {sender}, the log "
-                            f"has {entry['position']} {(entry['client'], entry['first'])}")
+            raise Violation("T" if read.sender else "N",
+                            f"{reader} read at order entry {read.index} position {read.position} {read.sender}, the "
+                            f"log has {entry['position']} {(entry['client'], entry['first'])}")
 
     def at(self, step: int, action: Callable[[], None]) -> None:
         """Do something when the schedule gets there."""
@@ -500,11 +502,6 @@ class World:
     def reliable(self) -> bool:
         """Whether every message of this run arrives, and every host goes on sooner or later."""
         return not self.scenario.kinds & {"net", "crash"}
-
-    @property
-    def policies(self) -> tuple[str, ...]:
-        """What may become of lines that were not fenced when the power goes."""
-        return policies_of(self.scenario)
 
     @property
     def patience(self) -> int:

@@ -5,9 +5,8 @@ from libc.string cimport memcpy, memset
 
 from sim.cxl.cachelines cimport (
     AGENT_LISTS, AGENT_MINE, Access, CONTROL_CRASHED, CONTROL_EVICT, CONTROL_LINK_LOST, CONTROL_TRACE, CXL_EXTENT,
-    CXL_TRACE_PRIME, FAULT_ATOMIC, Host, LINE_ABSENT, LINE_CLEAN, LINE_COHERENT, LINE_DIRTY, LINE_PENDING, LINE_STREAMED,
-    LOCKED,
-    LineObserver, OP_ATOMIC, OP_COPY_IN, OP_COPY_OUT, OP_FENCE, OP_FLUSH, OP_FULL_FENCE, OP_INVALIDATE, OP_LOAD,
+    CXL_TRACE_PRIME, FAULT_ATOMIC, Host, LINE_ABSENT, LINE_CLEAN, LINE_COHERENT, LINE_DIRTY, LINE_PENDING,
+    LINE_STREAMED, LOCKED, LineObserver, OP_ATOMIC, OP_COPY_IN, OP_COPY_OUT, OP_FENCE, OP_FLUSH, OP_FULL_FENCE, OP_INVALIDATE, OP_LOAD,
     OP_POINTER, OP_READ_LINE, OP_STORE, OP_WRITE_LINE, STATE_MASK, VERSION_SHIFT, add_pending, cxl_caller, cxl_random,
     cxl_thread_number, cxl_version_store, delay, drain, drop, ensure, fill, lock_line, next_order, present, settle,
     spontaneous, take_version, transfer, unlock_dirty, unreachable, word_of,
