@@ -483,11 +483,14 @@ class BrokerServer:
         start = request.WhichOneof("start") or "beginning"
         cursor, granted = await self.cursors.open(key, start_index(request, reader), process[0] or self.node.pid,
                                                   request.group, process[1])
-        reader.move_to(granted)
-        first = reader.frontiers()["reclaimed_position"]
-        if start == "position" and request.position < first:
+        try:
+            reader.move_to(granted)
+            first = reader.frontiers()["reclaimed_position"]
+            if start == "position" and request.position < first:
+                raise PositionLost(position=request.position, first_available=first)
+        except BaseException:
             self.cursors.close(cursor)
-            raise PositionLost(position=request.position, first_available=first)
+            raise
         return cursor
 
     async def _follow(self, request: Any, context: Any, reader: OrderReader, cursor: int,

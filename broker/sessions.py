@@ -247,10 +247,10 @@ class CursorTable:
         self._announce()
         try:
             await _until(lambda: self._granted(cursor) == request, "a reader's place")
-        except BaseException:               # also when the reader goes away while it waits
+            granted = self._head.read("CursorGrantLine", "cursor_grant", cursor)["index"]
+        except BaseException:               # also when the reader goes away while it waits, or the head just then
             self.close(cursor)
             raise
-        granted = self._head.read("CursorGrantLine", "cursor_grant", cursor)["index"]
         line.update(index=granted, state=request << 8 | CursorState.CURSOR_LIVE)
         self._write(at, line)
         return cursor, granted

@@ -214,7 +214,11 @@ cdef class Reclaim(Stage):
         self.memory.write_line(at, &line)
         self.memory.flush(at, 64)
         self.memory.fence()
-        # Readers are told before anything is reused: the sequencer and the brokers act only on what is fenced.
+        # Readers are told before anything is reused: the sequencer and the brokers act only on what is fenced. And a new
+        # head that raises the epoch from here on finds this frontier: none of the entries that it copies is written over.
+        self.memory.full_fence()
+        if self.memory.load(self.layout.control()) != self.state.control:
+            return 0
         cxl_store_release(&order.reclaimed_index, index)
         return <int64_t>(index - first)
 

@@ -153,6 +153,8 @@ cdef class Scanner(Stage):
     cdef void open_session(self, uint64_t number, uint64_t state) noexcept nogil
     cdef void fence_session(self, uint64_t number, uint64_t new_state) noexcept nogil
     cdef void fence_claimed(self, uint64_t number, uint64_t new_state) noexcept nogil
+    cdef int64_t patience(self, Session* session) noexcept nogil
+    cdef bint is_crowded(self, uint64_t topic, uint64_t broker) noexcept nogil
     cdef int64_t relieve(self, Session* session) noexcept nogil
     cdef bint is_gap(self, Session* session, int64_t now, int64_t elapsed) noexcept nogil
     cdef void drop_held(self, Session* session, uint64_t status) noexcept nogil

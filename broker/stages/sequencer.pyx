@@ -22,6 +22,7 @@ from broker.layout cimport (
     OffsetSequencerLine, SequencerCounters, SessionLine, SessionProgressLine, SessionWindowLine, TopicLine, make_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
+from broker.placement cimport live_brokers
 from broker.planted cimport (
     PLANT_DONE_BEFORE_FENCE, PLANT_DUPLICATE_TWICE, PLANT_GAP_SKIPPED, PLANT_INDEX_OVERRUN, PLANT_ORDERED_OVERWRITTEN,
     PLANT_SKIPPED_NUMBERED, PLANT_VOID_BLOCKS, planted,
@@ -38,7 +39,7 @@ from sim.cxl.primitives cimport (
 cdef enum:
     STEP_BATCHES = 64               # a scanner looks at so many batches of one topic and broker at a time
     GAP_CHECK_NS = 1000000
-    RELIEF_NS = 20000000            # a session that is stuck for longer may not fill up rings that others use
+    RELIEF_NS = 20000000            # a session that is stuck for longer (or half its lease) may not fill up rings
 
 cdef uint64_t RESULT_STATUS = <uint64_t>0xFF << 40
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
@@ -812,15 +813,24 @@ cdef class Scanner(Stage):
             if self.is_gap(session, now, elapsed):
                 self.fence_claimed(i, SESSION_FENCED)
                 work += 1
-            elif session.gap_since and now - session.gap_since > RELIEF_NS:
+            elif session.gap_since and now - session.gap_since > self.patience(session):
                 work += self.relieve(session)
             self.unclaim(session)
         return work
 
+    cdef int64_t patience(self, Session* session) noexcept nogil:
+        return min(<int64_t>RELIEF_NS, self.state.topics[session.topic & 0xFFFF].lease_ns // 2)
+
+    cdef bint is_crowded(self, uint64_t topic, uint64_t broker) noexcept nogil:
+        """Whether a ring is so full that its broker pushes publishers back."""
+        cdef uint64_t line = self.layout.offset_broker(topic, broker)
+        self.memory.invalidate(line, 64)
+        return self.memory.load(line) >= self.memory.load(line + 56) + self.layout.g.ring_slot_count // 4 * 3
+
     cdef int64_t relieve(self, Session* session) noexcept nogil:
         """Refuse what a stuck session holds at the end of rings that fill up behind it: others, and what it waits for,
         have to get in. Its publisher sends it again."""
-        cdef uint64_t topic = session.topic & 0xFFFF, quarter = self.layout.g.ring_slot_count // 4, i, line, tail
+        cdef uint64_t topic = session.topic & 0xFFFF, quarter = self.layout.g.ring_slot_count // 4, i
         cdef Held* held
         cdef int64_t refused = 0
         if self.state.topics[topic].generation != session.topic >> 16:
@@ -829,10 +839,8 @@ cdef class Scanner(Stage):
             held = &session.held[i]
             if not held.sequence_and_one:
                 continue
-            line = self.layout.offset_broker(topic, held.broker)
-            self.memory.invalidate(line, 64)
-            tail = self.memory.load(line + 56)
-            if self.memory.load(line) < tail + 3 * quarter or held.slot >= tail + quarter:
+            if not self.is_crowded(topic, held.broker) or held.slot >= quarter + self.memory.load(
+                    self.layout.offset_broker(topic, held.broker) + 56):
                 continue
             self.answer(topic, held.broker, held.slot, RESULT_REFUSED, 0)
             held.sequence_and_one = 0
@@ -851,11 +859,18 @@ cdef class Scanner(Stage):
         """Whether the session's gap has outlived its lease. Back-pressure is no gap: meanwhile the clock stands still."""
         cdef TopicOrder* order = &self.state.topics[session.topic & 0xFFFF]
         cdef bint waits = session.held[session.expected % WINDOW].sequence_and_one == session.expected + 1
+        cdef uint64_t live, b
         if session.gap_since == 0:
             return False
         if order.generation == session.topic >> 16 and (waits or not self.state.has_room(order)):
             session.gap_since = min(now, session.gap_since + elapsed)
             return False
+        if now - session.gap_since > self.patience(session) and order.generation == session.topic >> 16:
+            live = live_brokers(self.memory, self.layout)
+            for b in range(self.layout.g.broker_count):
+                if live >> b & 1 and self.is_crowded(session.topic & 0xFFFF, b):
+                    session.gap_since = now - self.patience(session) - 1    # what is missing may not get in; relieve
+                    return False
         return now - session.gap_since >= order.lease_ns
 
     cdef int64_t retry_stalled(self) noexcept nogil:

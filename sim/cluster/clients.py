@@ -14,7 +14,7 @@ from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, UnknownT
 from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
-from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
+from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION, CursorTable
 from broker.stages import receiver as receiving
 from client.connection import BrokerAddress
 from client.transport import rendezvous
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RETRY_STEPS = 40                            # after a refusal
 ANSWER_STEPS = 4_000                        # a publisher that hears nothing for so long tries elsewhere
-PUSH_BACK_TRIES = 12                        # a broker tries so often to find room for a batch before it refuses it
+PUSH_BACK_STEPS = 2_000                     # a broker looks so long for room for a batch before it refuses it
 SPAN = 200                                  # sequences from the oldest unsettled batch on
 
 
@@ -51,7 +51,7 @@ class Connection:
         self.down: deque[tuple[int, Any]] = deque()               # due, response or error
         self.stream = -1
         self.broken = False
-        self.tries = 0
+        self.full_since = -1
         self.incarnation = host.incarnation
         host.connections.append(self)
 
@@ -77,13 +77,14 @@ class Connection:
             status = host.receiver.receive(frame, self.stream, publisher.topic.number, publisher.client, self.slot,
                                            self.epoch)
             if status in (receiving.RING_FULL, receiving.POOL_EMPTY, receiving.WINDOW_FULL):
-                self.tries += 1
-                if self.tries < PUSH_BACK_TRIES:
+                if self.full_since < 0:
+                    self.full_since = self.world.step
+                if self.world.step - self.full_since < PUSH_BACK_STEPS:
                     break
                 self.answer(pb.PublishResponse(refusals=[pb.Refusal(batch_sequence=sequence, code="pool-full")]))
             elif status != receiving.RECEIVED:
                 raise Violation("N", f"host {host.number} refused a sound batch with status {status}")
-            self.tries = 0
+            self.full_since = -1
             self.up.popleft()
         if self.stream >= 0 and acks.has_acks(self.stream):
             epoch = host.sequencer_epoch()
@@ -442,8 +443,7 @@ class Subscriber:
             self.reader = OrderReader(self.host.delivery_door, self.world.layout, self.topic.number,
                                       self.topic.generation, index)
         elif self.world.step > self.request_until:
-            request.cancel()
-            self.request, self.host = None, None
+            self.leave()
 
     def _look_up(self) -> None:
         """A topic that exists can be opened by its name at any broker."""
@@ -461,12 +461,20 @@ class Subscriber:
     def leave(self) -> None:
         """Give up the place at this broker."""
         host = self.host
-        if self.request is not None:
-            self.request.cancel()
-        elif host is not None and self.reader is not None and host.powered and host.incarnation == self.incarnation:
-            host.cursors.close(self.cursor)
+        if host is not None and host.powered and host.incarnation == self.incarnation:
+            if self.request is not None:
+                self.request.add_done_callback(lambda asked: self._gave_up(asked, host.cursors))
+                self.request.cancel()
+            elif self.reader is not None:
+                host.cursors.close(self.cursor)
         self.host = self.reader = self.request = None
         self.cursor = -1
+
+    @staticmethod
+    def _gave_up(asked: "asyncio.Task[Any]", cursors: CursorTable) -> None:
+        """A place that was given when nobody waited for it any more."""
+        if not asked.cancelled() and asked.exception() is None:
+            cursors.close(asked.result()[0])
 
     def _refused(self, host: "Host", error: ReadError) -> None:
         """Its cursor protects it, so nothing is lost; a topic that is gone is told as such."""

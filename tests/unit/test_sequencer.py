@@ -231,6 +231,20 @@ def test_only_a_gap_that_outlives_the_lease_fences_a_session(cluster: ManualClus
     assert statuses(cluster, session) == {1: FENCED, 0: DUPLICATE}, "what is in the log is still said to be there"
 
 
+def test_full_rings_never_fence_however_long_they_last(cluster: ManualCluster) -> None:
+    session = cluster.open_session(cluster.create())
+    waiting = list(range(1, 40))                        # the ring has 16 slots, and 0 does not get in between them
+    for _ in range(16):
+        while waiting and cluster.publish(session, waiting[0]) == RECEIVED:
+            waiting.pop(0)
+        cluster.clock.advance(LEASE_NS // 4)
+        cluster.settle()
+        waiting = sorted({*waiting, *statuses(cluster, session)})
+    assert cluster.order.session_state(session.slot)["state"] == SessionState.SESSION_OPEN
+    cluster.publish_all(session, range(40))
+    assert [sequence for _, _, sequence in cluster.order_of(session.topic)] == list(range(40))
+
+
 def test_every_step_forward_starts_the_gap_clock_anew(cluster: ManualCluster) -> None:
     session = cluster.open_session(cluster.create())
     cluster.publish_all(session, [1, 3])

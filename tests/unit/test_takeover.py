@@ -189,6 +189,24 @@ def test_a_zombie_that_orders_otherwise_changes_nothing() -> None:
     cluster.check_invariants()
 
 
+def test_a_zombie_reclaims_nothing_that_the_next_head_copies() -> None:
+    cluster = ManualCluster(brokers=3, order_entry_count=32)
+    session = cluster.open_session(cluster.create())
+    cluster.publish_all(session, range(24))
+    zombie, takeover = cluster.term, cluster.takeover(1)
+    takeover.step_once()                                # it knows which entries there are, and has copied none of them
+    for sequence in range(24, 40):
+        cluster.publish(session, sequence, broker=1)
+    cluster.brokers[1].delegation.step_once()
+    for _ in range(20):
+        zombie.step()
+    cluster.finish(takeover)
+    assert messages_of(cluster, session)[:24] == expected_of(session, 24)
+    cluster.settle()
+    cluster.check_invariants()
+    assert cluster.entries(session.topic)[-1]["position"] == 39
+
+
 def test_recovery_may_be_killed_after_each_of_its_steps_and_begun_anew() -> None:
     for killed_after in itertools.count():
         cluster, session = stopped_in_mid_step(6, 4, 2)
