@@ -29,6 +29,8 @@ cdef class Reclaim(Stage):
     cdef bint know(self, uint64_t topic) noexcept nogil
     cdef uint64_t limit(self, uint64_t topic) noexcept nogil
     cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil
+    cdef uint64_t first_kept(self, uint64_t topic, uint64_t index, uint64_t position) noexcept nogil
+    cdef uint64_t kept_bytes(self, uint64_t topic) noexcept nogil
     cdef int64_t answer_pressure(self, uint64_t broker) noexcept nogil
     cdef int64_t keep_retention(self, uint64_t topic) noexcept nogil
     cdef void ring(self, uint64_t broker) noexcept nogil

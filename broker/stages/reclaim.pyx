@@ -194,14 +194,14 @@ cdef class Reclaim(Stage):
         cdef OrderEntry entry
         cdef TopicReclaimLine line
         while index < end and (freed < nbytes or index - first < entries) and index - first < STEP_ENTRIES:
-            at = self.layout.order_entry(topic, index)
-            self.memory.read_line(at, &entry)
-            freed += (entry.payload_bytes + 63) // 64 * 64
-            payload += entry.payload_bytes
-            self.reclaimed_position[topic] = entry.position + entry.message_count
+            self.memory.read_line(self.layout.order_entry(topic, index), &entry)
             index += 1
+            if entry.payload_bytes <= self.layout.g.batch_bytes_max:        # else it is damaged
+                freed += (entry.payload_bytes + 63) // 64 * 64
+                payload += entry.payload_bytes
         if index == first:
             return 0
+        self.reclaimed_position[topic] = self.first_kept(topic, index, entry.position + entry.message_count)
         # Counted as the committed bytes are, without the gaps between payloads: their difference is what is kept.
         self.reclaimed_bytes[topic] += payload
         memset(&line, 0, sizeof(line))
@@ -222,6 +222,23 @@ cdef class Reclaim(Stage):
         cxl_store_release(&order.reclaimed_index, index)
         return <int64_t>(index - first)
 
+    cdef uint64_t first_kept(self, uint64_t topic, uint64_t index, uint64_t position) noexcept nogil:
+        """The position of the first entry that is kept: `position`, if that agrees with the entry. One of them may be
+        damaged, and rather too much is said to be there than too little."""
+        cdef TopicOrder* order = &self.state.topics[topic]
+        cdef uint64_t lowest = self.reclaimed_position[topic] + 1, found = order.committed_position
+        cdef OrderEntry entry
+        if index < cxl_load_acquire(&order.committed_index):
+            self.memory.read_line(self.layout.order_entry(topic, index), &entry)
+            if lowest <= entry.position < found:
+                found = entry.position
+        return position if lowest <= position < found else found
+
+    cdef uint64_t kept_bytes(self, uint64_t topic) noexcept nogil:
+        """Bytes that are committed and not reclaimed. Where entries were damaged, more may count as reclaimed."""
+        cdef uint64_t committed = self.state.topics[topic].committed_bytes
+        return committed - min(committed, self.reclaimed_bytes[topic])
+
     cdef int64_t keep_retention(self, uint64_t topic) noexcept nogil:
         """Retention by bytes, and room in the order index."""
         cdef TopicOrder* order = &self.state.topics[topic]
@@ -229,7 +246,7 @@ cdef class Reclaim(Stage):
         cdef uint64_t used = cxl_load_acquire(&order.committed_index) - order.reclaimed_index
         # Scanners stop while there is not one place left for each of them: room is made before that.
         cdef uint64_t margin = min(max(entries // 8, <uint64_t>self.state.scanners + 1), entries // 2)
-        cdef uint64_t kept = order.committed_bytes - self.reclaimed_bytes[topic], retention = self.retention[topic]
+        cdef uint64_t kept = self.kept_bytes(topic), retention = self.retention[topic]
         if used > entries - margin:
             return self.reclaim_bytes(topic, 0, used - (entries - 2 * margin))
         if retention and retention != KEEP_ALL and kept > retention + retention // 16:
@@ -248,7 +265,7 @@ cdef class Reclaim(Stage):
             order = &self.state.topics[topic]
             if not cxl_load_relaxed(&order.generation) or not self.know(topic):
                 continue
-            kept = order.committed_bytes - self.reclaimed_bytes[topic]
+            kept = self.kept_bytes(topic)
             if kept == 0:
                 continue
             step = max(2 * self.layout.g.segment_bytes * self.layout.g.broker_count, kept // 16)

@@ -27,6 +27,7 @@ from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
 
 cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
+cdef uint64_t NOWHERE = <uint64_t>-1
 
 cdef enum:
     TAKE_NOTHING = 0
@@ -58,7 +59,7 @@ cdef class Takeover(Stage):
     cdef uint64_t topic_count       # for __dealloc__
     cdef int phase
     cdef uint64_t next_topic
-    cdef uint64_t* committed        # by topic: the source's frontier
+    cdef uint64_t* committed        # by topic: the source's frontier, and its position
     cdef uint64_t* positions
     cdef ScanPlace* places          # topic * brokers + broker
     cdef uint64_t* sessions_by_key  # open addressing: session + 1
@@ -187,6 +188,7 @@ cdef class Takeover(Stage):
         for t in range(self.topic_count):
             line = self.source.topic_order(t)
             self.memory.invalidate(line, 64)
+            self.positions[t] = self.memory.load(line + 8)      # written last, read first: never of a later index
             self.committed[t] = self.memory.load(line)
             self.memory.read_line(self.layout.topic(t), &topic)
             if topic.state & 0xFF == TOPIC_ACTIVE:
@@ -288,27 +290,23 @@ cdef class Takeover(Stage):
         """Entries and results of one topic."""
         cdef TopicOrder* order = &self.order.topics[topic]
         cdef TopicReclaimLine reclaim
-        cdef uint64_t index, at, position, first_adopted, b
-        cdef OrderEntry entry
+        cdef uint64_t index, position, b
         if order.generation == 0:
             return
         self.memory.read_line(self.layout.topic_reclaim(topic), &reclaim)
-        if reclaim.reclaimed_index < self.committed[topic]:
-            # Its position is that of the first entry kept, whatever the rest of the line says meanwhile.
-            at = self.source.order_entry(topic, reclaim.reclaimed_index)
-            self.memory.invalidate(at, 64)
-            self.memory.read_line(at, &entry)
-            if entry.commit == make_tag(order.generation, reclaim.reclaimed_index):
-                reclaim.reclaimed_position = entry.position
-                self.memory.write_line(self.layout.topic_reclaim(topic), &reclaim)
-                self.memory.flush(self.layout.topic_reclaim(topic), 64)
+        position = self.place_of(topic, reclaim.reclaimed_index)
+        if position != reclaim.reclaimed_position and position != NOWHERE:
+            # The line was copied while it was written: index and position of it do not belong together.
+            reclaim.reclaimed_position = position
+            self.memory.write_line(self.layout.topic_reclaim(topic), &reclaim)
+            self.memory.flush(self.layout.topic_reclaim(topic), 64)
         order.reclaimed_index = reclaim.reclaimed_index
-        order.committed_position = reclaim.reclaimed_position
         order.committed_bytes = reclaim.reclaimed_bytes
         for index in range(reclaim.reclaimed_index, self.committed[topic]):
             self.take_entry(topic, index)
         order.committed_index = self.committed[topic]
-        self.positions[topic] = position = order.committed_position
+        self.positions[topic] = max(self.positions[topic], reclaim.reclaimed_position)
+        order.committed_position = self.positions[topic] = self.end_of(topic, reclaim.reclaimed_index)
         for b in range(self.layout.g.broker_count):
             self.take_ordered(topic, b)
         self.adopt(topic)
@@ -319,23 +317,51 @@ cdef class Takeover(Stage):
         self.write_frontier(topic)
         self.memory.fence()
 
-    cdef void take_entry(self, uint64_t topic, uint64_t index) noexcept nogil:
-        """Copy a committed entry as it is: also a damaged one, which its readers are told of."""
-        cdef TopicOrder* order = &self.order.topics[topic]
+    cdef bint read_entry(self, uint64_t topic, uint64_t index, OrderEntry* entry) noexcept nogil:
+        """The source's entry at an index; False when another one, or a damaged one, is there."""
         cdef uint64_t at = self.source.order_entry(topic, index)
-        cdef OrderEntry entry
-        cdef Session* session
         self.memory.invalidate(at, 64)
-        self.memory.read_line(at, &entry)
+        self.memory.read_line(at, entry)
+        return entry.commit == make_tag(self.order.topics[topic].generation, index)
+
+    cdef void take_entry(self, uint64_t topic, uint64_t index) noexcept nogil:
+        """Copy a committed entry as it is: also a damaged one, which its readers are told of. Its session's progress
+        counts it already."""
+        cdef TopicOrder* order = &self.order.topics[topic]
+        cdef OrderEntry entry
+        cdef bint found = self.read_entry(topic, index, &entry)
         self.memory.write_line(self.layout.order_entry(topic, index), &entry)
         self.memory.flush(self.layout.order_entry(topic, index), 64)
-        if entry.commit != make_tag(order.generation, index):
-            return
-        order.committed_position = entry.position + entry.message_count
-        order.committed_bytes += entry.payload_bytes
-        session = self.session_of(&entry, order.generation << 16 | topic)
-        if session != NULL:
-            self.count_in(order, session, &entry)
+        if found and entry.payload_bytes <= self.layout.g.batch_bytes_max:
+            order.committed_bytes += entry.payload_bytes
+
+    cdef uint64_t place_of(self, uint64_t topic, uint64_t index) noexcept nogil:
+        """The position of a committed entry, if what lies behind it agrees; else `NOWHERE`."""
+        cdef OrderEntry entry, following
+        if index >= self.committed[topic] or not self.read_entry(topic, index, &entry):
+            return NOWHERE
+        if index + 1 == self.committed[topic]:
+            following.position = self.positions[topic]
+        elif not self.read_entry(topic, index + 1, &following):
+            return NOWHERE
+        return entry.position if entry.position + entry.message_count == following.position else NOWHERE
+
+    cdef uint64_t end_of(self, uint64_t topic, uint64_t reclaimed) noexcept nogil:
+        """The position behind the last committed entry. The frontier's own may be of an earlier index, when the power
+        went between the two: then entries lead on from there. No single entry is believed: it may be damaged."""
+        cdef uint64_t position = self.positions[topic], index = self.committed[topic], first = index
+        cdef OrderEntry entry
+        while index > reclaimed:
+            index -= 1
+            if not self.read_entry(topic, index, &entry) or entry.position < position:
+                break
+            if entry.position == position:
+                first = index
+        for index in range(first, self.committed[topic]):
+            if not self.read_entry(topic, index, &entry) or entry.position != position:
+                break
+            position += entry.message_count
+        return position
 
     cdef void count_in(self, TopicOrder* order, Session* session, OrderEntry* entry) noexcept nogil:
         """Make sure that a session counts an entry which is in the log."""

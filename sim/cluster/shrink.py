@@ -9,9 +9,9 @@ RUNS_MAX = 250
 SCHEDULES = 20                              # other draws of who steps when that are tried at the end
 
 _SMALLER: tuple[tuple[str, tuple[object, ...]], ...] = (
-    ("earlier_life", (False,)), ("attached", (0, 1)), ("attached_readers", (0,)), ("replication_factor", (1,)),
-    ("ack", (1,)), ("publishers", (1, 2)), ("subscribers", (1,)), ("hosts", (1, 2, 3)), ("scanners", (1,)), ("batches", (2, 5, 10, 20)),
-    ("window", (1, 2, 8)), ("lock", ("atomic",)), ("pool", ("atomic",)), ("order", (5,)),
+    ("earlier_life", (False,)), ("attached_readers", (0,)), ("attached", (0, 1)), ("replication_factor", (1,)),
+    ("ack", (1,)), ("publishers", (1, 2)), ("subscribers", (1,)), ("hosts", (1, 2, 3)), ("scanners", (1,)),
+    ("batches", (2, 5, 10, 20)), ("window", (1, 2, 8)), ("lock", ("atomic",)), ("pool", ("atomic",)), ("order", (5,)),
 )
 
 
@@ -43,7 +43,8 @@ def _is_sound(scenario: Scenario) -> bool:
            "pause": scenario.attached}
     return (scenario.scanners <= scenario.hosts and scenario.replication_factor <= scenario.hosts
             and scenario.attached <= scenario.publishers and scenario.attached_readers <= scenario.subscribers
-            and (scenario.attached > 0 or scenario.attached_readers == 0) and (scenario.ack < 2 or scenario.replication_factor > 1)
+            and (scenario.attached > 0 or scenario.attached_readers == 0)
+            and (scenario.ack < 2 or scenario.replication_factor > 1)
             and all(fault.where < who[fault.kind] for fault in scenario.faults))
 
 

@@ -207,6 +207,31 @@ def test_a_zombie_reclaims_nothing_that_the_next_head_copies() -> None:
     assert cluster.entries(session.topic)[-1]["position"] == 39
 
 
+@pytest.mark.parametrize("index", [0, 7, 18, 19])
+def test_no_damaged_entry_is_believed_by_the_next_heads(index: int) -> None:
+    """Its readers are told of it; positions, sessions and what is kept come from records that agree with each other."""
+    for bit in range(0, 512, 3):
+        cluster = ManualCluster(brokers=2, order_entry_count=64)
+        session = cluster.open_session(cluster.create())
+        cluster.publish_all(session, range(20))
+        at = cluster.layout.with_bank(0).offset_of("order_entry", 0, index) + bit // 64 * 8
+        cluster.memory.store_word(at, cluster.memory.load_word(at) ^ 1 << bit % 64)
+        cluster.take_over(1)
+        cluster.publish_all(session, range(20, 40))
+        cluster.take_over(0)
+        cluster.publish_all(session, range(40, 50))
+        acks = [ack for broker in range(2) for ack in cluster.take_acks(session, broker)]
+        assert sorted((ack.sequence, ack.position, ack.status) for ack in acks) == [
+            (each, each, COMMITTED) for each in range(50)], f"bit {bit}"
+        reader = cluster.reader(session.topic, index + 2)
+        assert [message for each in cluster.read(reader) for message in each.messages] == expected_of(
+            session, 50)[index + 2:], f"bit {bit}"
+        cluster.publish_all(session, range(50, 90))     # more than the index has: the damaged one is reclaimed
+        frontiers = cluster.reader(session.topic).frontiers()
+        assert frontiers["committed_position"] == 90
+        assert frontiers["reclaimed_index"] == frontiers["reclaimed_position"] > index, f"bit {bit}"
+
+
 def test_recovery_may_be_killed_after_each_of_its_steps_and_begun_anew() -> None:
     for killed_after in itertools.count():
         cluster, session = stopped_in_mid_step(6, 4, 2)
