@@ -74,6 +74,7 @@ class Succession:
         world, scenario, bank = self.world, self.world.scenario, self._bank(host)
         if bank is None:
             return
+        host.resign()                       # whoever was head before has given that up first
         takeover = Takeover(host.door(Role.ROLE_ADMIN), world.layout, world.clock, host.number,
                             LOCK_MODES[scenario.lock], scenario.scanners, order_memory=host.door(Role.ROLE_SEQUENCER))
         world.note(f"host {host.number}", f"takes over, bank {bank}")
