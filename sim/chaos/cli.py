@@ -24,7 +24,7 @@ from sim.chaos.timeline import plot_timeline, timeline_text
               help="Seconds between two faults, on average.")
 @click.option("--rate", type=click.FloatRange(1), default=150.0, show_default=True,
               help="Messages/s of each of the four publishers.")
-@click.option("--damage", is_flag=True, help="Flip bits of the region as well (see above).")
+@click.option("--damage/--no-damage", default=True, show_default=True, help="Flip bits of the region (see above).")
 @click.option("--results", type=click.Path(file_okay=False), metavar="FOLDER",
               help="Keep trails, logs, disks and the picture there [a temporary folder, kept when something breaks].")
 @common_options
@@ -32,13 +32,13 @@ def chaos(minutes: float, seed: int | None, kills: int | None, brokers: int, pau
           damage: bool, results: str | None) -> None:
     """Run a cluster under load and faults, and judge every invariant.
 
-    Brokers, the head, publishers and readers are killed and stopped, disks fail, garbage is sent. Afterwards the
-    history of everything that was sent, acknowledged and read is checked, and level 2 by recovering from the disks.
+    Brokers, the head, publishers and readers are killed and stopped, disks fail, memory is damaged, garbage is sent.
+    Afterwards the history of everything that was sent, acknowledged and read is checked, and level 2 by recovering
+    from the disks.
 
-    With --damage bits of the region are flipped, in the order entries of a topic of its own, which is judged by
-    itself: what memory has lost cannot be acknowledged and readable as well, but nobody may fall, no other topic may
-    notice, and its readers get true messages or a typed error. It is off by default because the clusters of today do
-    not stand it: takeovers of all topics come late.
+    Damage flips bits in the order entries of a topic of its own, which is judged by itself: what memory has lost
+    cannot be acknowledged and readable as well, but nobody may fall, no other topic may notice, and its readers get
+    true messages or a typed error, and go on.
 
     \b
     Examples:

@@ -65,7 +65,7 @@ class Settings:
     mean_pause: float = 1.5             # between faults
     rate: float = 150.0                 # messages/s of each publisher
     region_bytes: int = 512 << 20
-    damage: bool = False                # flip bits of the region as well
+    damage: bool = True                 # flip bits of the region as well
 
     def cluster_config(self) -> ClusterConfig:
         """The cluster under test; its name leaves others alone."""

@@ -29,7 +29,7 @@ def test_no_invariant_breaks_under_all_faults(pytestconfig: pytest.Config, tmp_p
     assert broken == {} and said.returncode == (1 if found["broken"] else 0), f"{found}\n{said.stderr[-2000:]}"
     assert set(found["invariants"]) == INVARIANTS
     with FaultyDisk(tmp_path) as disk:
-        due = set(WEIGHTS) - {"damage"} - (set() if disk.works else {"disk"})
+        due = set(WEIGHTS) - (set() if disk.works else {"disk"})
     assert due <= set(found["faults"]), "each kind of fault comes once before chance decides"
     assert found["kills"] >= 10
     assert all(count > 100 for count in found["messages_acknowledged"].values())
