@@ -17,7 +17,6 @@ from sim.cxl.region import host_identity, process_alive
 
 UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
-WINDOW = 256                            # of the sequencer: batches of a session beyond the one expected next
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
 
@@ -129,8 +128,9 @@ class SessionTable:
         if slot is not None:
             line = self._head.read("SessionWindowLine", "session_window", slot)
             first = line["base"] if line["generation"] == self.line(slot)["state"] >> 8 else sequences.stop
-            window = {sequence for sequence in range(first, min(first + WINDOW, sequences.stop))
-                      if line["in_log"][sequence % WINDOW // 64] >> sequence % 64 & 1}
+            bits = 64 * len(line["in_log"])
+            window = {sequence for sequence in range(first, min(first + bits, sequences.stop))
+                      if line["in_log"][sequence % bits // 64] >> sequence % 64 & 1}
         found = {sequence: reader.find_batch(client_id, epoch, sequence) for sequence in sequences}
         return [each[0] if each is not None else UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION
                 for sequence, each in found.items()]

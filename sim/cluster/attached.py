@@ -172,6 +172,8 @@ class AttachedPublisher(Publisher):
             at += 8 + -(-nbytes // 8) * 8
         batch: Batch = self.packer.take()
         batch.seal(self.world.clock.wall())
+        if self.level:
+            Delivery(batch, 0).add_done_callback(lambda each: self.outcomes.append((operation, each)))
         return batch
 
     def _submit(self) -> None:
@@ -182,9 +184,6 @@ class AttachedPublisher(Publisher):
             batch = self.built.pop(operation.first, None) or self._build(operation)
             batch.level, batch.deadline = self.level, NEVER
             sequence = self.core.next_sequence
-            if self.level:
-                delivery = Delivery(batch, 0)
-                delivery.add_done_callback(lambda each, of=operation: self.outcomes.append((of, each)))
             if not self.core.submit_batch(batch):
                 self.built[operation.first] = batch
                 self.pending.appendleft(operation)
