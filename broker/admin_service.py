@@ -13,7 +13,8 @@ from broker.head import head_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.security import CALLER, RIGHTS
-from broker.sessions import UNKNOWN_POSITION, WINDOW
+from broker.sessions import UNKNOWN_POSITION
+from broker.stages.sequencer import SESSION_WINDOW
 from broker.topics import TopicEntry
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class AdminService:
         numbers = self._node.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
-            topic_generation=entry.generation, order=entry.order, window=WINDOW,
+            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
             high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
             lease_ms=int(self._node.config.session_lease_seconds * 1000))
@@ -123,7 +124,7 @@ class AdminService:
             # Sessions that the client never heard of lie between.
             high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
         reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
-        end = request.resume_from + WINDOW
+        end = request.resume_from + SESSION_WINDOW
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
         positions = self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,

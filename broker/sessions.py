@@ -12,6 +12,7 @@ from broker.head import HeadView
 from broker.layout import CursorState, Layout, SessionState, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
+from broker.stages.sequencer import SESSION_WINDOW
 from sim.cxl.memory import Memory
 from sim.cxl.region import host_identity, process_alive
 
@@ -128,9 +129,8 @@ class SessionTable:
         if slot is not None:
             line = self._head.read("SessionWindowLine", "session_window", slot)
             first = line["base"] if line["generation"] == self.line(slot)["state"] >> 8 else sequences.stop
-            bits = 64 * len(line["in_log"])
-            window = {sequence for sequence in range(first, min(first + bits, sequences.stop))
-                      if line["in_log"][sequence % bits // 64] >> sequence % 64 & 1}
+            window = {sequence for sequence in range(first, min(first + SESSION_WINDOW, sequences.stop))
+                      if line["in_log"][sequence % SESSION_WINDOW // 64] >> sequence % 64 & 1}
         found = {sequence: reader.find_batch(client_id, epoch, sequence) for sequence in sequences}
         return [each[0] if each is not None else UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION
                 for sequence, each in found.items()]

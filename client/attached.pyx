@@ -25,8 +25,8 @@ from libc.string cimport memcpy, memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    ATTACH_OPEN, ATTACH_RING, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED, RESULT_DAMAGED,
-    RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
+    ATTACH_OPEN, ATTACH_RING, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED,
+    RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
 )
 from broker.wire cimport MESSAGE_HEADER_BYTES, PUBLISHED_NS_AT, REQUEST_HEADER_BYTES, message_check, message_stride
 from client.batch cimport Batch, Delivery, Packer
@@ -359,20 +359,29 @@ cdef class AttachedCore:
         # Fenced here: whoever told may now wait for what the broker answers to it.
         self.memory.fence()
 
+    cdef bint takes(self, Channel* channel, uint64_t need, bint ask) noexcept nogil:
+        return (channel.alive and not channel.loaned and channel.submitted - channel.completed < self.ring_limit
+                and self.has_lease_for(channel, need, ask))
+
     cdef int64_t pick(self, uint64_t need) noexcept nogil:
-        """The next channel in turn that takes a batch of `need` bytes; -1 when none does now."""
-        cdef uint64_t i, c
+        """The channel that takes a batch of `need` bytes; -1 when none does now. All in turn, but one that is alone goes
+        to the head: there it is received, ordered and acknowledged by one process, and no other has to wake up."""
+        cdef uint64_t i, c, head
         cdef bint asked = False
         cdef Channel* channel
         if self.next_sequence - self.oldest >= SEQUENCES_IN_FLIGHT:
             return -1
         if self.in_flight >= 2 and self.in_flight_bytes + need > self.window_bytes:
             return -1
+        if self.in_flight == 0:
+            head = self.memory.load(self.layout.control()) & CONTROL_BROKER
+            for c in range(self.channel_count):
+                if self.channels[c].broker == head and self.takes(&self.channels[c], need, False):
+                    return <int64_t>c
         for i in range(self.channel_count):
             c = (self.turn + i) % self.channel_count
             channel = &self.channels[c]
-            if (channel.alive and not channel.loaned and channel.submitted - channel.completed < self.ring_limit
-                    and self.has_lease_for(channel, need, not asked)):
+            if self.takes(channel, need, not asked):
                 self.turn = (c + 1) % self.channel_count
                 return <int64_t>c
             asked = asked or channel.alive
