@@ -8,6 +8,7 @@ cdef class Doorbell:
 
     cdef void ring(self) noexcept nogil
     cdef void ring_fenced(self) noexcept nogil
+    cdef bint is_armed(self) noexcept nogil
     cdef uint32_t arm(self) noexcept nogil
     cdef void sleep(self, uint32_t seen, int64_t timeout_ns) noexcept nogil
     cdef void disarm(self) noexcept nogil

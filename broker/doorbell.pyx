@@ -22,9 +22,13 @@ cdef class Doorbell:
 
     cdef void ring_fenced(self) noexcept nogil:
         # The caller has just done a full fence, for several doorbells at once.
-        if self.memory.load(self.offset + 8):
+        if self.is_armed():
             self.memory.fetch_add(self.offset, 1)
             self.memory.wake(self.offset)
+
+    cdef bint is_armed(self) noexcept nogil:
+        """Whether somebody sleeps here, or is about to."""
+        return self.memory.load(self.offset + 8) != 0
 
     cdef uint32_t arm(self) noexcept nogil:
         cdef uint32_t seen = <uint32_t>self.memory.load(self.offset)

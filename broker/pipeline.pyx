@@ -16,10 +16,10 @@ from broker.log cimport BrokerLog
 from broker.stages.stage cimport Stage
 from sim.cxl.primitives cimport cxl_count, cxl_load_acquire, cxl_now_ns, cxl_store_release, cxl_yield
 
-WAITING = {"latency": -1, "balanced": 1_000_000, "saver": 0}
+WAITING = {"latency": -1, "balanced": 400_000, "saver": 0}
 
 cdef enum:
-    YIELD_SHORT = 20
+    YIELD_SHORT = 8
     LOOK_AGAIN = 1024           # idle loops after which a loop that never sleeps looks everywhere
     SLEEP_NS = 500000000        # a sleeper looks by itself this often, whatever the doorbells say
 

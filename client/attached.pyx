@@ -43,7 +43,9 @@ cdef enum:
     NOGIL_BYTES = 32768             # copies from here on release the GIL
     LATENCY_RING = 65536
     ASK_ANOTHER = 128               # tries after which a large lease is asked of another broker
-    YIELD_NS = 2000000
+    # How long news is looked for: without giving the core away, then yielding, then asleep.
+    SPIN_NS = 6000
+    YIELD_NS = 200000
 
 cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
 
@@ -150,6 +152,7 @@ cdef class AttachedCore:
     cdef uint64_t open_loans
     cdef list left                      # slots that we gave up, kept by open loans
     cdef list bells
+    cdef bint woken                 # whether the last submit had to wake somebody up
     cdef Channel* channels
     cdef list old_channels
     cdef readonly uint64_t channel_count
@@ -437,15 +440,15 @@ cdef class AttachedCore:
                 self.spill()
                 raise Spill
             self.ring_all()
-            self.wait_for_news(<int64_t>(min(0.002, deadline - now) * 1e9))
+            self.wait_for_news(<int64_t>(min(0.002, deadline - now) * 1e9), True)
 
     cdef void ring_all(self):
         self.memory.full_fence()
         for bell in self.bells:
             (<Doorbell>bell).ring_fenced()
 
-    cdef bint news(self) noexcept nogil:
-        """Whether some channel has a completion, a lease that it waits for, or was fenced."""
+    cdef bint news(self, bint leases) noexcept nogil:
+        """Whether some channel has a completion, or was fenced, or (with `leases`) has been granted what it waits for."""
         cdef uint64_t c, at
         cdef Channel* channel
         for c in range(self.channel_count):
@@ -459,15 +462,17 @@ cdef class AttachedCore:
                     return True
             at = self.layout.attach_line(channel.slot)
             self.memory.invalidate(at, 64)
-            if not channel.has_lease and self.memory.load(at + 16) > channel.using:
+            if leases and not channel.has_lease and self.memory.load(at + 16) > channel.using:
                 return True
             if channel.alive and self.memory.load(at) != (channel.generation << 8 | ATTACH_OPEN):
                 return True
         return False
 
-    cdef int wait_for_news(self, int64_t nanoseconds) except -1:
-        """Yield for a while, then sleep on the doorbell of the channel whose batch is the oldest."""
-        cdef int64_t until = cxl_now_ns() + min(nanoseconds, YIELD_NS), start = cxl_now_ns()
+    cdef int wait_for_news(self, int64_t nanoseconds, bint leases) except -1:
+        """Look and yield for a while, then sleep on the doorbell of the channel whose batch is the oldest. At once if the only
+        one woke its broker up: that may need this core."""
+        cdef int64_t start = cxl_now_ns(), spin = start + SPIN_NS
+        cdef int64_t until = start if self.woken and self.in_flight == 1 else start + min(nanoseconds, YIELD_NS)
         cdef uint64_t bell, channel
         cdef uint32_t seen
         cdef bint found = False
@@ -479,14 +484,14 @@ cdef class AttachedCore:
         bell = self.layout.attach_doorbell(self.channels[channel % self.channel_count].slot)
         with nogil:
             while not found and cxl_now_ns() < until:
-                found = self.news()
-                if not found:
+                found = self.news(leases)
+                if not found and cxl_now_ns() >= spin:
                     cxl_yield()
             if not found and nanoseconds > cxl_now_ns() - start:
                 seen = <uint32_t>self.memory.load(bell)
                 self.memory.fetch_add(bell + 8, 1)
                 self.memory.full_fence()
-                if not self.news():
+                if not self.news(leases):
                     self.memory.wait(bell, seen, min(nanoseconds, 5000000))
                 self.memory.fetch_add(bell + 8, <uint64_t>-1)
         return 0
@@ -720,6 +725,7 @@ cdef class AttachedCore:
         self.memory.write_line(at, &descriptor)
         self.memory.flush(at, 64)
         self.memory.full_fence()
+        self.woken = (<Doorbell>self.bells[c]).is_armed()
         (<Doorbell>self.bells[c]).ring_fenced()
 
     cdef uint64_t copy_to(self, uint64_t c, const void* payload, uint64_t nbytes) noexcept:
@@ -877,7 +883,7 @@ cdef class AttachedCore:
         """Wait until there is news, at most so long."""
         if self.busy:
             self.wait_idle()
-        self.wait_for_news(<int64_t>(seconds * 1e9))
+        self.wait_for_news(<int64_t>(seconds * 1e9), False)
 
     def beat(self) -> None:
         """Say that we are alive: a silent client's leases end."""

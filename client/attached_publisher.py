@@ -38,6 +38,8 @@ from sim.cxl.region import host_identity, process_alive, process_start_time
 
 IDLE_SECONDS = 0.02
 BUSY_SECONDS = 0.001
+STREAM_SECONDS = 0.004                  # while batch follows batch: whoever publishes looks for acks, and needs the GIL
+STREAM_BATCHES = 4                      # since the last look
 BEAT_SECONDS = 1.0
 CHECK_SECONDS = 0.25
 RETRY_SECONDS = 0.02
@@ -64,6 +66,7 @@ class AttachedEngine(Engine):
         self.detaching: set[asyncio.Task[None]] = set()
         self.next_beat = self.next_check = self.next_retry = 0.0
         self.final: dict[str, int] = {}
+        self.submitted = 0                          # batches, when it was looked last
         self.window = 0                             # bytes in flight
         self.targets = 0, 0, 0                      # bytes of a batch: at first, at least, at most
 
@@ -286,8 +289,11 @@ class AttachedEngine(Engine):
 
     def _pause(self) -> float:
         core = self.core
-        busy = core is not None and (core.in_flight or core.open_count or core.spilling)
-        return max(BUSY_SECONDS, min(self.linger, IDLE_SECONDS)) if busy else IDLE_SECONDS
+        if core is None or not (core.in_flight or core.open_count or core.spilling):
+            return IDLE_SECONDS
+        submitted, self.submitted = core.batches - self.submitted, core.batches
+        least = STREAM_SECONDS if submitted >= STREAM_BATCHES and not core.spilling else BUSY_SECONDS
+        return max(least, min(self.linger, IDLE_SECONDS))
 
     def _step(self) -> None:
         """Linger, acks that nobody waits for, heartbeats, dead brokers, and what every publisher has to do."""

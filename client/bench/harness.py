@@ -26,6 +26,7 @@ import click
 import psutil
 
 from broker import grpc_options
+from broker.region import Region, inspect_region
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory
 
@@ -39,6 +40,8 @@ ACK = struct.Struct("<Q")
 
 # Larger than the last-level cache of one core's share, small enough for four servers on a small machine.
 RING_BYTES = 64 << 20
+# After the last segment was touched, brokers map them for so long.
+MAPPED_SECONDS = 1.0
 # A child that has not answered by then never will.
 CHILD_SECONDS = 60.0
 # A publisher in the middle of a round does not notice that it should end; no reason to wait for it.
@@ -121,6 +124,17 @@ def warm_mapping(nbytes: int) -> Any:
     files.remove_region_file(name)
     MappedMemory(mapping).touch_range(0, nbytes)
     return mapping
+
+
+def wait_until_warm(region: Region, progress: Callable[[str], None]) -> None:
+    """Brokers touch cold memory in the background, and then map what others have touched: wait for the end of it."""
+    warm, changed = -1, time.monotonic()
+    while time.monotonic() < changed + MAPPED_SECONDS:
+        pool = inspect_region(region)["pool"]
+        if pool["warm"] != warm:
+            warm, changed = pool["warm"], time.monotonic()
+            progress(f"{warm} of {pool['segments']} segments are warm")
+        time.sleep(0.1)
 
 
 class WarmRing:

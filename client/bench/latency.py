@@ -12,9 +12,11 @@ from typing import Any
 import numpy
 from numpy.typing import NDArray
 
+from broker.region import attach_region
 from client.admin import Admin
 from client.bench import load, pattern
 from client.bench.contention import bench_name
+from client.bench.harness import wait_until_warm
 from client.bench.throughput import process_cpu_seconds
 from client.bench.workload import TOPIC, Workload
 from client.cluster import Cluster
@@ -36,6 +38,8 @@ def measure_latency(workload: Workload, transport: str, *, gap_seconds: float = 
             "cluster": cluster.name, "transport": transport, "ack": workload.ack, "linger_ms": 0.0,
             "bootstrap": cluster.addresses[0].tcp if (transport, workload.network) == ("grpc", "tcp") else None,
             "batch_bytes": min(workload.framed_bytes, cluster.config.batch_bytes_max)}
+        with attach_region(cluster.name, writable=False) as region:
+            wait_until_warm(region, progress)
         with Publisher(TOPIC, **options) as publisher:
             progress(f"{transport}: {batches} batches, {gap_seconds * 1000:g} ms apart")
             _publish(publisher, workload, WARM_UP_BATCHES, gap_seconds, 0)

@@ -24,10 +24,10 @@ import numpy
 from numpy.typing import NDArray
 
 from broker.errors import CxlmqError
-from broker.region import attach_region, inspect_region, region_statistics
+from broker.region import attach_region, region_statistics
 from client.admin import Admin
 from client.bench import load
-from client.bench.harness import Child, LimitError
+from client.bench.harness import Child, LimitError, wait_until_warm
 from client.bench.limit import measure_limits
 from client.bench.pattern import Difference, Verifier
 from client.bench.workload import TOPIC, Workload
@@ -38,7 +38,6 @@ from client.subscriber import Subscriber
 WARM_UP_SHARE = 0.05
 WARM_UP_LAPS = 3                # each process maps each page once: brokers find other segments in each lap
 WARM_UP_SECONDS = 3.0
-MAPPED_SECONDS = 1.0
 # A publisher that is told to begin needs a moment to get the line; all begin together.
 START_NS = 10_000_000
 CHILD_SECONDS = 60.0
@@ -260,25 +259,14 @@ class Run:
     def warm_up(self) -> None:
         """At least 5 % of the run, and some laps over all segments, but no longer than a few seconds of publishing."""
         workload = self._workload
-        self._wait_until_warm()
+        if workload.messages >= workload.segment_messages():        # fewer do not come far enough to notice
+            wait_until_warm(self._region, lambda text: self._progress(f"{self._transport}: {text}"))
         wanted = max(math.ceil(WARM_UP_SHARE * workload.messages), WARM_UP_LAPS * workload.segment_messages())
         for messages in self._shares(wanted):
             if self._warm.seconds >= WARM_UP_SECONDS or self._difference is not None:
                 break
             self._progress(f"{self._transport}: warm-up, {self._warm.messages:,} of {wanted:,} messages")
             self._round(self._warm, messages)
-
-    def _wait_until_warm(self) -> None:
-        """Brokers touch cold memory in the background, and then map what others have touched."""
-        if self._workload.messages < self._workload.segment_messages():
-            return                                      # does not come far enough to notice
-        warm, changed = -1, time.monotonic()
-        while time.monotonic() < changed + MAPPED_SECONDS:
-            pool = inspect_region(self._region)["pool"]
-            if pool["warm"] != warm:
-                warm, changed = pool["warm"], time.monotonic()
-                self._progress(f"{self._transport}: {warm} of {pool['segments']} segments are warm")
-            time.sleep(0.1)
 
     def measure(self) -> None:
         """The measured rounds."""

@@ -421,10 +421,14 @@ static inline int cxl_futex_wake(void *word, int count) {
 #endif
 
 /* Makes pages present without changing a byte of them. */
+#define CXL_TOUCH_BYTES 65536   /* in one call: a kernel that preempts lazily gives the core to others between two */
 static inline int cxl_touch_pages(void *target, uint64_t bytes) {
-    if (madvise(target, bytes, MADV_POPULATE_WRITE) == 0) return 0;
-    if (errno != EINVAL) return -errno;
-    for (uint64_t i = 0; i < bytes; i += 4096) __atomic_fetch_or((uint8_t *)target + i, 0, __ATOMIC_RELAXED);
+    for (uint64_t done = 0; done < bytes; done += CXL_TOUCH_BYTES) {
+        uint64_t piece = bytes - done < CXL_TOUCH_BYTES ? bytes - done : CXL_TOUCH_BYTES;
+        if (madvise((uint8_t *)target + done, piece, MADV_POPULATE_WRITE) == 0) continue;
+        if (errno != EINVAL) return -errno;
+        for (uint64_t i = 0; i < piece; i += 4096) __atomic_fetch_or((uint8_t *)target + done + i, 0, __ATOMIC_RELAXED);
+    }
     return 0;
 }
 
