@@ -121,7 +121,7 @@ cdef class AttachStage(Stage):
             return 0
         now = self.clock.now_ns()
         if now >= self.next_check:
-            self.next_check = now + CHECK_NS
+            self.next_check = now + min(<int64_t>CHECK_NS, self.lease_ns // 4)
             for i in range(limit):
                 if self.slots[i].state != ATTACH_FREE:
                     work += self.finish(i)
