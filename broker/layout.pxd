@@ -359,7 +359,8 @@ cdef packed struct Descriptor:              # one line of the submission ring; w
     uint64_t lease
     uint64_t batch_sequence
     uint64_t published_wall_ns
-    uint64_t reserved[2]
+    uint64_t processor                      # on which the client runs, plus 1; 0: unknown
+    uint64_t reserved
 
 cdef packed struct SegmentLine:             # writer: the broker that owns the segment
     uint64_t owner                          # 0 free; else broker + 1 | topic << 16 | generation << 32

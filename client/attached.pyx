@@ -711,7 +711,8 @@ cdef class AttachedCore:
         descriptor.lease = channel.using
         descriptor.batch_sequence = sequence
         descriptor.published_wall_ns = wall_ns
-        descriptor.reserved[0] = descriptor.reserved[1] = 0
+        descriptor.processor = self.memory.processor()
+        descriptor.reserved = 0
         sent.sent_ns = cxl_now_ns()
         if channel.submitted == channel.completed:
             channel.heard_ns = sent.sent_ns

@@ -51,9 +51,12 @@ cdef class AttachStage(Stage):
     cdef uint64_t limit                 # slots at and above were never opened
     cdef int64_t lease_ns
     cdef int64_t next_check
+    cdef int64_t met_at                 # when a client was on our processor
+    cdef int64_t next_move              # not before
 
     cdef resume_slot(self, uint64_t i)
     cdef int64_t take(self, uint64_t i) noexcept nogil
+    cdef void make_way(self, uint64_t processor) noexcept nogil
     cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil
     cdef int64_t follow(self, uint64_t i) noexcept nogil
     cdef int64_t grant(self, uint64_t i) noexcept nogil

@@ -24,12 +24,14 @@ from broker.stages.stage cimport Stage
 from broker.wire cimport MESSAGE_HEADER_BYTES
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_count, cxl_fetch_add, cxl_load_acquire, cxl_store_release
+from sim.cxl.primitives cimport cxl_count, cxl_fetch_add, cxl_leave_processor, cxl_load_acquire, cxl_store_release
 
 cdef enum:
     STEP_DESCRIPTORS = 64
     LEASES_AHEAD = 2            # leases beyond the one in use that a busy client is given
     CHECK_NS = 50000000
+    STREAM_NS = 500000              # batches that come within that follow one another
+    MOVE_NS = 20000000              # a thread changes its processor for a client at most so often
 
 
 cdef class AttachStage(Stage):
@@ -176,6 +178,8 @@ cdef class AttachStage(Stage):
             if not self.accept(slot, &descriptor):
                 self.fence_slot(i)
                 return done + 1
+            if descriptor.processor and descriptor.processor == self.memory.processor():
+                self.make_way(descriptor.processor)
             crash_point(CRASH_RESERVED)
             status = self.log.reserve_leased(slot.topic, descriptor.payload_offset, descriptor.payload_bytes,
                                              descriptor.message_count, &ring_slot)
@@ -203,6 +207,15 @@ cdef class AttachStage(Stage):
             slot.taken += 1
             done += 1
         return done
+
+    cdef void make_way(self, uint64_t processor) noexcept nogil:
+        """A client runs on our processor. Where batch follows batch, kernels that let neither of us interrupt the other make
+        each wait for the other's time slice."""
+        cdef int64_t now = self.clock.now_ns()
+        if now - self.met_at < STREAM_NS and now >= self.next_move:
+            self.next_move = now + MOVE_NS
+            cxl_leave_processor(processor)
+        self.met_at = now
 
     cdef bint accept(self, AttachSlot* slot, Descriptor* descriptor) noexcept nogil:
         """Whether a descriptor lies within its lease, behind what was taken of it, and adds up."""

@@ -75,6 +75,7 @@ cdef class Memory:
     cdef uint8_t* payload_writable(self, uint64_t offset, uint64_t count) noexcept nogil
     cdef void wait(self, uint64_t offset, uint32_t expected, int64_t timeout_ns) noexcept nogil
     cdef void wake(self, uint64_t offset) noexcept nogil
+    cdef uint64_t processor(self) noexcept nogil
     cdef int touch(self, uint64_t offset, uint64_t count) noexcept nogil
     cdef void* coherent_area(self, uint64_t offset) noexcept nogil
     cdef void count_at(self, uint64_t offset) noexcept

@@ -9,8 +9,8 @@ from sim.cxl.primitives cimport (
     CXL_COPY_AVX512, CXL_COPY_MEMCPY, CXL_COPY_MOVDIR64B, CXL_COPY_PAGES, CXL_COPY_SSE, CXL_COPY_STNP,
     cxl_compare_and_swap, cxl_copy_kind, cxl_copy_nontemporal, cxl_count, cxl_fetch_add, cxl_fetch_and, cxl_fetch_or,
     cxl_flush_kind, cxl_flush_range, cxl_full_fence, cxl_futex_wait, cxl_futex_wake, cxl_invalidate_range,
-    cxl_load_acquire, cxl_read_line, cxl_store_fence, cxl_store_release, cxl_stream, cxl_stream_finish,
-    cxl_stream_message, cxl_stream_start, cxl_touch_pages, cxl_write_line,
+    cxl_leave_processor, cxl_load_acquire, cxl_processor, cxl_read_line, cxl_store_fence, cxl_store_release, cxl_stream,
+    cxl_stream_finish, cxl_stream_message, cxl_stream_start, cxl_touch_pages, cxl_write_line,
 )
 
 
@@ -68,6 +68,7 @@ cdef class Memory:
     cdef uint8_t* payload_writable(self, uint64_t offset, uint64_t count) noexcept nogil: return NULL
     cdef void wait(self, uint64_t offset, uint32_t expected, int64_t timeout_ns) noexcept nogil: pass
     cdef void wake(self, uint64_t offset) noexcept nogil: pass
+    cdef uint64_t processor(self) noexcept nogil: return 0
     cdef int touch(self, uint64_t offset, uint64_t count) noexcept nogil: return 0
     cdef void* coherent_area(self, uint64_t offset) noexcept nogil: return NULL
 
@@ -326,11 +327,24 @@ cdef class MappedMemory(Memory):
     cdef void wake(self, uint64_t offset) noexcept nogil:
         cxl_futex_wake(self.base + offset, 1 << 30)
 
+    cdef uint64_t processor(self) noexcept nogil:
+        return cxl_processor()
+
     cdef int touch(self, uint64_t offset, uint64_t count) noexcept nogil:
         return cxl_touch_pages(self.base + offset, count)
 
     cdef void* coherent_area(self, uint64_t offset) noexcept nogil:
         return self.base + offset
+
+
+def current_processor() -> int:
+    """The processor that this thread runs on, plus 1; 0 when nobody knows."""
+    return cxl_processor()
+
+
+def leave_processor(int processor) -> None:
+    """Let this thread go on on another processor that it may use, if there is one."""
+    cxl_leave_processor(processor)
 
 
 def processor_features() -> dict[str, object]:

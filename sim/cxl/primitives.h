@@ -144,6 +144,19 @@ static inline void cxl_pause(void) {
 
 static inline void cxl_yield(void) { sched_yield(); }
 
+/* The processor that this thread runs on, plus 1; 0 when nobody knows. */
+static inline uint64_t cxl_processor(void) { return (uint64_t)(sched_getcpu() + 1); }
+
+/* Leaves a processor to others: the thread goes on on another one that it may use, if there is one, and may come back. */
+static inline void cxl_leave_processor(uint64_t processor) {
+    cpu_set_t all, others;
+    if (processor == 0 || processor > CPU_SETSIZE || sched_getaffinity(0, sizeof all, &all)) return;
+    others = all;
+    CPU_CLR(processor - 1, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others)) return;
+    sched_setaffinity(0, sizeof all, &all);
+}
+
 /* ---- lines -------------------------------------------------------------------------------------------------------
  * Word 0 of every line is its commit word: stored last by the writer, loaded first by the reader. Stores of one
  * processor become visible in order on x86-64; release/acquire says the same to the compiler and to aarch64. */

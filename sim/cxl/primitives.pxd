@@ -23,6 +23,8 @@ cdef extern from "primitives.h" nogil:
     void cxl_invalidate_range(const void* p, uint64_t bytes)
     void cxl_pause()
     void cxl_yield()
+    uint64_t cxl_processor()
+    void cxl_leave_processor(uint64_t processor)
     void cxl_write_line(void* line, const void* source)
     int cxl_read_line(void* target, const void* line)
     int cxl_has_avx512, cxl_has_movdir64b     # known once a kind was asked for

@@ -12,7 +12,7 @@ import pytest
 from broker.doorbell import Doorbell
 from broker.pipeline import Pipeline
 from sim.cxl import region as files
-from sim.cxl.memory import MappedMemory
+from sim.cxl.memory import MappedMemory, current_processor, leave_processor
 from tests.manual_cluster import ManualCluster
 
 BATCHES = 3_000
@@ -104,3 +104,26 @@ def test_a_ringer_makes_no_system_call_while_nobody_sleeps() -> None:
     before = cluster.memory.load_word(cluster.layout.offset_of("doorbell", 0, 0))
     cluster.doorbells[0].ring_now()
     assert cluster.memory.load_word(cluster.layout.offset_of("doorbell", 0, 0)) == before
+
+
+def test_a_thread_leaves_a_processor_to_others_and_may_come_back() -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("there is one processor")
+    left = 0
+    for _ in range(50):
+        before = current_processor()
+        leave_processor(before)
+        left += current_processor() != before
+        assert os.sched_getaffinity(0) == allowed
+    assert left
+
+
+def test_a_thread_that_may_use_one_processor_stays_there() -> None:
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        leave_processor(min(allowed) + 1)
+        assert (current_processor(), os.sched_getaffinity(0)) == (min(allowed) + 1, {min(allowed)})
+    finally:
+        os.sched_setaffinity(0, allowed)
