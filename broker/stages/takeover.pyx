@@ -305,8 +305,7 @@ cdef class Takeover(Stage):
         for index in range(reclaim.reclaimed_index, self.committed[topic]):
             self.take_entry(topic, index)
         order.committed_index = self.committed[topic]
-        self.positions[topic] = max(self.positions[topic], reclaim.reclaimed_position)
-        order.committed_position = self.positions[topic] = self.end_of(topic, reclaim.reclaimed_index)
+        order.committed_position = self.positions[topic] = self.end_of(topic, &reclaim)
         for b in range(self.layout.g.broker_count):
             self.take_ordered(topic, b)
         self.adopt(topic)
@@ -321,8 +320,7 @@ cdef class Takeover(Stage):
         """The source's entry at an index; False when another one, or a damaged one, is there."""
         cdef uint64_t at = self.source.order_entry(topic, index)
         self.memory.invalidate(at, 64)
-        self.memory.read_line(at, entry)
-        return entry.commit == make_tag(self.order.topics[topic].generation, index)
+        return self.memory.read_line(at, entry) and entry.commit == make_tag(self.order.topics[topic].generation, index)
 
     cdef void take_entry(self, uint64_t topic, uint64_t index) noexcept nogil:
         """Copy a committed entry as it is: also a damaged one, which its readers are told of. Its session's progress
@@ -346,12 +344,13 @@ cdef class Takeover(Stage):
             return NOWHERE
         return entry.position if entry.position + entry.message_count == following.position else NOWHERE
 
-    cdef uint64_t end_of(self, uint64_t topic, uint64_t reclaimed) noexcept nogil:
+    cdef uint64_t end_of(self, uint64_t topic, TopicReclaimLine* reclaim) noexcept nogil:
         """The position behind the last committed entry. The frontier's own may be of an earlier index, when the power
         went between the two: then entries lead on from there. No single entry is believed: it may be damaged."""
-        cdef uint64_t position = self.positions[topic], index = self.committed[topic], first = index
+        cdef uint64_t position = max(self.positions[topic], reclaim.reclaimed_position)
+        cdef uint64_t index = self.committed[topic], first = index
         cdef OrderEntry entry
-        while index > reclaimed:
+        while index > reclaim.reclaimed_index:
             index -= 1
             if not self.read_entry(topic, index, &entry) or entry.position < position:
                 break
@@ -415,11 +414,8 @@ cdef class Takeover(Stage):
 
     cdef bint is_uncommitted(self, uint64_t topic, uint64_t index, OrderEntry* entry) noexcept nogil:
         """Whether the last head wrote this entry; if not, an earlier one left it, or it is not whole."""
-        cdef uint64_t at = self.source.order_entry(topic, index)
-        self.memory.invalidate(at, 64)
-        return (self.memory.read_line(at, entry)
-                and entry.commit == make_tag(self.order.topics[topic].generation, index)
-                and entry.epoch == <uint16_t>self.source_epoch and self.is_sound(entry))
+        return (self.read_entry(topic, index, entry) and entry.epoch == <uint16_t>self.source_epoch
+                and self.is_sound(entry))
 
     cdef bint is_sound(self, OrderEntry* entry) noexcept nogil:
         return (entry.message_count > 0 and entry.broker < self.layout.g.broker_count and entry.payload_offset % 64 == 0
