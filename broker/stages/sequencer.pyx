@@ -502,7 +502,7 @@ cdef class Scanner(Stage):
             return False
         crash_point(CRASH_BEFORE_NUMBER)
         taken = (<uint64_t>1 << POSITION_BITS) + header.message_count
-        if self.state.lock.mode == LOCK_ATOMIC:
+        if self.state.lock.mode == LOCK_ATOMIC and self.state.scanners > 1:
             taken = cxl_fetch_add(&order.assigned, taken)
         else:
             order.assigned += taken

@@ -150,7 +150,7 @@ cdef class LineObserver:
     cdef void payload_fenced(self, Host* h, uint64_t offset, uint64_t count) noexcept nogil
     cdef void payload_read(self, Host* h, uint64_t offset, uint64_t count, uint64_t stale, Access* who) noexcept nogil
     cdef void called_from_python(self)
-    cdef void watch(self, Host* h, object store)
+    cdef void watch(self, Host* h, object cache, object store)
 
 
 # ---- lines: every function has the line locked unless it says otherwise ---------------------------------------------

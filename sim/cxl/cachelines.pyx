@@ -21,5 +21,5 @@ cdef class LineObserver:
     cdef void called_from_python(self):
         """The next access comes from a Python function: which one, its frame says."""
 
-    cdef void watch(self, Host* h, object store):
-        """A host is about to be used; `store` is a buffer for what is kept of it, or None."""
+    cdef void watch(self, Host* h, object cache, object store):
+        """A host is about to be used; `cache` owns its lines, `store` is a buffer for what is kept of it, or None."""

@@ -120,7 +120,7 @@ cdef class Checker(LineObserver):
     cdef object shared_owner
     cdef object class_owner
     cdef list stores
-    cdef Host* watched[HOSTS]
+    cdef uint64_t* watched[HOSTS]   # the states of their lines, which may outlive the host
     cdef uint64_t watched_count
     cdef dict python_sites
     cdef Shared* shared

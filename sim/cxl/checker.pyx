@@ -131,15 +131,15 @@ cdef class Checker(LineObserver):
         """A number for a host that is no broker."""
         return HOSTS // 2 + cxl_fetch_add(&self.shared.hosts, 1) % (HOSTS // 2)
 
-    cdef void watch(self, Host* h, object store):
+    cdef void watch(self, Host* h, object cache, object store):
         cdef Py_buffer view
         store = private_mapping(self.store_bytes(self.device)) if store is None else store
         PyObject_GetBuffer(store, &view, PyBUF_WRITABLE)
         h.observed = view.buf
-        self.watched[self.watched_count % HOSTS] = h
+        self.watched[self.watched_count % HOSTS] = h.states
         self.watched_count += 1
         PyBuffer_Release(&view)
-        self.stores.append(store)
+        self.stores += [cache, store]
 
     # ---- who and where -------------------------------------------------------------------------------------------------
 
@@ -502,7 +502,7 @@ cdef class Checker(LineObserver):
         cdef uint64_t number
         for number in range(min(self.watched_count, HOSTS) * self.line_count):
             line = number % self.line_count
-            if not LINE_DIRTY <= <int>(self.watched[number // self.line_count].states[line] & STATE_MASK) <= LINE_STREAMED:
+            if not LINE_DIRTY <= <int>(self.watched[number // self.line_count][line] & STATE_MASK) <= LINE_STREAMED:
                 continue
             record = &self.lines[line]
             if record.state == 0 or record.polls == 0 or <int64_t>record.stored_ns > limit:

@@ -160,7 +160,7 @@ cdef class HostCache:
         self.observer = observer
         if observer is not None:
             h.observer = <void*>observer
-            observer.watch(h, observer_store)
+            observer.watch(h, self.owner, observer_store)
         self.reset(seed, eviction_period)
         self._mark_coherent()
 

@@ -53,6 +53,17 @@ class Bench:
         return [Kind(each["kind"]) for each in self.checker.reports()]
 
 
+def test_lines_of_a_host_that_is_gone_are_looked_at_and_nothing_else() -> None:
+    # A broker that makes the region is a host of its own while it does, and another one from then on.
+    bench = Bench()
+    bench.put(FLAG, flush=False, fence=False)
+    bench.get(FLAG)
+    del bench.writer
+    others = [HostCache(bench.device, f"host {n}") for n in range(3)]
+    assert bench.checker.find_stranded(0) == 1, "what it stored and never flushed, found in memory that is still its own"
+    assert len(others) == 3
+
+
 def correct(bench: Bench) -> None:
     bench.put(DATA)
     bench.put(FLAG)
