@@ -80,6 +80,7 @@ STRANDED_NS = 500_000_000           # what was not flushed for so long when all 
 RECOVERY_SECONDS = 600.0            # for reading all replicas; a region comes when that is done
 WARM_BYTES_MAX = 512 << 20          # what one broker touches ahead of use
 MAP_SECONDS = 0.5                    # how often it looks for segments that others have touched
+MAP_FROM_BYTES = 8 << 20             # of payload that went through this process
 DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
 LOOK_SECONDS = 0.5                  # how often it looks for attached clients that are gone
 HEAD_WAIT_SECONDS = 30.0
@@ -103,7 +104,7 @@ class BrokerNode:
         count = self.layout.numbers["broker_count"]
         self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
         self.replication_bells = [self._bell(b, REPLICATION_BELL) for b in range(count)]
-        receiver_door = self._door(Role.ROLE_RECEIVER)
+        self.receiver_door = receiver_door = self._door(Role.ROLE_RECEIVER)
         self.log = BrokerLog(receiver_door, self.layout, make_pool(receiver_door, self.layout, broker), broker)
         self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
         self.attach = AttachStage(receiver_door, self.log, self.acks, self.clock,
@@ -265,7 +266,13 @@ class BrokerNode:
         # Segments wander between brokers: each is a page fault every 64 KiB until this process has it mapped.
         unmapped = list(range(self.layout.numbers["segment_count"]))
         while unmapped and not self._stop_warming.wait(MAP_SECONDS):
-            unmapped = [segment for segment in unmapped if not self.log.map_segment(segment)]
+            if self._copies_payload():
+                unmapped = [segment for segment in unmapped if not self.log.map_segment(segment)]
+
+    def _copies_payload(self) -> bool:
+        """Whether payload goes through this process's mapping; that of attached clients goes through theirs."""
+        copied = (self.receiver_door.statistics_dict()["bytes_in"], self.delivery_door.statistics_dict()["bytes_out"])
+        return sum(copied) >= MAP_FROM_BYTES
 
     def stop(self) -> None:
         """End the threads; memory stays as it is."""
