@@ -32,7 +32,7 @@ from broker.wire cimport MESSAGE_HEADER_BYTES, PUBLISHED_NS_AT, REQUEST_HEADER_B
 from client.batch cimport Batch, Delivery, Packer
 from client.pages cimport Pages
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_wall_ns, cxl_yield
+from sim.cxl.primitives cimport cxl_now_ns, cxl_stream, cxl_stream_new, cxl_wall_ns, cxl_yield
 
 from broker.errors import CxlmqError, replica_failed
 
@@ -192,7 +192,7 @@ cdef class AttachedCore:
     cdef uint64_t used
     cdef uint64_t count
     cdef readonly double opened
-    cdef cxl_stream stream
+    cdef cxl_stream* stream
     cdef Batch batch
     cdef Batch spare                    # for a next one
     cdef object outcomes                # settled batches whose waiters are not told yet
@@ -202,10 +202,10 @@ cdef class AttachedCore:
     cdef uint64_t latency_count
 
     def __cinit__(self):
-        self.channels = NULL
+        self.stream = cxl_stream_new()
         self.sent = <Sent*>calloc(SENT_RING, sizeof(Sent))
         self.latencies = <int64_t*>calloc(LATENCY_RING, 8)
-        if self.sent == NULL or self.latencies == NULL:
+        if self.stream == NULL or self.sent == NULL or self.latencies == NULL:
             raise MemoryError
 
     def __init__(self, engine, Memory memory, Layout layout, Packer overflow, targets, uint64_t window_bytes,
@@ -234,6 +234,7 @@ cdef class AttachedCore:
         for old in self.old_channels or ():
             free(<void*><uint64_t>old)
         free(self.channels)
+        free(self.stream)
         free(self.sent)
         free(self.latencies)
 
@@ -410,7 +411,7 @@ cdef class AttachedCore:
         self.at_offset = channel.lease_offset + channel.lease_used
         self.capacity = min(max(self.target, need), channel.lease_bytes - channel.lease_used)
         self.used = self.count = 0
-        self.memory.stream_start(&self.stream, self.at_offset)
+        self.memory.stream_start(self.stream, self.at_offset)
         self.is_open = True
         self.opened = time.monotonic()
         self.batch = None
@@ -521,10 +522,10 @@ cdef class AttachedCore:
         if nbytes >= NOGIL_BYTES:
             self.busy = True
             with nogil:
-                self.memory.stream_message(&self.stream, source, nbytes, message_check(<uint32_t>nbytes))
+                self.memory.stream_messages(self.stream, source, nbytes, 1, message_check(<uint32_t>nbytes))
             self.busy = False
         else:
-            self.memory.stream_message(&self.stream, source, nbytes, message_check(<uint32_t>nbytes))
+            self.memory.stream_messages(self.stream, source, nbytes, 1, message_check(<uint32_t>nbytes))
         self.used += stride
         self.count += 1
         self.messages += 1
@@ -612,7 +613,7 @@ cdef class AttachedCore:
 
     def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
-        cdef uint64_t i = 0, k, fit, total = rows.shape[0], nbytes = rows.shape[1], stride = message_stride(nbytes)
+        cdef uint64_t i = 0, fit, total = rows.shape[0], nbytes = rows.shape[1], stride = message_stride(nbytes)
         cdef const uint8_t* source = &rows[0, 0] if total and nbytes else NULL
         cdef uint32_t check = message_check(<uint32_t>nbytes)
         cdef Delivery delivery = self.new_delivery()
@@ -633,8 +634,7 @@ cdef class AttachedCore:
             fit = min(total - i, (self.capacity - self.used) // stride)
             self.busy = True
             with nogil:
-                for k in range(i, i + fit):
-                    self.memory.stream_message(&self.stream, source + k * nbytes, nbytes, check)
+                self.memory.stream_messages(self.stream, source + i * nbytes, nbytes, fit, check)
             self.busy = False
             self.used += fit * stride
             self.count += fit
@@ -663,7 +663,7 @@ cdef class AttachedCore:
         self.batch = None
         if self.count == 0:
             return 0
-        self.memory.stream_finish(&self.stream)
+        self.memory.stream_finish(self.stream)
         self.channels[self.at_channel].lease_used += (self.used + 63) & ~<uint64_t>63
         self.submit_new(self.at_channel, self.at_offset, self.used, self.count, cxl_wall_ns(), batch,
                         self.opened + self.timeout)

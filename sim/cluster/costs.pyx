@@ -90,7 +90,7 @@ def time_packing(mapping, bytes message, uint64_t batch_bytes, uint64_t total_by
                 at = 0
             memory.stream_start(&stream, at)
             for i in range(messages):
-                memory.stream_message(&stream, source, nbytes, 0)
+                memory.stream_messages(&stream, source, nbytes, 1, 0)
             memory.stream_finish(&stream)
             memory.fence()
             at += (messages * framed + 63) // 64 * 64

@@ -164,10 +164,12 @@ cdef class SimDoor(Memory):
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil:
         self.inner.stream_start(stream, offset)
 
-    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
-                             uint32_t check) noexcept nogil:
-        if self.control.tap(OP_COPY_IN, 0, count):
-            self.inner.stream_message(stream, source, count, check)
+    cdef void stream_messages(self, cxl_stream* stream, const void* source, uint64_t count, uint64_t messages,
+                              uint32_t check) noexcept nogil:
+        cdef uint64_t i
+        for i in range(messages):
+            if self.control.tap(OP_COPY_IN, 0, count):
+                self.inner.stream_messages(stream, <const uint8_t*>source + i * count, count, 1, check)
 
     cdef void stream_finish(self, cxl_stream* stream) noexcept nogil:
         if not self.control.dead:

@@ -63,8 +63,8 @@ cdef class Memory:
     cdef bint compare_and_swap(self, uint64_t offset, uint64_t expected, uint64_t desired) noexcept nogil
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil
-    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
-                             uint32_t check) noexcept nogil
+    cdef void stream_messages(self, cxl_stream* stream, const void* source, uint64_t count, uint64_t messages,
+                              uint32_t check) noexcept nogil
     cdef void stream_finish(self, cxl_stream* stream) noexcept nogil
     cdef void copy_out(self, void* target, uint64_t offset, uint64_t count) noexcept nogil
     cdef void flush(self, uint64_t offset, uint64_t count) noexcept nogil

@@ -56,8 +56,8 @@ cdef class Memory:
     cdef bint compare_and_swap(self, uint64_t offset, uint64_t expected, uint64_t desired) noexcept nogil: return False
     cdef void copy_in(self, uint64_t offset, const void* source, uint64_t count) noexcept nogil: pass
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil: pass
-    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
-                             uint32_t check) noexcept nogil: pass
+    cdef void stream_messages(self, cxl_stream* stream, const void* source, uint64_t count, uint64_t messages,
+                              uint32_t check) noexcept nogil: pass
     cdef void stream_finish(self, cxl_stream* stream) noexcept nogil: pass
     cdef void copy_out(self, void* target, uint64_t offset, uint64_t count) noexcept nogil: pass
     cdef void flush(self, uint64_t offset, uint64_t count) noexcept nogil: pass
@@ -286,10 +286,13 @@ cdef class MappedMemory(Memory):
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil:
         cxl_stream_start(stream, self.base + offset)
 
-    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
-                             uint32_t check) noexcept nogil:
-        cxl_count(&self.statistics.bytes_in, count)
-        cxl_stream_message(stream, source, count, check, self.copy_kind, self.flush_kind)
+    cdef void stream_messages(self, cxl_stream* stream, const void* source, uint64_t count, uint64_t messages,
+                              uint32_t check) noexcept nogil:
+        # `messages` of `count` bytes each, one behind the other.
+        cdef uint64_t i
+        cxl_count(&self.statistics.bytes_in, count * messages)
+        for i in range(messages):
+            cxl_stream_message(stream, <const uint8_t*>source + i * count, count, check, self.copy_kind, self.flush_kind)
 
     cdef void stream_finish(self, cxl_stream* stream) noexcept nogil:
         cxl_stream_finish(stream, self.copy_kind, self.flush_kind)

@@ -307,12 +307,15 @@ cdef class NonCoherentMemory(Memory):
     cdef void stream_start(self, cxl_stream* stream, uint64_t offset) noexcept nogil:
         cxl_stream_start(stream, (self.base if offset >= self.h.line_bytes else self.h.lines) + offset)
 
-    cdef void stream_message(self, cxl_stream* stream, const void* source, uint64_t count,
-                             uint32_t check) noexcept nogil:
-        cxl_count(&self.statistics.bytes_in, count)
-        if self.h.control and not self.enter(OP_COPY_IN, 0, count):
-            return
-        cxl_stream_message(stream, source, count, check, cxl_copy_kind(), cxl_flush_kind())
+    cdef void stream_messages(self, cxl_stream* stream, const void* source, uint64_t count, uint64_t messages,
+                              uint32_t check) noexcept nogil:
+        cdef uint64_t i
+        cxl_count(&self.statistics.bytes_in, count * messages)
+        for i in range(messages):
+            if self.h.control and not self.enter(OP_COPY_IN, 0, count):
+                return
+            cxl_stream_message(stream, <const uint8_t*>source + i * count, count, check, cxl_copy_kind(),
+                               cxl_flush_kind())
 
     cdef void stream_finish(self, cxl_stream* stream) noexcept nogil:
         cdef Host* h = self.h

@@ -33,6 +33,7 @@ cdef extern from "primitives.h" nogil:
     struct cxl_stream:
         uint8_t* start
         uint8_t* at
+    cxl_stream* cxl_stream_new()
     void cxl_stream_start(cxl_stream* s, void* target)
     void cxl_stream_message(cxl_stream* s, const void* source, uint64_t bytes, uint32_t check, int kind, int flush_kind)
     void cxl_stream_finish(cxl_stream* s, int kind, int flush_kind)
