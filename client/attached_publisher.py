@@ -45,8 +45,9 @@ CHECK_SECONDS = 0.25
 RETRY_SECONDS = 0.02
 ATTACH_SECONDS = 1.0                    # a broker that has not answered by then is waited for beside the others
 DETACH_SECONDS = 2.0
-WINDOW_BYTES = 16 << 20
-TARGET_SHARE = 4                        # batches of a window that each broker should be able to have
+WINDOW_BYTES = 32 << 20                 # two publishers and four brokers on two cores: acks take 1 ms and more
+REGION_SHARE = 4                        # of a small region, one publisher has less in flight
+TARGET_SHARE = 8                        # batches of a window that each broker should be able to have
 PATIENCE_SECONDS = {"block": 0.05}      # how long a lease is waited for before messages spill
 SHORT_PATIENCE_SECONDS = 0.002
 UNLIMITED = 1 << 32
@@ -55,6 +56,8 @@ SUPPLY_TRIES = 50
 
 class AttachedEngine(Engine):
     """Drives an `AttachedCore`."""
+
+    BUFFER_BYTES = WINDOW_BYTES
 
     def __init__(self, topic: str, **options: Any) -> None:
         super().__init__(topic, **options)
@@ -134,6 +137,7 @@ class AttachedEngine(Engine):
         assert self.packer is not None
         assert self.ack is not None
         self.region = attach_region(found.region, run_id=found.run_id)
+        self.window = min(self.window, self.region.layout.numbers["region_bytes"] // REGION_SHARE)
         self.core = AttachedCore(self, self.region.memory(Role.ROLE_CLIENT), self.region.layout, self.packer,
                                  self.targets, self.window,
                                  self.in_flight if self.when_full == "drop_oldest" else UNLIMITED, self.ack,

@@ -50,9 +50,11 @@ class Engine(ABC):
     Invariant: a batch is in exactly one of: a packer, `pending` (no sequence yet), in flight (by sequence), settled.
     """
 
+    BUFFER_BYTES = 16 << 20
+
     def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int,
                  batch_bytes: int | None, batch_bytes_min: int, batch_bytes_max: int, linger_ms: float,
-                 in_flight: int, buffer_bytes: int, when_full: str, delivery_timeout: float,
+                 in_flight: int, buffer_bytes: int | None, when_full: str, delivery_timeout: float,
                  on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,
                  compression: str | None) -> None:
         self.topic = topic
@@ -65,7 +67,7 @@ class Engine(ABC):
         self.batch_bytes = (batch_bytes or batch_bytes_min, batch_bytes_min, batch_bytes_max)
         self.linger = linger_ms / 1000
         self.in_flight = in_flight
-        self.buffer_bytes = buffer_bytes
+        self.buffer_bytes = buffer_bytes or self.BUFFER_BYTES
         self.when_full = when_full
         self.delivery_timeout = delivery_timeout
         self.on_delivery = on_delivery

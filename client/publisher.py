@@ -62,7 +62,7 @@ class _PublisherBase:
     def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
                  ack: int | None = None, client_id: int | None = None, batch_bytes: int | None = None,
                  batch_bytes_min: int = 64 << 10, batch_bytes_max: int = 4 << 20, linger_ms: float = 1.0,
-                 in_flight: int = 8, buffer_bytes: int = 16 << 20, when_full: str = "block",
+                 in_flight: int = 8, buffer_bytes: int | None = None, when_full: str = "block",
                  delivery_timeout: float = 30.0, on_delivery: Callable[[Delivery], None] | None = None,
                  on_event: Callable[[CxlmqError], None] | None = None, compression: str | None = None,
                  security: str | Path | None = None) -> None:
@@ -140,11 +140,11 @@ class Publisher(_PublisherBase):
     "attached" writes into the region itself, which has to be on this machine; "auto" does so when it is, has a free
     slot, and nothing is to be compressed, and takes "grpc" otherwise. `ack` is the level to wait for (None: the
     topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by `batch_bytes`); a
-    message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged; `when_full` says
-    what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery settles within `delivery_timeout`
-    seconds. `on_delivery` is called with each settled delivery (of `publish_many` and `publish_array`, the last),
-    `on_event` when the session was reopened or the publisher failed; both on the library's own thread, where
-    nothing may wait. Raises the typed errors of `client.errors`.
+    message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged (None: 16 MiB,
+    attached 32 MiB); `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery
+    settles within `delivery_timeout` seconds. `on_delivery` is called with each settled delivery (of `publish_many`
+    and `publish_array`, the last), `on_event` when the session was reopened or the publisher failed; both on the
+    library's own thread, where nothing may wait. Raises the typed errors of `client.errors`.
     """
 
     def open(self) -> "Publisher":
