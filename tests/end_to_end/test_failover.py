@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import psutil
 import pytest
@@ -118,13 +119,16 @@ def test_segments_of_a_killed_broker_come_back(points: str, pool: str) -> None:
 @pytest.mark.parametrize("point", ["epoch-raised", "half-recovered", "recovered"])
 def test_recovery_is_killed_and_the_next_one_begins_anew(point: str) -> None:
     # Broker 1 is next in turn, broker 2 after it: who takes over dies of it. One that came back takes over in the end.
+    def took_over(cluster: Cluster, epoch: int) -> bool:
+        return bool(died(cluster) & {1, 2}) or (
+            epoch_of(cluster) != epoch and inspected(cluster.name)["control"]["serving"])
+
     def kill_heads_until_a_takeover_dies(cluster: Cluster) -> None:
         while not died(cluster) & {1, 2}:
             epoch = epoch_of(cluster)
             with contextlib.suppress(ProcessLookupError):
                 cluster.kill(head_of(cluster))
-            assert eventually(lambda: died(cluster) & {1, 2} or
-                              epoch_of(cluster) != epoch and inspected(cluster.name)["control"]["serving"])   # noqa: B023
+            assert eventually(partial(took_over, cluster, epoch))
 
     run(f"1:{point}:1,2:{point}:1", "grpc", kill_heads_until_a_takeover_dies)
 
