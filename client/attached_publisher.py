@@ -86,7 +86,7 @@ class AttachedEngine(Engine):
         if self.fixed_batch:
             least = most = first
         else:
-            most = max(first, min(most, self.window // (TARGET_SHARE * self.known_brokers)))
+            most = max(first, min(most, self.window // (TARGET_SHARE * self.connection.broker_count)))
         self.targets = first, least, most
 
     async def _connect(self, brokers: Sequence[BrokerAddress]) -> None:

@@ -119,13 +119,17 @@ def translated(error: grpc.aio.AioRpcError, address: str = "") -> CxlmqError:
     return found
 
 
-def addresses_of_region(cluster: str) -> list[BrokerAddress]:
-    """The live brokers of a cluster on this machine, read from its region. Raises `RegionMissing`."""
+def addresses_of_region(cluster: str) -> tuple[list[BrokerAddress], int]:
+    """The live brokers of a cluster on this machine, and how many it has in all, read from its region.
+
+    Raises `RegionMissing`.
+    """
     boot = host_identity()
     with attach_region(cluster, writable=False) as region:
         memory, layout = region.memory(), region.layout
         found = []
-        for broker in range(layout.numbers["broker_count"]):
+        broker_count = layout.numbers["broker_count"]
+        for broker in range(broker_count):
             line = unpack("BrokerLine", memory.read_line_bytes(layout.offset_of("broker", broker)))
             if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
                 continue
@@ -134,7 +138,7 @@ def addresses_of_region(cluster: str) -> list[BrokerAddress]:
         del memory
     if not found:
         raise RegionMissing(f"cluster {cluster} has no live broker: start it with `cxlmq cluster up`", region=cluster)
-    return found
+    return found, broker_count
 
 
 class Connection:
@@ -149,6 +153,7 @@ class Connection:
         self._channels: dict[str, Any] = {}
         self._identity: Identity | None = None
         self.description: pb.ClusterDescription | None = None
+        self.broker_count = 0                       # those that are not live now as well
 
     def secured(self, path: str | Path | None) -> "Connection":
         """Use this certificate and token (None: those of CXLMQ_SECURITY, if any). Raises `ConfigError`."""
@@ -177,7 +182,8 @@ class Connection:
     async def brokers(self) -> list[BrokerAddress]:
         """The live brokers, asked anew. Raises `BrokerUnavailable`, `RegionMissing`."""
         if self.bootstrap is None:
-            return addresses_of_region(self.cluster or "default")
+            live, self.broker_count = addresses_of_region(self.cluster or "default")
+            return live
         known = [self.bootstrap]
         if self.description is not None:
             known += [self._as_reached(each.tcp_address) for each in self.description.brokers]
@@ -191,6 +197,7 @@ class Connection:
                 error = failed
         else:
             raise error or BrokerUnavailable(address=self.bootstrap)
+        self.broker_count = len(self.description.brokers)
         here = self.description.host == host_identity()
         return [BrokerAddress(each.id, each.unix_address if here and _reachable(each.unix_address)
                               and not self._wants_tcp() else self._as_reached(each.tcp_address))

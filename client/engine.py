@@ -94,7 +94,6 @@ class Engine(ABC):
         self.ticker: asyncio.Task[None] | None = None
         self.reconnecting: asyncio.Task[None] | None = None
         self.next_reconnect = 0.0
-        self.known_brokers = 0
         self.asking: dict[int, asyncio.Task[None]] = {}
         self.silent: set[int] = set()               # brokers that stand still: nothing is sent to them
         self.latencies = array("q")
@@ -182,7 +181,6 @@ class Engine(ABC):
         self.batch_bytes = (min(self.batch_bytes[0], self.session.batch_bytes_max),
                             min(self.batch_bytes[1], limit), limit)
         self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
-        self.known_brokers = len(brokers)
         self._opened()
         await self._connect(brokers)
         self.ticker = self.loop.create_task(self._tick())
@@ -421,7 +419,7 @@ class Engine(ABC):
         await asyncio.sleep(ASK_SECONDS)
 
     def _lacks_brokers(self) -> bool:
-        return self._connected() < max(1, self.known_brokers)
+        return self._connected() < self.connection.broker_count
 
     async def _reconnect(self) -> None:
         try:
@@ -430,7 +428,6 @@ class Engine(ABC):
             return
         if self.closed or self.reopening:
             return
-        self.known_brokers = len(brokers)
         with contextlib.suppress(CxlmqError):       # come again
             await self._connect(brokers)
 
@@ -507,7 +504,6 @@ class Engine(ABC):
                 self._expire()
         if self.closed:
             return
-        self.known_brokers = len(brokers)
         self.counts["reopened"] += 1
         self._resume(resume_from)
         self.reopening = False
