@@ -104,14 +104,15 @@ class BrokerNode:
         count = self.layout.numbers["broker_count"]
         self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
         self.replication_bells = [self._bell(b, REPLICATION_BELL) for b in range(count)]
-        self.receiver_door = receiver_door = self._door(Role.ROLE_RECEIVER)
-        self.log = BrokerLog(receiver_door, self.layout, make_pool(receiver_door, self.layout, broker), broker)
+        self.receiver_door = self._door(Role.ROLE_RECEIVER)
+        self.log = BrokerLog(self.receiver_door, self.layout,
+                             make_pool(self.receiver_door, self.layout, broker), broker)
         self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
-        self.attach = AttachStage(receiver_door, self.log, self.acks, self.clock,
+        self.attach = AttachStage(self.receiver_door, self.log, self.acks, self.clock,
                                   int(config.session_lease_seconds * 1e9))
         self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
         self.head_bell = HeadDoorbell(self._door(Role.ROLE_BROKER), self.layout)
-        self.receiver = Receiver(receiver_door, self.log, self.acks, self.doorbells[broker], self.head_bell)
+        self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.doorbells[broker], self.head_bell)
         self.delivery_door = self._door(Role.ROLE_DELIVERY)
         self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
         self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)

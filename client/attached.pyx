@@ -228,7 +228,7 @@ cdef class AttachedCore:
 
     def __dealloc__(self):
         cdef int i
-        for i in range(SENT_RING):
+        for i in range(SENT_RING if self.sent != NULL else 0):
             if self.sent[i].batch != NULL:
                 Py_DECREF(<object>self.sent[i].batch)
         for old in self.old_channels or ():

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from client.admin import Admin
 from client.cli.main import run
 from client.cluster import Cluster
 from tests.end_to_end.conftest import traces, unique
+from tests.end_to_end.library_support import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "client.cli.main"]
@@ -415,15 +415,6 @@ def test_brokers_by_hand_and_down(capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert (ended, codes) == (0, [0, 0])
     assert traces(name) == []
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def test_short_writes_are_continued(monkeypatch: pytest.MonkeyPatch) -> None:

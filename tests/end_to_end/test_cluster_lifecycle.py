@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,19 +27,10 @@ from client.cluster import (
 )
 from sim.cxl import region as files
 from tests.end_to_end.conftest import small_config, traces, unique
+from tests.end_to_end.library_support import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 END_SECONDS = 15.0
-
-
-def eventually(condition: Callable[[], bool], seconds: float = END_SECONDS) -> bool:
-    """Whether something becomes true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def alive(pid: int) -> bool:

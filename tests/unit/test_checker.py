@@ -61,7 +61,7 @@ def test_lines_of_a_host_that_is_gone_are_looked_at_and_nothing_else() -> None:
     del bench.writer
     others = [HostCache(bench.device, f"host {n}") for n in range(3)]
     assert bench.checker.find_stranded(0) == 1, "what it stored and never flushed, found in memory that is still its own"
-    assert len(others) == 3
+    del others                          # they lived until here
 
 
 def correct(bench: Bench) -> None:
