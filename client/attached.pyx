@@ -18,7 +18,6 @@ from cpython.buffer cimport (
     PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
-from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -88,7 +87,6 @@ cdef struct Sent:
     int64_t sent_ns
     double deadline                 # monotonic seconds
     bint expired                    # its delivery time-out is over: told, and not to be published again
-    PyObject* batch                 # a reference of ours, NULL when nobody holds a delivery
 
 
 class Spill(Exception):
@@ -157,6 +155,7 @@ cdef class AttachedCore:
     cdef list old_channels
     cdef readonly uint64_t channel_count
     cdef Sent* sent
+    cdef list holders               # beside `sent`: the batch that deliveries hold, None when nobody does
     cdef readonly uint64_t next_sequence
     cdef readonly uint64_t oldest       # every lower sequence is settled
     cdef readonly uint64_t in_flight
@@ -217,6 +216,7 @@ cdef class AttachedCore:
         self.timeout = timeout
         self.outcomes = deque()
         self.old_channels = []
+        self.holders = [None] * SENT_RING
         self.left = []
         self.bells = []
         self.memory = memory
@@ -227,10 +227,6 @@ cdef class AttachedCore:
         self.pages = Pages(memory, layout)
 
     def __dealloc__(self):
-        cdef int i
-        for i in range(SENT_RING if self.sent != NULL else 0):
-            if self.sent[i].batch != NULL:
-                Py_DECREF(<object>self.sent[i].batch)
         for old in self.old_channels or ():
             free(<void*><uint64_t>old)
         free(self.channels)
@@ -702,8 +698,7 @@ cdef class AttachedCore:
             self.outcomes.append((batch, None, False, None))
         elif batch is not None:
             batch.sequence = sequence
-            Py_INCREF(batch)
-            sent.batch = <PyObject*>batch
+            self.holders[sequence % SENT_RING] = batch
         descriptor.commit = make_tag(channel.generation, channel.submitted)
         descriptor.payload_offset = offset
         descriptor.payload_bytes = nbytes
@@ -802,12 +797,16 @@ cdef class AttachedCore:
         sent.state = SENT_FREE
         self.latencies[self.latency_count % LATENCY_RING] = cxl_now_ns() - sent.sent_ns
         self.latency_count += 1
-        if sent.batch != NULL:
-            batch = <Batch>sent.batch
-            sent.batch = NULL
+        batch = self.take_holder(sent)
+        if batch is not None:
             batch.broker = self.channels[sent.channel].broker
             self.outcomes.append((batch, None if duplicate or error is not None else position, duplicate, error))
-            Py_DECREF(batch)
+
+    cdef Batch take_holder(self, Sent* sent):
+        """The batch whose deliveries somebody holds; from now on nobody does."""
+        cdef Batch batch = <Batch>self.holders[sent.sequence % SENT_RING]
+        self.holders[sent.sequence % SENT_RING] = None
+        return batch
 
     cdef int tell_outcomes(self) except -1:
         """Wake whoever waits. Callbacks may publish and so come back here: only the outermost call tells."""
@@ -864,11 +863,9 @@ cdef class AttachedCore:
             return 0
         sent.expired = True
         self.expired += 1
-        if sent.batch != NULL:
-            batch = <Batch>sent.batch
-            sent.batch = NULL
+        batch = self.take_holder(sent)
+        if batch is not None:
             batch.settle(None, None, None, False, error)
-            Py_DECREF(batch)
         return sent.messages if self.level != 0 else 0
 
     def is_current(self, batch) -> bool:
@@ -1014,7 +1011,7 @@ cdef class AttachedCore:
         cdef Sent* sent = &self.sent[sequence % SENT_RING]
         cdef uint64_t c, to
         cdef Channel* channel
-        cdef PyObject* batch
+        cdef Batch batch
         if self.busy:
             self.wait_idle()
         self.seal()                         # its lease must not be shared
@@ -1031,9 +1028,9 @@ cdef class AttachedCore:
             self.in_flight -= 1
             self.in_flight_bytes -= sent.nbytes
             self.expired -= sent.expired
-            expired, batch, sent.batch = sent.expired, sent.batch, NULL
+            expired, batch = sent.expired, self.take_holder(sent)
             self.submit(c, to, sent.nbytes, sent.messages, sequence, sent.wall_ns, None)
-            sent.batch, sent.expired = batch, expired
+            self.holders[sequence % SENT_RING], sent.expired = batch, expired
             self.expired += expired
             self.retries += 1
             return True
@@ -1052,11 +1049,8 @@ cdef class AttachedCore:
         for sequence in range(self.oldest, self.next_sequence):
             sent = &self.sent[sequence % SENT_RING]
             if sent.state != SENT_FREE and not sent.expired:
-                if sent.batch != NULL:
-                    batch = <Batch>sent.batch
-                    Py_DECREF(batch)
-                    sent.batch = NULL
-                else:
+                batch = self.take_holder(sent)
+                if batch is None:
                     batch = Batch(self.engine, 0)
                     if self.level == 0:
                         batch.settle(None, 0, None, False, None)

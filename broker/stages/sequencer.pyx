@@ -340,7 +340,8 @@ cdef class Scanner(Stage):
         self.memory.invalidate(line, 64)
         # Its broker may not have opened this topic yet: then the line speaks of an earlier one.
         delegated = self.memory.load(line) if self.memory.load(line + 48) == generation else 0
-        if delegated > place.scanned + self.layout.g.ring_slot_count:
+        # What an earlier head answered may have been released and written over before we come to it.
+        if delegated > max(place.scanned, place.rescan_to) + self.layout.g.ring_slot_count:
             self.state.add(&self.state.counters.damaged, 1)
             delegated = 0                   # a ring cannot hold that much: a damaged frontier is not followed
         while place.scanned < delegated and done < STEP_BATCHES:

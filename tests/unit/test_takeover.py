@@ -66,6 +66,25 @@ def test_what_was_received_and_not_ordered_is_ordered_by_the_next_head() -> None
     check(cluster, session, 10)
 
 
+def test_a_broker_that_fills_its_ring_anew_before_the_next_head_looks_at_it_is_followed() -> None:
+    # What the last head had answered is released meanwhile: the ring may be one lap beyond where the scanner begins.
+    cluster = ManualCluster(brokers=2, ring_slot_count=16)
+    session = cluster.open_session(cluster.create())
+    for sequence in range(16):
+        assert cluster.publish(session, sequence, broker=1) == 0
+    order_without_acks(cluster)
+    cluster.take_over(0)
+    broker = cluster.brokers[1]
+    while broker.acks.step_once() + broker.release.step_once():
+        pass
+    for sequence in range(16, 32):
+        assert cluster.publish(session, sequence, broker=1) == 0
+    broker.delegation.step_once()
+    cluster.settle()
+    assert cluster.counters()["damaged"] == 0
+    check(cluster, session, 32)
+
+
 def stopped_in_mid_step(frontier_back: int, progress_back: int, entries_gone: int) -> tuple[ManualCluster, Session]:
     """Ten batches of which the last were not committed when the head ended, put back to what had been stored."""
     cluster = ManualCluster(brokers=2)
