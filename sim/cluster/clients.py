@@ -39,6 +39,7 @@ class Flight:
     host: int
     sent: int
     retry_at: int = -1
+    connection: "Connection | None" = None      # that it was sent on: another one to the same host may follow it
 
 
 class Connection:
@@ -284,7 +285,8 @@ class Publisher:
 
     def _send(self, host: int, sequence: int, flight: Flight) -> None:
         flight.host, flight.sent, flight.retry_at = host, self.world.step, -1
-        self._connection(host).send(flight.frame, sequence)
+        flight.connection = self._connection(host)
+        flight.connection.send(flight.frame, sequence)
 
     def _reachable(self) -> list[int]:
         return [host.number for host in self.world.hosts if host.powered]
@@ -325,15 +327,16 @@ class Publisher:
         """Send again what was refused, what was lost with its connection, and what nobody answered."""
         live = [BrokerAddress(host, "") for host in self._reachable()]
         for sequence, flight in list(self.flights.items()) if live else ():
-            connection = self.connections.get(flight.host)
+            connection = flight.connection
             lost = connection is None or connection.broken or not self.world.hosts[flight.host].powered
-            if not lost and flight.retry_at < 0 and self.world.step - flight.sent > self.world.patience:
+            waits = self.world.step - flight.sent if flight.retry_at < 0 else 0
+            if connection is not None and not lost and waits > self.world.patience:
                 self.world.note(self.name, f"hears nothing from host {flight.host}")
                 if self.world.reliable:
                     self.world.history.leftovers.append(
                         f"batch {sequence} of client {self.client} had no answer from host {flight.host} for "
                         f"{self.world.patience} steps, though nothing was lost")
-                self._connection(flight.host).cut()
+                connection.cut()
                 lost = True
             if lost or 0 <= flight.retry_at <= self.world.step:
                 chosen = rendezvous(live, self.client, sequence)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def test_each_kind_of_fault_alone(kinds: str) -> None:
     chosen = frozenset({kinds} if kinds else ())
     for seed in range(1_000, 1_010):
         verdict = run_scenario(draw(seed, steps=STEPS, kinds=chosen))
+        assert not verdict.failed, verdict
+
+
+@pytest.mark.parametrize(("hosts", "seeds"), [(1, (710535, 710618)), (2, range(5)), (7, range(5))])
+def test_clusters_of_other_sizes_break_no_invariant(hosts: int, seeds: Iterable[int]) -> None:
+    for seed in seeds:
+        verdict = run_scenario(draw(seed, hosts=hosts))
         assert not verdict.failed, verdict
 
 
