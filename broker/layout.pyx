@@ -173,6 +173,8 @@ cdef class Layout:
         self._place(max(smallest_count, region_bytes // segment_bytes))
         fixed = g.segments
         g.segment_count = (region_bytes - fixed) // segment_bytes if region_bytes > fixed else 0
+        if pool_strategy == "partitioned":      # equal parts: with a few left over, the last broker would have least
+            g.segment_count -= g.segment_count % g.broker_count
         if g.segment_count < smallest_count:
             smallest = _round_up(fixed + smallest_count * segment_bytes, 1 << 20)
             raise LayoutError(

@@ -145,6 +145,20 @@ def test_a_claim_takes_the_whole_run_or_nothing(strategy: str) -> None:
     assert pools.taken_bits() == before
 
 
+@pytest.mark.parametrize("brokers", range(1, 14))
+def test_every_part_of_a_partitioned_pool_has_room_for_the_largest_batch(brokers: int) -> None:
+    # 48 segments for nine brokers were six each for eight of them, and none for the last.
+    counts = {"broker_count": brokers, "session_count_max": brokers, "cursor_count_max": brokers}
+    for kilobytes in range(64, 1024, 4):
+        try:
+            pools = Pools("partitioned", **counts, region_bytes=kilobytes * KIB)
+        except LayoutError:
+            continue                        # too small for any
+        largest = -(-pools.layout.numbers["batch_bytes_max"] // pools.layout.numbers["segment_bytes"])
+        for broker in range(brokers):
+            assert pools.allocate(broker, largest) >= 0, (kilobytes, broker)
+
+
 def test_a_lone_wish_is_granted_once_however_often_it_is_repeated() -> None:
     pools = Pools("leader")
     for _ in range(5):
