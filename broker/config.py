@@ -189,6 +189,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 _refuse(setting, getattr(self, setting), "a power of two")
         if not isinstance(self.scanners, int) or not 1 <= self.scanners <= self.brokers:
             _refuse("scanners", self.scanners, f"a whole number from 1 to brokers ({self.brokers})")
+        if 0 < self.order_entry_count < 2 * self.scanners:
+            _refuse("order_entry_count", self.order_entry_count, f"at least two for each of {self.scanners} scanners")
         if not isinstance(self.name, str) or not _CLUSTER_NAME.fullmatch(self.name):
             _refuse("name", self.name, "1 to 60 letters, digits, '.', '_' and '-', not starting with '.' or '-'")
         for setting in _DURATIONS:

@@ -245,10 +245,10 @@ cdef class Reclaim(Stage):
         cdef uint64_t entries = self.layout.g.order_entry_count
         cdef uint64_t used = cxl_load_acquire(&order.committed_index) - order.reclaimed_index
         # Scanners stop while there is not one place left for each of them: room is made before that.
-        cdef uint64_t margin = min(max(entries // 8, <uint64_t>self.state.scanners + 1), entries // 2)
+        cdef uint64_t margin = min(max(entries // 8, <uint64_t>self.state.scanners + 1), entries - 1)
         cdef uint64_t kept = self.kept_bytes(topic), retention = self.retention[topic]
         if used > entries - margin:
-            return self.reclaim_bytes(topic, 0, used - (entries - 2 * margin))
+            return self.reclaim_bytes(topic, 0, used - (entries - min(2 * margin, entries)))
         if retention and retention != KEEP_ALL and kept > retention + retention // 16:
             return self.reclaim_bytes(topic, kept - retention, 0)
         return 0

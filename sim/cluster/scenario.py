@@ -104,7 +104,8 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
         publishers=random.randint(1, 4), subscribers=random.randint(1, 3), batches=random.choice((20, 60, 150)),
         window=random.choice((2, 8, 24)), scanners=random.randint(1, hosts), lock=random.choice(("atomic", "mutex")),
         pool=pool, ring_slots=random.choice((16, 16, 64)), entries=random.choice((32, 64, 256)),
-        segment_bytes=random.choice((4 * KIB, 16 * KIB)), region_bytes=-(-hosts // 8) * random.choice((MIB, MIB, 2 * MIB)),
+        segment_bytes=random.choice((4 * KIB, 16 * KIB)),
+        region_bytes=random.choice((MIB, MIB, 2 * MIB)) * -(-hosts // 8),       # more than eight need more
         tick_ns=random.choice((1_000, 10_000, 30_000)), earlier_life=random.random() < 0.3)
     if random.random() < 0.4:               # slots and leases take their share of the region
         base = base.smaller(attached=random.randint(1, min(base.publishers, SLOTS - 1)),

@@ -98,6 +98,13 @@ def test_a_wrong_value_is_refused_by_name(setting: str, value: object) -> None:
     assert "allowed is" in str(caught.value)
 
 
+def test_an_order_index_has_room_for_all_scanners() -> None:
+    # Each may be about to take a place: with fewer than two for each of them, none would ever be free.
+    assert load(brokers=8, scanners=8, order_entry_count=16).order_entry_count == 16
+    with pytest.raises(ConfigError, match="order_entry_count"):
+        load(brokers=16, scanners=16, order_entry_count=16)
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     path = tmp_path / "cluster.toml"
     path.write_text('brokers = 2\nwaiting = "saver"\n[cluster]\nname = "file"\nregion_bytes = "128MiB"\n')
