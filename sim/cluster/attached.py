@@ -208,6 +208,11 @@ class AttachedSubscriber(Subscriber):
         self.attached: AttachedReader | None = None
         self.views: deque[tuple[int, Any]] = deque()            # order index, batch
 
+    def end(self) -> None:
+        """The run is over: views that the collector takes later say nothing."""
+        if self.attached is not None:
+            self.attached.after_fork()
+
     def act(self) -> None:
         """Find a broker, or read there."""
         super().act()

@@ -404,6 +404,9 @@ class Subscriber:
         self.request_until = 0
         self.index = 0
 
+    def end(self) -> None:
+        """The run is over."""
+
     def act(self) -> None:
         """Find a broker, or read there."""
         host = self.host

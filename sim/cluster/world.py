@@ -525,6 +525,8 @@ class World:
 
     def close(self) -> None:
         """Give everything back."""
+        for subscriber in self.subscribers:
+            subscriber.end()
         for host in self.hosts:
             host.end()
         if self.folder is not None:

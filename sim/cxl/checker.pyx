@@ -1,5 +1,6 @@
 """The coherence checker. How it reasons is in checker.pxd; what its reports say to people, in broker/coherence.py."""
 
+cimport cython
 import sys
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -72,6 +73,7 @@ cdef uint64_t sum_of(const uint8_t* line) noexcept nogil:
     return total
 
 
+@cython.no_gc_clear                     # views that the collector takes later still publish through it
 cdef class Checker(LineObserver):
     """Observes every host of one device.
 

@@ -1,5 +1,6 @@
 """The shared device and a host's cache: how they are set up, how they fail, what a simulation sees of them."""
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -32,6 +33,7 @@ cdef uint8_t* buffer_of(object buffer, uint64_t nbytes, str what) except NULL:
     return address
 
 
+@cython.no_gc_clear                     # views that the collector takes later still publish through it
 cdef class Device:
     """The memory that hosts share, and what the model keeps beside it.
 
@@ -129,6 +131,7 @@ cdef class Device:
 # ---- a host ----------------------------------------------------------------------------------------------------------------
 
 
+@cython.no_gc_clear                     # views that the collector takes later still publish through it
 cdef class HostCache:
     """The cache of one host; its doors are `NonCoherentMemory(host, role)`.
 

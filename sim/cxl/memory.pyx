@@ -1,5 +1,6 @@
 """`Memory`, the one door to the region, and `MappedMemory`, which uses real instructions on the mapping."""
 
+cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -34,6 +35,7 @@ class MemoryFault(Exception):
 cdef uint64_t NO_FAULT = 0
 
 
+@cython.no_gc_clear                     # views that the collector takes later still publish through it
 cdef class Memory:
     """The contract (see memory.pxd) and, for tools and tests, its Python face.
 

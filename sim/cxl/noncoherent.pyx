@@ -1,5 +1,6 @@
 """`NonCoherentMemory`: the door of a host with a private write-back cache. The model is in cachelines.pxd."""
 
+cimport cython
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -25,6 +26,7 @@ cdef enum:
     POISON = 0xDB               # what a stale cached copy of payload reads as
 
 
+@cython.no_gc_clear                     # views that the collector takes later still publish through it
 cdef class NonCoherentMemory(Memory):
     """A role's door of one host. `agent` says which thread accesses; by default the calling one."""
 
