@@ -1011,7 +1011,6 @@ cdef class AttachedCore:
         cdef Sent* sent = &self.sent[sequence % SENT_RING]
         cdef uint64_t c, to
         cdef Channel* channel
-        cdef Batch batch
         if self.busy:
             self.wait_idle()
         self.seal()                         # its lease must not be shared
@@ -1028,9 +1027,9 @@ cdef class AttachedCore:
             self.in_flight -= 1
             self.in_flight_bytes -= sent.nbytes
             self.expired -= sent.expired
-            expired, batch = sent.expired, self.take_holder(sent)
+            expired = sent.expired
             self.submit(c, to, sent.nbytes, sent.messages, sequence, sent.wall_ns, None)
-            self.holders[sequence % SENT_RING], sent.expired = batch, expired
+            sent.expired = expired
             self.expired += expired
             self.retries += 1
             return True

@@ -138,7 +138,7 @@ def test_what_a_session_had_in_flight_stays_before_what_comes_later(cluster, fre
         monkeypatch.setattr(engine, "_connect", connect)
         publisher.publish(b"in flight")
         engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="a test", committed=0))
-        assert eventually(lambda: publisher.statistics()["reopened"] == 1 and publisher.statistics()["messages"] == 2)
+        assert eventually(lambda: publisher.statistics()["reopened"] == 1 and publisher.statistics()["messages"] == 2, 15.0)
         publisher.flush()
     assert read_all(cluster, fresh, 2) == [b"in flight", b"later"]
 
@@ -165,7 +165,7 @@ def test_a_deleted_topic_ends_its_attached_publisher_and_gives_everything_back(c
             with pytest.raises(UnknownTopic):
                 for _ in range(1000):
                     publisher.publish(b"b" * 1000).result()
-    assert eventually(lambda: leased_segments(cluster) <= before)
+    assert eventually(lambda: leased_segments(cluster) <= before, 15.0)
 
 
 def test_views_hold_their_segments_and_show_as_the_holder(cluster, fresh):
@@ -226,7 +226,7 @@ def test_a_killed_publisher_leaves_nothing_and_another_goes_on(cluster, topic, a
         assert numbers == list(range(len(numbers)))             # a gap-free prefix of what was sent, once
         assert len(numbers) >= 2001 and got[-1] == b"the end"
         admin.delete_topic(topic)
-    assert eventually(lambda: leased_segments(cluster) <= before)
+    assert eventually(lambda: leased_segments(cluster) <= before, 15.0)
 
 
 def test_garbage_descriptors_fence_their_session_and_touch_nobody_else(cluster, fresh):
@@ -245,7 +245,7 @@ def test_garbage_descriptors_fence_their_session_and_touch_nobody_else(cluster, 
             memory.store_word(client_line + 16, 1 << 60)
             del memory
         assert [honest.publish(b"%d" % i).result().position is not None for i in range(20)] == [True] * 20
-        assert eventually(lambda: hostile.statistics()["reopened"] >= 1)
+        assert eventually(lambda: hostile.statistics()["reopened"] >= 1, 15.0)
         receipt = hostile.publish(b"again").result()            # fenced, opened anew, and in the log once
         assert receipt.position is not None
     got = read_all(cluster, fresh, 22)
@@ -259,7 +259,7 @@ def test_a_second_publisher_of_the_same_client_fences_the_first(cluster, fresh):
     with Publisher(fresh, cluster=cluster.name, transport="attached", client_id=5) as second:
         second.publish(b"b").result()
     first.publish(b"c").result()
-    assert eventually(lambda: events)
+    assert eventually(lambda: events, 15.0)
     first.close()
     assert isinstance(events[0], SessionFenced)
     assert read_all(cluster, fresh, 3) == [b"a", b"b", b"c"]

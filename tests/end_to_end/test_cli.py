@@ -397,7 +397,7 @@ def test_up_detached_status_and_down(capsys: pytest.CaptureFixture[str], tmp_pat
         assert run(["cluster", "status", name, "--json"]) == 0
         status = json.loads(capsys.readouterr().out)
         os.kill(status["brokers"][1]["pid"], signal.SIGKILL)
-        assert eventually(lambda: run(["cluster", "status", name]) == 1)
+        assert eventually(lambda: run(["cluster", "status", name]) == 1, 20.0)
     finally:
         assert run(["cluster", "down", name]) == 0
     assert traces(name) == []
@@ -408,7 +408,7 @@ def test_brokers_by_hand_and_down(capsys: pytest.CaptureFixture[str]) -> None:
     brokers = [subprocess.Popen([*COMMAND, "broker", "--id", str(number), "--brokers", "2", "--region-bytes", "64MiB",
                                  "--name", name], cwd=ROOT) for number in (0, 1)]
     try:
-        assert eventually(lambda: run(["cluster", "status", name]) == 0)
+        assert eventually(lambda: run(["cluster", "status", name]) == 0, 20.0)
     finally:
         ended = run(["cluster", "down", name])
         codes = [each.wait(20) for each in brokers]

@@ -207,7 +207,7 @@ def test_signal_to_the_supervisor_stops_everything(supervised: Supervised, numbe
 
 def test_signal_while_it_starts(supervised: Supervised) -> None:
     folder = load_config(environment={}, name=supervised.name).folder
-    assert eventually((folder / "broker-1.log").exists)
+    assert eventually((folder / "broker-1.log").exists, END_SECONDS)
     supervised.process.send_signal(signal.SIGINT)
     assert supervised.process.wait(END_SECONDS) == 130
     assert traces(supervised.name) == []
@@ -217,21 +217,21 @@ def test_kill_of_the_supervisor_leaves_nothing(supervised: Supervised) -> None:
     pids = supervised.ready()
     supervised.process.kill()
     supervised.process.wait()
-    assert eventually(lambda: not any(map(alive, pids)))
+    assert eventually(lambda: not any(map(alive, pids)), END_SECONDS)
     # The last broker removes the region and the folder with the pid file.
-    assert eventually(lambda: not traces(supervised.name)), traces(supervised.name)
+    assert eventually(lambda: not traces(supervised.name), END_SECONDS), traces(supervised.name)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.1, 0.3])
 def test_kill_of_the_supervisor_while_it_starts(supervised: Supervised, seconds: float) -> None:
     folder = load_config(environment={}, name=supervised.name).folder
-    assert eventually((folder / "broker-1.log").exists)
+    assert eventually((folder / "broker-1.log").exists, END_SECONDS)
     children = Path(f"/proc/{supervised.process.pid}/task/{supervised.process.pid}/children").read_text().split()
     time.sleep(seconds)
     supervised.process.kill()
     supervised.process.wait()
     assert children
-    assert eventually(lambda: not any(alive(int(child)) for child in children))
+    assert eventually(lambda: not any(alive(int(child)) for child in children), END_SECONDS)
     # What is left has no process and no region, or a dead one: the next start removes it.
     collect_leftovers()
     assert traces(supervised.name) == []
@@ -244,7 +244,7 @@ def test_crashed_script_leaves_nothing() -> None:
                "print(*running.processes.values(), flush=True)\nos._exit(3)")
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 3, ended.stderr
-    assert eventually(lambda: not traces(config.name)), traces(config.name)
+    assert eventually(lambda: not traces(config.name), END_SECONDS), traces(config.name)
 
 
 def test_kill_of_everything_leaves_a_leftover_that_gc_removes(supervised: Supervised) -> None:
@@ -254,7 +254,7 @@ def test_kill_of_everything_leaves_a_leftover_that_gc_removes(supervised: Superv
         os.kill(pid, signal.SIGKILL)
     supervised.process.kill()
     supervised.process.wait()
-    assert eventually(lambda: not any(map(alive, pids)))
+    assert eventually(lambda: not any(map(alive, pids)), END_SECONDS)
     assert [each.live for each in find_regions() if each.name == supervised.name] == [False]
     assert supervised.name in [each.name for each in collect_garbage(dry_run=True)]
     assert traces(supervised.name)
@@ -268,7 +268,7 @@ def test_next_start_takes_the_name_of_a_dead_cluster(supervised: Supervised) -> 
     for pid in (*pids, supervised.process.pid):
         os.kill(pid, signal.SIGKILL)
     supervised.process.wait()
-    assert eventually(lambda: not any(map(alive, pids)))
+    assert eventually(lambda: not any(map(alive, pids)), END_SECONDS)
     with Cluster(small_config(brokers=2, name=supervised.name)) as again:
         assert again.name == supervised.name
         assert any("leftovers" in note for note in again.notes)
