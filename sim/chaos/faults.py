@@ -4,6 +4,8 @@
     stop         SIGSTOP of one of them, for shorter or longer than any lease, then SIGCONT
     disk         full, failing or slow, for a while, where the faulty disk is preloaded
     garbage      random bytes to a random gRPC method
+    kill all     -9 of all brokers at once: the region outlives them
+    other        another cluster is started beside this one, leftovers are collected, and it is stopped
     damage       one bit of the region, in an order entry of a topic that is there for this
 """
 
@@ -20,7 +22,7 @@ DISK_RULES = ("write enospc -1 .replica", "write eio -1 .replica", "sync eio -1 
 # What is done how often; kills of clients are cheap and many.
 WEIGHTS = {
     "kill publisher": 30, "kill reader": 25, "kill broker": 17, "kill head": 10, "stop broker": 4, "stop head": 3,
-    "stop publisher": 3, "stop reader": 3, "disk": 3, "garbage": 5, "damage": 3,
+    "stop publisher": 3, "stop reader": 3, "disk": 3, "garbage": 5, "damage": 3, "kill all": 2, "other": 2,
 }
 TRIES = 100             # to bring a kind once that finds nobody at first
 STOP_SECONDS = (0.05, 4.0)
@@ -37,6 +39,7 @@ class Target(Protocol):
     def fail_disks(self, *rules: str) -> bool: ...
     def send_garbage(self, chance: random.Random) -> None: ...
     def damage(self, chance: random.Random) -> str: ...
+    def start_other(self) -> bool: ...
 
 
 @dataclass
@@ -90,6 +93,11 @@ class Injector:
         if what == "damage":
             where = self.target.damage(self._chance)
             return Fault(what, where, now) if where else None
+        if what == "other":
+            return Fault(what, "another cluster", now) if self.target.start_other() else None
+        if what == "kill all":
+            killed = [number for number, pid in self.target.brokers().items() if _send(pid, signal.SIGKILL)]
+            return Fault(what, f"brokers {killed}", now) if killed else None
         if what == "disk":
             rule, seconds = self._chance.choice(DISK_RULES), self._chance.uniform(*DISK_SECONDS)
             if not self.target.fail_disks(rule):

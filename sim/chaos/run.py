@@ -6,10 +6,12 @@
        └──── trails ────┴──► history ──► the simulation's checkers
 
 Two topics: `fast` at ack level 1, `durable` at level 2 with two copies. At the end everything that was acknowledged on
-`durable` has to come back from a copy of the disks alone. A third one, `damaged`, is judged by itself.
+`durable` has to come back from copies of the disks alone, into several kinds of clusters. A third one, `damaged`, is
+judged by itself.
 """
 
 import contextlib
+import hashlib
 import json
 import random
 import secrets
@@ -29,6 +31,8 @@ from broker.head import epoch_of, head_of
 from broker.region import Region, attach_region, inspect_region, layout_of_head
 from client.admin import Admin
 from client.cluster import Cluster
+from sim.chaos.beside import OtherClusters
+from sim.chaos.clients import THREADS
 from sim.chaos.damage import flip_bit, judge_damaged
 from sim.chaos.disk import FaultyDisk
 from sim.chaos.faults import WEIGHTS, Fault, Injector
@@ -42,12 +46,12 @@ TOPICS: dict[str, dict[str, int]] = {
 DAMAGED = "damaged"                     # the region is damaged in this topic alone
 PUBLISHERS, READERS = 2, 2              # of each topic, beside the auditor
 GROUP = "readers"                       # of each topic, beside them, one member at a time
-BODY_BYTES_MAX = 4096
 DELIVERY_SECONDS = 30.0
 START_SECONDS = 60.0
 SETTLE_SECONDS = 60.0
 BASE_LINE_SECONDS = 30.0
 LOOK_SECONDS = 0.05
+MAY_BE_REFUSED = "a small region"
 CODE_FOLDER = Path(__file__).resolve().parents[2]
 
 Progress = Callable[[str], None]
@@ -122,6 +126,7 @@ class ChaosRun:
         self._epochs: list[tuple[int, int]] = []    # when which epoch was seen first
         self._wrong_i: list[str] = []
         self._kept_from = 0             # the first position of `durable` that was kept when faults ended
+        self._others = OtherClusters()
         self._cluster: Cluster
         self._region: Region
         self._disk: FaultyDisk
@@ -165,6 +170,10 @@ class ChaosRun:
         """Flip one bit of the region; where, empty text: nowhere yet."""
         return flip_bit(self._region.memory(), layout_of_head(self._region), self._damaged_number, chance)
 
+    def start_other(self) -> bool:
+        """Another cluster beside this one, for a moment; False while the last one is still there."""
+        return self._others.start()
+
     # ---- clients ----------------------------------------------------------------------------------------------------
 
     def _start(self, what: str, topic: str, trail: Path, disturbed: bool = True, **settings: Any) -> Client:
@@ -178,14 +187,14 @@ class ChaosRun:
         return client
 
     def _start_publisher(self, topic: str, disturbed: bool = True) -> None:
-        number, self._next_client = self._next_client, self._next_client + 1
+        number, self._next_client = self._next_client, self._next_client + THREADS
         trail = self._settings.folder / f"{topic}-publisher-{number}"
         options = TOPICS.get(topic, TOPICS["fast"])
         if topic in TOPICS:
             self._trails[topic].publishers.append(trail)
         self._start("publish", topic, trail, disturbed, client=number, ack=options["ack"],
                     rate=self._settings.rate, transport=self._chance.choice(("grpc", "auto")),
-                    body_bytes_max=BODY_BYTES_MAX, delivery_timeout=DELIVERY_SECONDS)
+                    delivery_timeout=DELIVERY_SECONDS)
 
     def _start_reader(self, topic: str, trail: Path, disturbed: bool = True) -> None:
         group = GROUP if topic in TOPICS and trail in self._trails[topic].groups else ""
@@ -309,6 +318,7 @@ class ChaosRun:
     def _fallen(self, outcome: Outcome) -> list[str]:
         """Brokers that ended, and nobody had killed them."""
         killed = sum(fault.what in ("kill broker", "kill head") for fault in outcome.faults)
+        killed += sum(fault.whom.count(",") + 1 for fault in outcome.faults if fault.what == "kill all")
         endings = [*self._cluster.endings, *self._cluster.exit_codes.items()]
         fell = [f"broker {broker} ended with exit code {code}" for broker, code in endings if code != -signal.SIGKILL]
         if len(endings) - len(fell) > killed:
@@ -321,7 +331,7 @@ class ChaosRun:
         deadline = time.monotonic() + SETTLE_SECONDS
         while time.monotonic() < deadline and len(self._cluster.processes) < self._settings.brokers:
             time.sleep(LOOK_SECONDS)
-        wrong = self._fallen(outcome) + self._end("publish")
+        wrong = self._others.end() + self._fallen(outcome) + self._end("publish")
         with Admin(cluster=self._cluster.name) as admin:
             found = {topic: admin.describe_topic(topic) for topic in (*TOPICS, DAMAGED)}
         ends = {topic: int(each["end_position"]) for topic, each in found.items()}
@@ -357,30 +367,53 @@ class ChaosRun:
     # ---- level 2 ----------------------------------------------------------------------------------------------------
 
     def _recover(self) -> str:
-        """Rebuild a cluster from a copy of the disks alone; what is wrong with it, empty text: nothing."""
-        self._progress("recovering from the disks")
-        trails = self._trails["durable"]
-        acked = {(event.client, event.number): event.position for path in trails.publishers
+        """Rebuild clusters of several kinds from copies of the disks alone; what is wrong, empty text: nothing."""
+        acked = {(event.client, event.number): event.position for path in self._trails["durable"].publishers
                  for event in read_trail(path) if event.kind == Kind.ACKED}
-        # Recovery fills three quarters of an order index at most: all that was kept has to fit.
+        wrong = []
+        for what, settings in self._recoveries():
+            self._progress(f"recovering from the disks: {what}")
+            disks = self._settings.folder / f"disks-{what.replace(' ', '-')}"
+            shutil.copytree(self._settings.folder / "disks", disks)
+            found = self._recover_into(disks, load_config(name=self._cluster.name, **settings), acked)
+            wrong += [f"{what}: {found}"] if found else []
+        return "; ".join(wrong)
+
+    def _recoveries(self) -> list[tuple[str, dict[str, Any]]]:
+        """Settings of the clusters that are made of the disks. The last may be refused, and then changes nothing."""
         config = self._settings.cluster_config()
-        config = load_config(name=config.name, brokers=config.brokers, region_bytes=2 * config.region_bytes,
-                             order_entry_count=2 * config.order_entry_count)
-        found = self._settings.folder / "recovered-reader"
+        # Recovery fills three quarters of an order index at most: all that was kept has to fit.
+        room = {"region_bytes": 2 * config.region_bytes, "order_entry_count": 2 * config.order_entry_count}
+        return [("the same", {"brokers": config.brokers, **room}),
+                ("one broker more", {"brokers": config.brokers + 1, **room}),
+                ("one broker", {"brokers": 1, **room}),
+                (MAY_BE_REFUSED, {"brokers": config.brokers, "region_bytes": config.region_bytes // 16})]
+
+    def _recover_into(self, disks: Path, config: ClusterConfig, acked: dict[tuple[int, int], int]) -> str:
+        before = _digests(disks)
+        trail = disks.with_suffix(".reader")
         try:
-            with Cluster(config, exact_name=True, recover=self._settings.folder / "disks") as self._cluster:
+            with Cluster(config, exact_name=True, recover=disks) as self._cluster:
                 with Admin(cluster=self._cluster.name) as admin:
                     end = int(admin.describe_topic("durable")["end_position"])
-                self._start_reader("durable", found, disturbed=False)
-                reached = _wait_for_position(found, end)
+                self._start_reader("durable", trail, disturbed=False)
+                reached = _wait_for_position(trail, end)
                 self._end("read")
         except CxlmqError as error:
-            return f"no cluster could be recovered: {error.message}"
-        there = {(event.client, event.number): event.position for event in read_trail(found)
+            if not disks.name.endswith(MAY_BE_REFUSED.replace(" ", "-")):
+                return f"no cluster could be recovered: {error.message}"
+            return "" if _digests(disks) == before else "it was refused, and the disks were changed"
+        there = {(event.client, event.number): event.position for event in read_trail(trail)
                  if event.kind == Kind.READ}
         if not reached:
-            return f"the recovered topic could be read to {_read_to(found)} of {end}"
+            return f"the recovered topic could be read to {_read_to(trail)} of {end}"
         return judge_recovered(acked, there, self._kept_from)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """What a folder holds, by name."""
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def _read_to(trail: Path) -> int:

@@ -21,7 +21,7 @@ NO_BROKER = 0xFFFF
 _MAGIC = 0x4F414843
 _MESSAGE = struct.Struct("<IIQII")
 _EVENT = struct.Struct("<HHIQqqq")
-_BLOCK = random.Random(1).randbytes(1 << 17)
+_BLOCK = random.Random(1).randbytes(8 << 20)
 BODY_BYTES_MAX = len(_BLOCK) // 2
 
 
@@ -38,6 +38,7 @@ class Kind(enum.IntEnum):
     STARTED = 8         # a reader; of a group: where its place was
     COMMITTED = 9       # a group's place
     DAMAGED = 10        # a reader was told of damage
+    CHILD = 11          # a forked child hung or died; number: its wait status
 
 
 class Event(NamedTuple):

@@ -14,6 +14,7 @@ from sim.cluster.history import CHECKERS, Entry, History, Operation, Read, Viola
 
 RESUME_SECONDS_P99 = 2.0
 STANDSTILL_SECONDS = 15.0
+ALL_KILLED_NS = 10_000_000_000      # around the death of all brokers, heads' deaths are not measured
 
 Epochs = Sequence[tuple[int, int]]      # (monotonic ns, epoch), ascending
 
@@ -60,12 +61,14 @@ def _sender(event: Event) -> tuple[int, int] | None:
 
 
 def _add_operations(history: History, events: Iterable[Event], level: int, epochs: Epochs) -> None:
-    operations: dict[int, Operation] = {}
+    operations: dict[tuple[int, int], Operation] = {}
     for event in events:
-        if event.kind == Kind.SENT:
-            operations[event.number] = Operation(event.client, event.number, 1, level, event.at_ns)
+        if event.kind == Kind.CHILD:
             continue
-        operation = operations[event.number]
+        if event.kind == Kind.SENT:
+            operations[event.client, event.number] = Operation(event.client, event.number, 1, level, event.at_ns)
+            continue
+        operation = operations[event.client, event.number]
         operation.settled = event.at_ns
         if event.kind == Kind.ACKED:
             operation.outcome = "ok"
@@ -146,8 +149,11 @@ def resume_seconds(acks: "numpy.ndarray[tuple[int], numpy.dtype[numpy.int64]]", 
                    what: str = "kill head", pauses: Pauses = ()) -> list[float]:
     """How long after each fault of a kind no ack came: the longest pause that began within a second of it."""
     found = []
+    faults = list(faults)
+    # When all brokers were killed nobody can take over: that is another wait.
+    nobody = [fault.at_ns for fault in faults if fault.what == "kill all"]
     for fault in faults:
-        if fault.what == what:
+        if fault.what == what and not any(abs(fault.at_ns - each) < ALL_KILLED_NS for each in nobody):
             first, end = numpy.searchsorted(acks, (fault.at_ns, fault.at_ns + 1_000_000_000))
             around = numpy.concatenate(([fault.at_ns], acks[first:end + 1]))
             if len(around) > 1:
@@ -167,16 +173,41 @@ def judge_recovered(acked: dict[tuple[int, int], int], there: dict[tuple[int, in
     return ""
 
 
+def judge_children(publishers: Iterable[Path]) -> str:
+    """What breaks F, empty text: nothing. A forked child gets a client or a typed error, and ends."""
+    for path in publishers:
+        for event in read_trail(path):
+            if event.kind == Kind.CHILD:
+                return f"a forked child of {path.name} hung or died (wait status {event.number})"
+    return ""
+
+
+def judge_groups(groups: Iterable[Path]) -> str:
+    """What breaks G, empty text: nothing. A group begins again where it had read to, or before: it skips nothing."""
+    for path in groups:
+        given: int | None = None
+        for event in read_trail(path):
+            if event.kind == Kind.STARTED and given is not None and event.position > given:
+                return f"{path.name} had read to {given} and went on at {event.position}"
+            if event.kind in (Kind.READ, Kind.FOREIGN, Kind.GAP):
+                given = event.position + (event.kind != Kind.GAP)
+            elif event.kind in (Kind.STARTED, Kind.COMMITTED):
+                given = event.position
+    return ""
+
+
 def judge(trails: dict[str, Trails], faults: list[Fault], begun_ns: int, ended_ns: int,
           leftovers: list[str], epochs: Epochs = (), pauses: Pauses = ()) -> dict[str, str]:
     """What is broken, by invariant; empty text: it holds. `epochs`: when an epoch was seen first, monotonic ns."""
     broken = dict.fromkeys((*CHECKERS, "V"), "")
     del broken["A2"]                # judged by recovering, see run.py
+    broken["F"] = judge_children(path for each in trails.values() for path in each.publishers)
+    broken["G"] = judge_groups(path for each in trails.values() for path in each.groups)
     for topic, each in trails.items():
         history = history_of(each, epochs)
         history.leftovers = leftovers
         for name in broken:
-            if name == "V":
+            if name not in CHECKERS:
                 continue
             try:
                 CHECKERS[name](without_given_up(history) if name == "P" else history)

@@ -11,7 +11,7 @@ from sim.chaos.disk import FaultyDisk
 from sim.chaos.faults import WEIGHTS
 
 ROOT = Path(__file__).parents[2]
-INVARIANTS = {"A1", "A2", "B", "C", "I", "M", "N", "P", "R", "T", "U", "V", "Z"}
+INVARIANTS = {"A1", "A2", "B", "C", "F", "G", "I", "M", "N", "P", "R", "T", "U", "V", "Z"}
 BESIDE_SECONDS = 400.0          # starting, coming to rest, recovering
 
 

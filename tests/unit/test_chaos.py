@@ -204,6 +204,30 @@ def test_what_does_not_come_back_from_the_disks_breaks_a2() -> None:
     assert judge_recovered(acked, {(1, 0): 7, (1, 1): 8}, kept_from=0)
 
 
+def test_a_group_that_goes_on_ahead_of_what_it_read_breaks_g(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    story.group.write(Kind.STARTED, 0, position=0)
+    story.group.write_reads([((1, 0), 0), ((1, 1), 1)])
+    story.group.write(Kind.STARTED, 0, position=1)      # what was not committed comes again
+    story.group.write_reads([((1, 1), 1)])
+    story.group.write(Kind.STARTED, 0, position=2)
+    assert story.broken() == set()
+    story.group.write(Kind.STARTED, 0, position=3)
+    assert story.broken() == {"G"}
+
+
+def test_a_forked_child_that_hangs_breaks_f(story: Story) -> None:
+    story.read([0, 1, 2, 3])
+    story.publisher.write(Kind.CHILD, 1, 14)
+    assert story.broken() == {"F"}
+
+
+def test_when_all_brokers_were_killed_no_heads_death_is_measured() -> None:
+    acks = numpy.array([1.0, 1.1, 9.6], float) * SECOND
+    faults = [Fault("kill head", "broker 0", int(1.05 * SECOND)), Fault("kill all", "brokers [1, 2]", 2 * SECOND)]
+    assert resume_seconds(acks.astype(numpy.int64), faults[:1]) and not resume_seconds(acks.astype(numpy.int64), faults)
+
+
 def test_what_is_left_over_breaks_b(story: Story) -> None:
     story.read([0, 1, 2, 3])
     assert story.broken(("3 segments are in use",)) == {"B"}
@@ -295,6 +319,9 @@ class Nobody:
     def damage(self, chance: object) -> str:
         return "an entry"
 
+    def start_other(self) -> bool:
+        return True
+
 
 def test_the_same_seed_brings_the_same_faults() -> None:
     def story_of(seed: int) -> list[tuple[str, str, float]]:
@@ -306,4 +333,4 @@ def test_the_same_seed_brings_the_same_faults() -> None:
         return [(fault.what, fault.whom, pauses[number]) for number, fault in enumerate(injector.done)]
 
     assert story_of(3) == story_of(3) != story_of(4)
-    assert {"damage", "disk", "garbage"} == {what for what, _, _ in story_of(3)}
+    assert {"damage", "disk", "garbage", "other"} == {what for what, _, _ in story_of(3)}
