@@ -26,8 +26,8 @@ cdef struct Slot:
 
 cdef struct OpenSegment:
     uint64_t used_to            # one past the sequence of the last batch in it, 0 none
-    uint64_t leased             # an attached client may still write here
-    uint64_t orphan             # its topic is gone: back to the pool when the lease ends
+    uint64_t leased             # leases by which attached clients may still write here
+    uint64_t orphan             # no topic here holds it: its line's owner word, and when that is 0, ours without a topic
     uint64_t end_position       # messages below it are those that the segment holds
 
 cdef struct TopicLog:
@@ -46,6 +46,7 @@ cdef struct TopicLog:
     uint64_t cursor             # next free byte of the current run
     uint64_t end                # end of the current run
     uint64_t segment_count      # held
+    uint64_t ends_known         # whether all segments' end_position is: until then none of them is given back
     uint64_t release_seen       # reclaimed frontier at the last look for segments to release
     uint64_t release_again      # some could not be released then for a reason that passes
     Slot* slots
@@ -60,7 +61,8 @@ cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil
 cdef class BrokerLog:
     cdef readonly Layout layout
     cdef Memory memory                  # role: receiver
-    cdef HeadView head
+    cdef HeadView head                  # under the lock
+    cdef HeadView topics_head           # of the thread that opens, closes and releases
     cdef readonly SegmentPool pool
     cdef readonly int broker
     cdef TopicLog* topics
@@ -74,12 +76,18 @@ cdef class BrokerLog:
     cdef uint64_t lock_words[16]
     cdef uint64_t pressure_sent
     cdef readonly uint64_t pressure_bytes
+    cdef uint64_t orphan_count          # segments that wait for proof that nobody needs them
 
     cdef void lock(self) noexcept nogil
     cdef void unlock(self) noexcept nogil
     cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
                      uint64_t* slot, uint64_t* offset) noexcept nogil
     cdef void note_segments(self, uint64_t topic, uint64_t first, uint64_t run, bint leased) noexcept nogil
+    cdef void begin_segment(self, uint64_t segment, uint64_t end_position) noexcept nogil
+    cdef void abandon_segment(self, uint64_t segment) noexcept nogil
+    cdef int64_t free_orphans(self) noexcept nogil
+    cdef bint is_gone(self, uint64_t key) noexcept nogil
+    cdef bint is_viewed(self, uint64_t key) noexcept nogil
     cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil
     cdef void free_segment(self, uint64_t segment) noexcept nogil
     cdef uint64_t segment_of(self, uint64_t offset) noexcept nogil
@@ -95,7 +103,7 @@ cdef class BrokerLog:
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef int open_topic(self, uint64_t topic, TopicLine* line) except -1
     cdef int resume_topic(self, uint64_t topic, TopicLine* line) except -1
-    cdef void know_segment_ends(self, uint64_t topic) noexcept nogil
+    cdef bint know_segment_ends(self, uint64_t topic) noexcept nogil
     cdef bint still_serves(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef void wipe_ring(self, uint64_t topic, uint64_t first, uint64_t last) noexcept nogil
     cdef bint quiesce_topic(self, uint64_t topic) noexcept nogil

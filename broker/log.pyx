@@ -10,7 +10,8 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from broker.layout cimport (
-    BatchHeader, BrokerCounters, Layout, OrderEntry, OffsetBrokerLine, SegmentLine, TopicLine, make_tag,
+    BatchHeader, BrokerCounters, CURSOR_FREE, CursorLine, Layout, OrderEntry, OffsetBrokerLine, SegmentLine, TOPIC_ACTIVE,
+    TOPIC_DELETING, TopicLine, make_tag,
 )
 from broker.planted cimport PLANT_RING_OVERRUN, planted
 from broker.segments cimport SegmentPool
@@ -46,6 +47,7 @@ cdef class BrokerLog:
         self.layout = layout
         self.memory = memory
         self.head = HeadView(memory, layout)
+        self.topics_head = HeadView(memory, layout)
         self.pool = pool
         self.broker = broker
         self.topic_count = layout.g.topic_count_max
@@ -89,6 +91,7 @@ cdef class BrokerLog:
         log.order = line.order
         log.replication_factor = line.replication_factor
         log.message_bytes_max = line.message_bytes_max
+        log.ends_known = 1
         if self.still_serves(topic, generation):
             return self.resume_topic(topic, line)
         self.wipe_ring(topic, 0, self.layout.g.ring_slot_count)
@@ -147,18 +150,23 @@ cdef class BrokerLog:
         cxl_store_release(&log.generation, generation)
         return 0
 
-    cdef void know_segment_ends(self, uint64_t topic) noexcept nogil:
-        """How far the messages in our segments reach, from the order index: what is not released yet is added later."""
+    cdef bint know_segment_ends(self, uint64_t topic) noexcept nogil:
+        """How far the messages in our segments reach, from the order index: what is not released yet is added later.
+
+        False when the head fell meanwhile. Then nobody knows, no segment is given back, and the next look asks again.
+        """
+        cdef TopicLog* log = &self.topics[topic]
         cdef uint64_t index, segment, first, last
         cdef OrderEntry entry
         cdef bint done = False
-        while not done and self.head.begin():
+        log.ends_known = 0
+        while not done and self.topics_head.begin():
             done = True
-            index = self.memory.load(self.head.layout.topic_reclaim(topic))
-            while index < self.memory.load(self.head.layout.topic_order(topic)):
-                self.memory.invalidate(self.head.layout.order_entry(topic, index), 64)
-                self.memory.read_line(self.head.layout.order_entry(topic, index), &entry)
-                if not self.head.same():
+            index = self.memory.load(self.topics_head.layout.topic_reclaim(topic))
+            while index < self.memory.load(self.topics_head.layout.topic_order(topic)):
+                self.memory.invalidate(self.topics_head.layout.order_entry(topic, index), 64)
+                self.memory.read_line(self.topics_head.layout.order_entry(topic, index), &entry)
+                if not self.topics_head.same():
                     done = False
                     break
                 index += 1
@@ -169,26 +177,94 @@ cdef class BrokerLog:
                 for segment in range(first, min(last + 1, self.layout.g.segment_count)):
                     self.segments[segment].end_position = max(self.segments[segment].end_position,
                                                               entry.position + entry.message_count)
+        if done:
+            log.ends_known = log.release_again = 1
+            dirty_add(&self.to_release, topic)
+        return done
+
+    # ---- segments that no topic holds -----------------------------------------------------------------------------------
 
     def sweep(self) -> int:
-        """Give back the segments that an earlier process of this broker had, and that no topic has; how many.
+        """Give back the segments that an earlier process of this broker had, and that nobody needs; how many.
 
-        Called once, when all topics are known and nothing is taken yet.
+        Called when all topics are known and nothing is taken yet. What a client may still write into, or view, comes back
+        later. -1 while no head says which topics there are: ask again.
         """
         cdef uint64_t segment, topic
-        cdef int swept = 0
+        cdef int64_t swept = 0
+        if not self.topics_head.begin():
+            return -1
         self.lock()
         for segment in range(self.layout.g.segment_count):
-            if not self.pool.owns(segment):
+            if self.segments[segment].orphan or not self.pool.owns(segment):
                 continue
             for topic in range(self.topic_count):
                 if self.topics[topic].held != NULL and self.topics[topic].held[segment // 64] >> (segment % 64) & 1:
                     break
             else:
-                self.free_segment(segment)
-                swept += 1
+                self.abandon_segment(segment)
         self.unlock()
+        if not self.topics_head.same():
+            return -1                       # what the pool says of the rest is what another head granted
+        with nogil:
+            swept = self.free_orphans()
         return swept
+
+    cdef void abandon_segment(self, uint64_t segment) noexcept nogil:
+        """No topic here holds this segment of ours any more: it waits for proof that nobody needs it. The lock is held."""
+        cdef uint64_t owner
+        if self.segments[segment].orphan == 0:
+            owner = self.memory.load(self.layout.segment_line(segment))
+            self.segments[segment].orphan = owner if owner else <uint64_t>self.broker + 1
+            self.orphan_count += 1
+
+    cdef int64_t free_orphans(self) noexcept nogil:
+        """Give back the segments of topics that are gone: when the head says so, and no client writes there or views what it
+        was given; how many."""
+        cdef uint64_t segment, key, judged = <uint64_t>-1
+        cdef bint gone = False
+        cdef int64_t freed = 0
+        if self.orphan_count == 0 or not self.topics_head.begin():
+            return 0
+        self.lock()
+        for segment in range(self.layout.g.segment_count):
+            if not self.segments[segment].orphan or self.segments[segment].leased:
+                continue
+            key = self.segments[segment].orphan >> 16
+            if key != judged:
+                gone = self.is_gone(key) and not self.is_viewed(key) and self.topics_head.same()
+                judged = key
+            if gone:
+                self.segments[segment].orphan = 0
+                self.orphan_count -= 1
+                self.free_segment(segment)
+                freed += 1
+        self.unlock()
+        return freed
+
+    cdef bint is_gone(self, uint64_t key) noexcept nogil:
+        """Whether the head's table says that the topic (generation << 16 | number) is no more."""
+        cdef uint64_t topic = key & 0xFFFF, generation = key >> 16, state
+        if generation == 0 or topic >= self.topic_count:
+            return True                     # taken, and not given to any topic yet
+        self.memory.invalidate(self.topics_head.layout.topic(topic), 64)
+        state = self.memory.load(self.topics_head.layout.topic(topic))
+        if state == 0:
+            return False                    # the place had a topic: a line that knows of none says nothing
+        return state >> 8 != generation or (state & 0xFF != TOPIC_ACTIVE and state & 0xFF != TOPIC_DELETING)
+
+    cdef bint is_viewed(self, uint64_t key) noexcept nogil:
+        """Whether an attached reader of the topic may still view its segments. Others copy, and look afterwards."""
+        cdef uint64_t cursor
+        cdef CursorLine line
+        for cursor in range(self.layout.g.cursor_count_max):
+            self.memory.invalidate(self.layout.cursor(cursor), 64)
+            self.memory.read_line(self.layout.cursor(cursor), &line)
+            if line.state & 0xFF != CURSOR_FREE and line.topic == key and line.start_time:
+                return True
+        return False
+
+    # ---- rings -------------------------------------------------------------------------------------------------------------
 
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil:
         """Segments of a restored topic are ours when the segment table says so."""
@@ -199,8 +275,7 @@ cdef class BrokerLog:
             if self.memory.load(self.layout.segment_line(segment)) != owner:
                 continue
             self.memory.read_line(self.layout.segment_line(segment), &line)
-            memset(&self.segments[segment], 0, sizeof(OpenSegment))
-            self.segments[segment].end_position = line.end_position
+            self.begin_segment(segment, line.end_position)
             log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
             log.segment_count += 1
 
@@ -227,21 +302,18 @@ cdef class BrokerLog:
         return True
 
     cdef void close_topic(self, uint64_t topic) noexcept nogil:
-        """Give every segment back. All brokers have quiesced: nobody reads or fills them any more."""
+        """Give every segment back that nobody needs. All brokers have quiesced: none reads or fills them any more."""
         cdef TopicLog* log = &self.topics[topic]
         cdef uint64_t segment
         self.lock()
         for segment in range(self.layout.g.segment_count):
-            if not log.held[segment // 64] >> (segment % 64) & 1:
-                continue
-            if self.segments[segment].leased:
-                self.segments[segment].orphan = 1
+            if log.held[segment // 64] >> (segment % 64) & 1:
                 log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
-                log.segment_count -= 1
-            else:
-                self.drop_segment(topic, segment)
+                self.abandon_segment(segment)
+        log.segment_count = 0
         log.cursor = log.end = 0
         self.unlock()
+        self.free_orphans()
 
     cdef void press(self, uint64_t nbytes) noexcept nogil:
         """Ask the reclaimer for room, once until it has answered."""
@@ -292,8 +364,8 @@ cdef class BrokerLog:
         line.owner = (self.broker + 1) | topic << 16 | log.generation << 32
         line.opened_ns = cxl_wall_ns()
         for segment in range(first, first + run):
-            memset(&self.segments[segment], 0, sizeof(OpenSegment))
-            self.segments[segment].leased = leased
+            self.begin_segment(segment, 0)
+            self.segments[segment].leased += leased
             log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
             self.memory.write_line(self.layout.segment_line(segment), &line)
             self.memory.flush(self.layout.segment_line(segment), 64)
@@ -302,6 +374,15 @@ cdef class BrokerLog:
             self.press(run * self.layout.g.segment_bytes)
         cxl_count(&self.counters.segments_allocated, run)
         self.counters.segments_cold = self.pool.cold
+
+    cdef void begin_segment(self, uint64_t segment, uint64_t end_position) noexcept nogil:
+        """A topic here holds the segment from now on. Its leases are counted on: a client whose end nobody wrote down may have
+        one of before."""
+        self.segments[segment].used_to = 0
+        self.segments[segment].end_position = end_position
+        if self.segments[segment].orphan:
+            self.segments[segment].orphan = 0
+            self.orphan_count -= 1
 
     cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil:
         """Give a topic's segment back to the pool. The lock is held."""
@@ -348,11 +429,11 @@ cdef class BrokerLog:
         cdef uint64_t first = self.segment_of(offset), segment
         self.lock()
         for segment in range(first, first + nbytes // self.layout.g.segment_bytes):
-            self.segments[segment].leased = 0
-            if self.segments[segment].orphan:
-                self.free_segment(segment)
+            if self.segments[segment].leased:
+                self.segments[segment].leased -= 1
         self.topics[topic].release_again = 1
         self.unlock()
+        self.free_orphans()
         dirty_add(&self.to_release, topic)
 
     cdef int reserve_leased(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
@@ -476,4 +557,4 @@ cdef class BrokerLog:
         """This broker's view of a topic's log, for tests and tools."""
         cdef TopicLog* log = &self.topics[topic]
         return {"generation": log.generation, "head": log.head, "tail": log.tail, "delegated": log.delegated,
-                "written": log.written, "segments": log.segment_count}
+                "written": log.written, "segments": log.segment_count, "ends_known": bool(log.ends_known)}

@@ -237,15 +237,18 @@ class BrokerNode:
     async def resume(self) -> None:
         """Wait for a head; then know the topics, and what an earlier process of this broker has left."""
         deadline = time.monotonic() + HEAD_WAIT_SECONDS
-        while not self.head.serving() or not self.directory.complete:
+        self.attach.keep_leases()
+        while not self._knows_the_past():
             if self.head.serving():
-                self.directory.step_once()
-                continue
-            if time.monotonic() > deadline:
+                deadline = time.monotonic() + HEAD_WAIT_SECONDS
+            elif time.monotonic() > deadline:
                 raise BrokerUnavailable(f"no broker became head within {HEAD_WAIT_SECONDS:.0f} s", address="head")
             await asyncio.sleep(0.002)
-        self.attach.keep_leases()
-        self.log.sweep()
+
+    def _knows_the_past(self) -> bool:
+        """One look at the topics and at what is to be given back; False while a head falls or none serves."""
+        self.directory.step_once()
+        return self.directory.complete and self.log.sweep() >= 0
 
     def start(self) -> None:
         """Run the stages."""

@@ -28,6 +28,7 @@ from broker.replica_files import ReplicaFolder
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
+from broker.stages.attach import AttachStage
 from broker.stages.delegation import Delegation
 from broker.stages.directory import Directory
 from broker.stages.receiver import RECEIVED, Receiver
@@ -39,6 +40,7 @@ from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
 from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
+from sim.cluster.door import HostControl, SimDoor
 from sim.cxl.clock import ManualClock
 from sim.cxl.memory import MappedMemory, Memory, Role
 from sim.cxl.region import private_mapping
@@ -151,9 +153,13 @@ class Term:
 class ManualBroker:
     """The stages of one broker."""
 
-    def __init__(self, cluster: "ManualCluster", number: int) -> None:
+    def __init__(self, cluster: "ManualCluster", number: int, control: HostControl | None = None) -> None:
         self.cluster, self.number = cluster, number
-        layout, door = cluster.layout, cluster.door
+        layout = cluster.layout
+
+        def door(broker: int, role: int) -> Memory:
+            return SimDoor(cluster.door(broker, role), control) if control else cluster.door(broker, role)
+
         self.notifier = Notifier()
         receiver_door = door(number, Role.ROLE_RECEIVER)
         self.log = BrokerLog(receiver_door, layout, make_pool(receiver_door, layout, number), number)
@@ -165,10 +171,17 @@ class ManualBroker:
         self.directory = Directory(door(number, Role.ROLE_BROKER), self.log)
         self.replication = Replication(door(number, Role.ROLE_REPLICATION), layout, number, self._folder(), cluster.clock,
                                        file_bytes=cluster.replica_file_bytes) if cluster.folder else None
+        self.attach = AttachStage(receiver_door, self.log, self.acks, cluster.clock, LEASE_NS) if (
+            layout.numbers["attach_slot_count"]) else None
         self.sessions = SessionTable(door(number, Role.ROLE_BROKER), layout, number,
                                      lambda: cluster.bump(number, SESSIONS_WORD))
         self.cursors = CursorTable(door(number, Role.ROLE_DELIVERY), layout, number,
                                    lambda: cluster.bump(number, CURSORS_WORD))
+
+    def resume(self) -> bool:
+        """One look at what an earlier process left, as `broker.node` has it; whether all of it is known."""
+        self.directory.step_once()
+        return self.directory.complete and self.log.sweep() >= 0
 
     def _folder(self) -> ReplicaFolder:
         assert self.cluster.folder
@@ -182,7 +195,8 @@ class ManualBroker:
         """In the order of the fused thread plan; replication last."""
         head = self.cluster.term.stages() if self.number == self.cluster.term.broker else []
         disk: list[Stage] = [self.replication] if self.replication else []
-        return [self.directory, self.delegation, *head, self.acks, self.watch, self.release, *disk]
+        attach: list[Stage] = [self.attach] if self.attach else []
+        return [self.directory, *attach, self.delegation, *head, self.acks, self.watch, self.release, *disk]
 
 
 class ManualCluster:
@@ -280,6 +294,18 @@ class ManualCluster:
         takeover = self.takeover(broker)
         self.finish(takeover)
         return takeover
+
+    def restart(self, number: int, control: HostControl | None = None) -> ManualBroker:
+        """A broker that is not head was killed; its next process is built, and knows nothing yet (`resume`). `control`
+        counts what it does."""
+        assert number != self.term.broker
+        if (replication := self.brokers[number].replication) is not None:
+            replication.close()
+        broker = self.brokers[number] = ManualBroker(self, number, control)
+        if broker.attach is not None:
+            broker.attach.keep_leases()
+        self._lead()
+        return broker
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

@@ -66,9 +66,10 @@ cdef class AttachStage(Stage):
         self.memory.read_line(self.layout.attach_line(self.first + i), &line)
         if line.state & 0xFF not in (ATTACH_OPEN, ATTACH_FENCED):
             return
-        stream = self.acks.open_number(line.topic & 0xFFFF, line.topic >> 16, 0, 1)
+        # A reader has neither stream nor leases. A publisher had a stream, so there is one for it.
+        stream = self.acks.open_number(line.topic & 0xFFFF, line.topic >> 16, 0, 1) if line.client_id else 0
         if stream < 0:
-            return
+            raise MemoryError
         slot.generation = line.state >> 8
         slot.topic = line.topic & 0xFFFF
         slot.topic_generation = line.topic >> 16
@@ -79,6 +80,7 @@ cdef class AttachStage(Stage):
         slot.taken = line.taken
         slot.granted = line.granted
         slot.retired = min(self.memory.load(self.layout.attach_client(self.first + i) + 16), line.granted)
+        slot.retired = max(slot.retired, line.granted - min(line.granted, <uint64_t>LEASE_RING))
         slot.heard_at = self.clock.now_ns()
         for number in range(slot.retired, slot.granted):
             slot.leases[number % LEASE_RING].offset = self.memory.load(
@@ -91,7 +93,10 @@ cdef class AttachStage(Stage):
         self.limit = i + 1
 
     def keep_leases(self) -> None:
-        """Clients may still write into what an earlier process of this broker leased them: not before they are gone."""
+        """Clients may still write into what an earlier process of this broker leased them: not before they are gone.
+
+        Called once, before the first topic is opened: what a topic had is given back when it turns out to be gone.
+        """
         cdef uint64_t i, number, segment, first
         cdef AttachSlot* slot
         cdef HeldLease* lease
@@ -101,7 +106,8 @@ cdef class AttachStage(Stage):
                 lease = &slot.leases[number % LEASE_RING]
                 first = self.log.segment_of(lease.offset)
                 for segment in range(first, first + lease.nbytes // self.layout.g.segment_bytes):
-                    self.log.segments[segment].leased = 1
+                    if segment < self.layout.g.segment_count:
+                        self.log.segments[segment].leased += 1
 
     def __dealloc__(self):
         free(self.slots)
@@ -346,7 +352,7 @@ cdef class AttachStage(Stage):
             return 1
         if slot.closing == 0:
             return 0
-        if slot.subscriber:
+        if slot.subscriber or slot.client_id == 0:
             slot.closing = 0
             slot.state = ATTACH_CLOSING
             self.write_line(i)

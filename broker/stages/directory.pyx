@@ -90,13 +90,17 @@ cdef class Directory(Stage):
                     self.close(topic)
                 self.open(topic, generation, &line)
                 work += 1
-            elif state == TOPIC_DELETING and (self.log.topics[topic].opened == generation
+            elif state == TOPIC_ACTIVE and not self.log.topics[topic].ends_known:
+                self.log.know_segment_ends(topic)
+            if state == TOPIC_ACTIVE and not self.log.topics[topic].ends_known:
+                self.unfinished = True          # the head fell during the scan: its successor says
+            if state == TOPIC_DELETING and (self.log.topics[topic].opened == generation
                                               or self.log.still_serves(topic, generation)):
                 if self.log.topics[topic].opened != generation:
                     self.open(topic, generation, &line)     # an earlier process of ours did: it is for us to stop
                 if not self.quiesce(topic, order):
                     self.unfinished = True
-            elif state != TOPIC_ACTIVE and state != TOPIC_DELETING and self.log.topics[topic].opened:
+            elif state != TOPIC_ACTIVE and line.state and self.log.topics[topic].opened:
                 self.close(topic)
                 work += 1
         return work

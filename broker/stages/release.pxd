@@ -14,6 +14,8 @@ cdef class Release(Stage):
     cdef uint64_t control_seen
     cdef int broker
     cdef uint64_t reclaims_seen
+    cdef uint64_t steps
+    cdef uint64_t orphans_due
 
     cdef int64_t release_slots(self, uint64_t topic) noexcept nogil
     cdef int64_t release_segments(self, uint64_t topic) noexcept nogil

@@ -12,6 +12,7 @@ from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_acquire, cxl_
 
 cdef enum:
     STEP_SLOTS = 256
+    ORPHAN_STEPS = 4096         # a thread that never sleeps looks so often whether orphaned segments may go
 
 cdef uint64_t STATUS_MASK = <uint64_t>0xFF << 40
 
@@ -40,6 +41,10 @@ cdef class Release(Stage):
         if reclaims != self.reclaims_seen:
             self.reclaims_seen = reclaims
             self.prepare_to_sleep()
+        self.steps += 1
+        if self.log.orphan_count and (self.orphans_due or self.steps % ORPHAN_STEPS == 0):
+            self.orphans_due = 0
+            work += self.log.free_orphans()
         for word in range(DIRTY_WORDS):
             bits = dirty_take(&self.log.to_release, word)
             while bits:
@@ -52,6 +57,7 @@ cdef class Release(Stage):
 
     cdef void prepare_to_sleep(self) noexcept nogil:
         cdef uint64_t topic
+        self.orphans_due = 1
         for topic in range(self.layout.g.topic_count_max):
             if cxl_load_relaxed(&self.log.topics[topic].generation):
                 dirty_add(&self.log.to_release, topic)
@@ -103,7 +109,7 @@ cdef class Release(Stage):
         cdef uint64_t reclaimed, filling_from, filling_to, word, bits, number
         cdef OpenSegment* segment
         cdef int64_t done = 0
-        if log.segment_count == 0:
+        if log.segment_count == 0 or not log.ends_known:
             return 0
         self.memory.invalidate(self.layout.topic_reclaim(topic), 64)
         reclaimed = self.memory.load(self.layout.topic_reclaim(topic) + 8)

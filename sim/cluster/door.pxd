@@ -42,6 +42,9 @@ cdef class HostControl:
     cdef public uint64_t operations     # of this host so far
     cdef public uint64_t crash_at       # the operation at which its power goes; 0 never
     cdef public uint64_t crash_fences   # its power goes before it has done so many more fences; 0 never
+    cdef public uint64_t call_at        # the operation before which `call` is called, in the middle of a step; 0 never
+    cdef public object call
+    cdef public object raised           # what that raised
     cdef public bint dead               # nothing that it does has an effect any more
     cdef public int64_t cost_ns         # what its operations cost under the profile, since it was taken
     cdef public uint64_t hash           # of its operations, in order
@@ -52,6 +55,7 @@ cdef class HostControl:
     cdef uint64_t probe_period          # every so many fences on average, what is pending gets there in any order
     cdef readonly uint64_t probes
 
+    cdef void call_now(self) noexcept nogil
     cdef bint tap(self, int operation, uint64_t offset, uint64_t value) noexcept nogil
 
 cdef class SimDoor(Memory):

@@ -36,11 +36,20 @@ cdef class HostControl:
         for number, nanoseconds in enumerate(costs):
             self.cost[number] = nanoseconds
 
+    cdef void call_now(self) noexcept nogil:
+        with gil:
+            try:
+                self.call()
+            except BaseException as error:
+                self.raised = error         # for whoever looks: nobody between here and there can pass it on
+
     cdef bint tap(self, int operation, uint64_t offset, uint64_t value) noexcept nogil:
         """Count an operation; False when the host has no power."""
         if self.dead:
             return False
         self.operations += 1
+        if self.operations == self.call_at:
+            self.call_now()
         if self.operations == self.crash_at:
             self.dead = True
             return False
