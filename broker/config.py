@@ -102,7 +102,7 @@ _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THR
             "memory": MEMORIES, "membership": MEMBERSHIPS}
 _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes",
           "coherent_bytes")
-_DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds")
+_DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds", "replica_grace_seconds")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
     "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
@@ -145,6 +145,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     group_lease_seconds: float = 10.0       # how long a silent member keeps its consumer group
     heartbeat_ms: int = 100
     head_lease_seconds: float = 1.0         # a head that is silent for so long is replaced; at once when it is dead
+    replica_grace_seconds: float = 5.0      # others keep the replicas of a broker that is away for so long
     membership: str = "region"              # who says which brokers live, and elects the head: region or etcd
     etcd_endpoints: str = ""                # HOST:PORT,... for membership "etcd"
     restart: bool = True                    # the supervisor starts brokers that ended anew

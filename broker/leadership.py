@@ -40,15 +40,18 @@ class Leadership:
     """Looks after one broker's headship.
 
     `new_takeover` makes a fresh `Takeover`; `sit_down` is called with one that is done and returns the stages for
-    `seats`, in order; `stand_up` when the term is over and none of them runs any more.
+    `seats`, in order; `stand_up` when the term is over and none of them runs any more. `attend` is called in each tick
+    of a term: the bank is ours until the term is ended here.
     """
 
     def __init__(self, memory: Memory, layout: Layout, membership: Membership, owner: int,
                  is_gone: Callable[[int], bool], seats: Sequence[Seat], new_takeover: Callable[[], Takeover],
-                 sit_down: Callable[[Takeover], list[Stage]], stand_up: Callable[[], None]) -> None:
+                 sit_down: Callable[[Takeover], list[Stage]], stand_up: Callable[[], None],
+                 attend: Callable[[], None] = lambda: None) -> None:
         self._memory, self._layout, self._membership = memory, layout, membership
         self._owner, self._is_gone, self._seats = owner, is_gone, seats
         self._new_takeover, self._sit_down, self._stand_up = new_takeover, sit_down, stand_up
+        self._attend = attend
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self.term: Term | None = None
@@ -71,6 +74,8 @@ class Leadership:
             control = self._membership.wanted()
             if control is not None:
                 self._take_over(control)
+        elif self.serves:
+            self._attend()
 
     def _end_term(self, term: Term) -> None:
         """We were replaced: the seats empty themselves; then the bank is for others."""

@@ -55,6 +55,7 @@ from broker.pipeline import WAITING, Pipeline
 from broker.records import pack, unpack
 from broker.region import Region, attach_region, create_region
 from broker.replica_files import ReplicaFolder
+from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.stages.ack import AckStage
 from broker.stages.attach import AttachStage
@@ -74,6 +75,8 @@ from sim.cxl.clock import SystemClock
 from sim.cxl.memory import Memory, MemoryFault, Role
 from sim.cxl.region import host_identity, process_alive, process_start_time
 
+_log = logging.getLogger("cxlmq")
+
 FOUNDER = 0                         # makes the region; any broker may be head
 REGION_WAIT_SECONDS = 20.0
 STRANDED_NS = 500_000_000           # what was not flushed for so long when all threads had ended never would have been
@@ -84,6 +87,7 @@ MAP_FROM_BYTES = 8 << 20             # of payload that went through this process
 DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
 LOOK_SECONDS = 0.5                  # how often it looks for attached clients that are gone
 HEAD_WAIT_SECONDS = 30.0
+BEATS_MISSED = 5                    # a broker is not away before it has missed so many
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
 
@@ -117,6 +121,7 @@ class BrokerNode:
         self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
         self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
         self.pool_leader: PoolLeader | None = None
+        self.replica_watch: ReplicaWatch | None = None
         self.groups: GroupTable | None = None           # the server's; it writes where we are head
         self.incarnation = self.memory.fetch_add_word(self.layout.offset_of("control") + 8, 1) + 1
         seat_door = self._door(Role.ROLE_SEQUENCER)
@@ -124,7 +129,7 @@ class BrokerNode:
         self.pipelines = self._pipelines()
         self.leadership = Leadership(
             seat_door, self.layout, self._membership(founder), self.incarnation << 8 | broker + 1, self._is_gone,
-            self.seats, self._new_takeover, self._sit_down, self._stand_up)
+            self.seats, self._new_takeover, self._sit_down, self._stand_up, self._attend)
         self._watchers = 0
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
@@ -218,6 +223,9 @@ class BrokerNode:
             self.pool_leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), order.layout, self.broker)
         self.directory.lead(order, scanners)
         self.topics.lead(order.layout)
+        grace_seconds = max(self.config.replica_grace_seconds, BEATS_MISSED * self.config.heartbeat_ms / 1000)
+        self.replica_watch = ReplicaWatch(self._door(Role.ROLE_SEQUENCER), order.layout, self.clock,
+                                          int(grace_seconds * 1e9))
         if self.groups is not None:
             self.groups.lead(order.layout)
         self.ring_all()
@@ -225,7 +233,16 @@ class BrokerNode:
 
     def _stand_up(self) -> None:
         self.directory.lead(None, [])
-        self.pool_leader = None
+        self.pool_leader = self.replica_watch = None
+
+    def _attend(self) -> None:
+        """While we are head, see which brokers keep replicas."""
+        changed = self.replica_watch.look() if self.replica_watch is not None else []
+        for broker, back in changed:
+            _log.warning("broker %d %s", broker, "is back and keeps its replicas again" if back else
+                         "is away: others keep the replicas that it had")
+        if changed:
+            self.ring_all()
 
     def _replica_folder(self) -> ReplicaFolder:
         return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
@@ -314,6 +331,11 @@ class BrokerNode:
         if checker is not None:
             checker.find_stranded(idle_ns)
 
+    def raise_if_failed(self) -> None:
+        """Raise what a stage met and could not pass on: a broker without that stage would stand still in silence."""
+        for pipeline in self.pipelines:
+            pipeline.raise_failure()
+
     def gone_clients(self) -> list[tuple[int, int]]:
         """Slots (number, generation) of attached clients that left, never came, or whose process is dead."""
         return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
@@ -371,6 +393,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         while not stop.is_set():
             node.log.note_cpu(time.process_time_ns())
             node.look_after_memory()
+            node.raise_if_failed()
             server.raise_if_failed()
             for slot, generation in node.gone_clients():
                 await server.close_attached(slot, generation)
@@ -460,6 +483,18 @@ def _report(error: CxlmqError, as_json: bool) -> None:
         print(f"error: {error.message} ({error.code})", file=sys.stderr)
 
 
+def _say_what_is_lost() -> None:
+    """An exception that no caller can be given (a callback, a thread, a destructor) goes to the log, with its place."""
+    def unraisable(lost: Any) -> None:
+        _log.error("lost exception in %r", lost.object, exc_info=(lost.exc_type, lost.exc_value, lost.exc_traceback))
+
+    def in_thread(lost: Any) -> None:
+        name = lost.thread.name if lost.thread is not None else "a thread"
+        _log.error("lost exception in %s", name, exc_info=(lost.exc_type, lost.exc_value, lost.exc_traceback))
+
+    sys.unraisablehook, threading.excepthook = unraisable, in_thread
+
+
 def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin.read) -> int:
     """`python -m broker.node --id K`: the configuration comes as JSON on standard input."""
     parser = argparse.ArgumentParser(prog="broker.node", description=main.__doc__)
@@ -472,7 +507,8 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     # Of ours alone: what clients do wrong is no news, and grpc would tell of every broken call.
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logging.getLogger("cxlmq").addHandler(handler)
+    _log.addHandler(handler)
+    _say_what_is_lost()
     try:
         run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join)
     except CxlmqError as error:

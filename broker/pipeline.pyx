@@ -107,6 +107,12 @@ cdef class Pipeline:
             # Yielding pays where microseconds matter, for attached clients; gRPC needs the processor more.
             window = self.yield_ns if cxl_load_acquire(&self.log.eager) else self.yield_ns // YIELD_SHORT
 
+    def raise_failure(self) -> None:
+        """Raise what the Python part of a stage has raised, if one has."""
+        for stage in self.stage_objects:
+            if stage.failure is not None:
+                raise stage.failure
+
     def run(self) -> None:
         """Run until `stop`; without the GIL."""
         with nogil:

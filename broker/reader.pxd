@@ -27,6 +27,7 @@ cdef class OrderReader:
     cdef int peek(self, uint64_t index, OrderEntry* entry) noexcept nogil
     cdef int look(self, uint64_t index, OrderEntry* entry) noexcept nogil
     cdef dict frontiers_now(self)
+    cdef bint positions(self, uint64_t* first, uint64_t* committed) noexcept nogil
     cdef uint64_t committed_index(self) noexcept nogil
     cdef uint64_t committed_position(self) noexcept nogil
     cdef uint64_t reclaimed_index(self) noexcept nogil

@@ -95,6 +95,19 @@ cdef class OrderReader:
                 return found
         raise self.error(READ_NOTHING)
 
+    cdef bint positions(self, uint64_t* first, uint64_t* committed) noexcept nogil:
+        """The reclaimed and the committed position, as the head that serves says; False while none does."""
+        cdef uint64_t kept, end
+        while self.head.begin():
+            self.reclaimed_index()              # which invalidates the line
+            kept = self.memory.load(self.layout.topic_reclaim(self.topic) + 8)
+            end = self.committed_position()
+            if self.head.same():
+                first[0] = kept
+                committed[0] = end
+                return True
+        return False
+
     cdef dict frontiers_now(self):
         return {"committed_index": self.committed_index(), "committed_position": self.committed_position(),
                 "reclaimed_index": self.reclaimed_index(),

@@ -11,6 +11,7 @@ from broker.errors import BrokerUnavailable, DuplicateTopic, TopicTableFull, Unk
 from broker.head import HeadView
 from broker.layout import HolderKind, Layout, TopicState
 from broker.records import pack, record_bytes, unpack
+from broker.replica_watch import replaced_replicas
 from sim.cxl.memory import Memory
 
 KEEP_FOREVER = (1 << 64) - 1
@@ -100,7 +101,18 @@ class TopicTable:
                  for source in brokers for replica in brokers if entry.replication_factor > 1]
         return [f"broker {replica} cannot keep what came by broker {source}: {os.strerror(line['failed'])}; it has "
                 f"everything below position {line['replicated_position']}"
-                for source, replica, line in lines if line["failed"] and line["generation"] == entry.generation]
+                for source, replica, line in lines if line["failed"] and line["generation"] == entry.generation
+                ] + self._replaced(entry)
+
+    def _replaced(self, entry: TopicEntry) -> list[str]:
+        """The replicas whose broker is away, in words, and who keeps them instead."""
+        def position_of(source: int, replica: int) -> int:
+            line = self._read("ReplicaLine", self._layout.offset_of("replica", entry.number, source, replica))
+            return line["replicated_position"] if line["generation"] == entry.generation else 0
+
+        return replaced_replicas(entry.number, entry.generation, entry.replication_factor,
+                                 self._head.read("HeadLine", "head")["live_brokers"],
+                                 self._numbers["broker_count"], position_of)
 
     def _read(self, record: str, offset: int) -> dict[str, int]:
         self._memory.invalidate_range(offset, 64)

@@ -1,6 +1,10 @@
-"""What all tests share: property tests print how to replay a failure. Helpers: `tests.manual_cluster`."""
+"""What all tests share: property tests print how to replay a failure, and no exception is printed and lost. Helpers:
+`tests.manual_cluster`."""
 
+import sys
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -32,3 +36,42 @@ def planted_bug(request: pytest.FixtureRequest) -> Iterator[None]:
     switch_on(BY_NAME[name] if name else None)
     yield
     switch_on(None)
+
+
+# ---- no exception is printed and lost --------------------------------------------------------------------------------
+
+LOST = ("lost exception in", "Exception ignored in", "Exception in thread")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost() -> Iterator[None]:
+    """A test fails when an exception reaches a hook of last resort: nobody was told of it."""
+    lost: list[str] = []
+
+    def note(exception: Any) -> None:
+        where = getattr(exception, "object", None) or getattr(exception, "thread", None)
+        lost.append(f"{exception.exc_value!r} in {where!r}")
+
+    before = sys.unraisablehook, threading.excepthook
+    sys.unraisablehook = threading.excepthook = note
+    yield
+    sys.unraisablehook, threading.excepthook = before
+    assert not lost, f"printed and lost: {lost}"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def brokers_lose_nothing() -> Iterator[None]:
+    """The same for the brokers of clusters that tests start: it would be in their logs."""
+    from client.cluster import Cluster
+
+    original = Cluster._stop_processes
+
+    def stop(self: Cluster) -> None:
+        original(self)
+        for path in self.config.folder.glob("broker-*.log"):
+            text = path.read_text(errors="replace")
+            assert not any(each in text for each in LOST), f"{path.name} says:\n{text[-4000:]}"
+
+    Cluster._stop_processes = stop          # type: ignore[method-assign]
+    yield
+    Cluster._stop_processes = original      # type: ignore[method-assign]

@@ -25,6 +25,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.records import pack, unpack
 from broker.replica_files import ReplicaFolder
+from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
@@ -220,6 +221,7 @@ class ManualCluster:
         self.brokers = [ManualBroker(self, number) for number in range(brokers)]
         self.table = TopicTable(self.door(0, Role.ROLE_ADMIN), self.layout, self.step)
         self.dead: set[int] = set()         # brokers that run no longer
+        self.watch: ReplicaWatch | None = None
         self.replaced: list[Term] = []      # heads that were; nothing steps them
         self._lead()
         self._highest: dict[tuple[Any, ...], int] = {}

@@ -179,7 +179,7 @@ cdef class AckStage(Stage):
             return True
         end = ack.position + (waiting.messages if ack.status == RESULT_COMMITTED else 0)
         if stream.level != 2 or planted(PLANT_LEVEL_IGNORED) or (
-                self.head.begin() and self.is_durable(stream, end, &failure)):
+                self.head.begin() and self.is_durable(stream, end, &failure) and self.head.same()):
             return True
         if failure:
             ack.status = RESULT_UNDURABLE
@@ -205,6 +205,7 @@ cdef class AckStage(Stage):
                 chosen &= chosen - 1
                 at = self.layout.replica(stream.topic, source, r)
                 self.memory.invalidate(at, 64)
+                # The generation first: its line is stored the other way round, with a fence between.
                 if self.memory.load(at + 24) != stream.generation:
                     durable = False             # the line of an earlier topic of this number says nothing
                 elif self.memory.load(at + 8) < end:

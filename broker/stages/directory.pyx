@@ -63,10 +63,15 @@ cdef class Directory(Stage):
         self.version_seen = version
         self.control_seen = self.head.control
         with gil:
-            work = self.look()
+            try:
+                work = self.look()
+            except BaseException as error:
+                self.failure = error
+                self.unfinished = True
+                work = 0
         return work
 
-    cdef int64_t look(self):
+    cdef int64_t look(self) except -1:
         cdef uint64_t topic, generation, state
         cdef OrderState order = self.order
         cdef TopicLine line

@@ -10,6 +10,8 @@ line until the same batches, written anew from memory into a new file, are on th
 
 import errno as errno_numbers
 
+from broker.errors import BrokerUnavailable
+
 from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
@@ -19,7 +21,7 @@ from broker.head cimport HeadView
 from broker.layout cimport BrokerCounters, Layout, OrderEntry, ReplicaLine, TOPIC_ACTIVE, TopicLine
 from broker.doorbell cimport Doorbell
 from broker.placement cimport live_brokers, replicas_of
-from broker.reader cimport OrderReader, READ_DAMAGED, READ_GONE, READ_LOST, READ_OK
+from broker.reader cimport OrderReader, READ_CLOSED, READ_DAMAGED, READ_GONE, READ_LOST, READ_OK
 from broker.replica_record cimport REPLICA_ALIGNMENT, REPLICA_MAGIC, REPLICA_SUPERBLOCK, ReplicaRecord
 from broker.stages.stage cimport Stage
 from sim.cxl.clock cimport Clock
@@ -40,6 +42,7 @@ cdef enum:
     STEP_BYTES = 8388608
     STEP_ENTRIES = 4096
     GATHER_RECORDS = 256                # three parts each: below IOV_MAX
+    EAGAIN = 11                         # of a file that waits for a head; nobody is told
     EBADMSG = 74
     ENOSPC = 28
 
@@ -70,6 +73,8 @@ cdef struct ReplicaTopic:
     uint64_t generation
     uint64_t factor
     uint64_t noted                      # durable position that was written down last
+    uint64_t first_position             # reclaimed and committed frontier, as the serving head said last
+    uint64_t committed_position
 
 
 cdef class Replication(Stage):
@@ -169,15 +174,13 @@ cdef class Replication(Stage):
             self.version_seen = version
             self.control_seen = self.head.control
             self.live_seen = live
-            with gil:
-                self.look()
+            self.look_again()
         for i in range(self.active_count):
             file = &self.files[self.active[i]]
             if not file.failed:
                 work += self.append(self.active[i])
             elif self.clock.now_ns() >= file.retry_at:
-                with gil:
-                    self.begin_file(self.active[i])
+                self.begin_again(self.active[i])
         # All are written before the first is waited for: the disk works on several at once.
         for i in range(self.active_count):
             file = &self.files[self.active[i]]
@@ -216,6 +219,8 @@ cdef class Replication(Stage):
         cdef uint64_t durable = self.durable_position(t)
         cdef OrderEntry entry
         cdef int status = READ_OK
+        if not self.know_frontiers(t):
+            return 0
         while count < GATHER_RECORDS and total < STEP_BYTES and passed < STEP_ENTRIES:
             status = (<OrderReader>self.reader_pointers[t]).peek(index, &entry)
             if status != READ_OK and status != READ_GONE:
@@ -230,9 +235,13 @@ cdef class Replication(Stage):
             index += 1
             passed += 1
             position = entry.position + entry.message_count
-        if passed == 0 and (status == READ_DAMAGED or status == READ_LOST):
-            if file.next_index == file.index:   # else what is before it is made durable first
+        if passed == 0 and file.next_index == file.index:       # else what is before it is made durable first
+            if status == READ_DAMAGED:
                 self.fail(f, EBADMSG)           # a replica with a hole would be found too late
+            elif status == READ_LOST:
+                self.join_again(f)
+            return 0
+        if passed == 0:
             return 0
         if count:
             if not self.write(f, count, total):
@@ -243,19 +252,24 @@ cdef class Replication(Stage):
         file.next_bytes += payload
         return <int64_t>(total + passed)
 
+    cdef bint know_frontiers(self, uint64_t t) noexcept nogil:
+        """Read what the head that serves says of a topic; False when none does. What a replaced head says would make recovery
+        forget what its successor has kept."""
+        return (<OrderReader>self.reader_pointers[t]).positions(&self.topics[t].first_position,
+                                                                &self.topics[t].committed_position)
+
     cdef uint64_t put_record(self, uint64_t f, uint64_t number, uint64_t index, uint64_t durable,
                              OrderEntry* entry) noexcept nogil:
         """Make record `number` of the group; its bytes in the file. The payload is not copied."""
         cdef ReplicaRecord* record = &self.records[number]
         cdef iovec* parts = &self.parts[3 * number]
-        cdef uint64_t order = self.layout.topic_order(f // self.count)
         cdef const uint8_t* payload = NULL
         memset(record, 0, sizeof(ReplicaRecord))
         record.entry = entry[0]
         record.index = index
         record.durable_position = durable
-        record.committed_position = self.memory.load(order + 8)
-        record.first_position = self.memory.load(self.layout.topic_reclaim(f // self.count) + 8)
+        record.committed_position = self.topics[f // self.count].committed_position
+        record.first_position = self.topics[f // self.count].first_position
         record.magic = REPLICA_MAGIC
         record.file_tag = self.files[f].tag
         if entry.payload_bytes:
@@ -270,6 +284,19 @@ cdef class Replication(Stage):
         parts[2].iov_base = <void*>ZEROES
         parts[2].iov_len = (REPLICA_ALIGNMENT - entry.payload_bytes % REPLICA_ALIGNMENT) % REPLICA_ALIGNMENT
         return parts[0].iov_len + parts[1].iov_len + parts[2].iov_len
+
+    cdef void join_again(self, uint64_t f) noexcept nogil:
+        """What comes next was reclaimed before it held the reclaimer back: others had our place for a while. What they kept
+        is on their disks, and in no memory: go on with the oldest batch that is."""
+        cdef ReplicaFile* file = &self.files[f]
+        with gil:
+            try:
+                self.close_chain(f)
+                self.open_chain(f)
+            except BrokerUnavailable:
+                self.control_seen = 0           # not open: the next look opens it
+            except BaseException as error:
+                self.failure = error
 
     cdef bint write(self, uint64_t f, uint64_t records, uint64_t total) noexcept nogil:
         cdef ReplicaFile* file = &self.files[f]
@@ -312,6 +339,17 @@ cdef class Replication(Stage):
         line.replicated_bytes = file.nbytes
         line.generation = file.generation
         line.failed = file.failed
+        self.memory.invalidate(at, 64)
+        if self.memory.load(at + 24) != file.generation:
+            # Of an earlier topic. Whoever sees the new generation must not see the old position, and no hardware promises
+            # that of two words of a line which are stored together.
+            self.memory.store(at + 24, 0)
+            self.memory.flush(at, 64)
+            self.memory.fence()
+            self.memory.store(at, 0)
+            self.memory.store(at + 8, 0)
+            self.memory.flush(at, 64)
+            self.memory.fence()
         self.memory.write_line(at, &line)
         self.memory.flush(at, 64)
         self.memory.fence()
@@ -349,7 +387,7 @@ cdef class Replication(Stage):
             if file.failed:
                 continue
             durable = self.durable_position(t)
-            if durable <= self.topics[t].noted:
+            if durable <= self.topics[t].noted or not self.know_frontiers(t):
                 continue
             memset(&entry, 0, sizeof(entry))
             entry.position = file.position
@@ -363,8 +401,29 @@ cdef class Replication(Stage):
         """How many topics this broker may hold replicas of."""
         return sum(1 for t in range(self.topic_count) if self.topics[t].generation)
 
+    cdef void look_again(self) noexcept nogil:
+        """Look at the topics. Where a head falls meanwhile nothing is left half open, and the next step looks again."""
+        with gil:
+            try:
+                self.look()
+            except BrokerUnavailable:
+                self.control_seen = 0
+            except BaseException as error:
+                self.control_seen = 0
+                self.failure = error
+
+    cdef void begin_again(self, uint64_t f) noexcept nogil:
+        with gil:
+            try:
+                self.begin_file(f)
+            except BaseException as error:
+                self.failure = error
+
     def look(self) -> None:
-        """Open files for new replicated topics and new choices, close those of deleted ones."""
+        """Open files for new replicated topics and new choices, close those of deleted ones.
+
+        Raises `BrokerUnavailable` when the head fell: what was opened so far is whole, the rest is for the next look.
+        """
         cdef uint64_t t, source, chosen, generation
         cdef TopicLine line
         self.active_count = 0
@@ -386,6 +445,8 @@ cdef class Replication(Stage):
                 if chosen >> self.broker & 1:
                     if not self.files[t * self.count + source].wanted:
                         self.open_chain(t * self.count + source)
+                    elif self.files[t * self.count + source].failed == EBADMSG:
+                        self.files[t * self.count + source].retry_at = 0        # perhaps another head has it whole
                     self.active[self.active_count] = t * self.count + source
                     self.active_count += 1
                 else:
@@ -393,16 +454,16 @@ cdef class Replication(Stage):
 
     def open_topic(self, uint64_t t, uint64_t generation, uint64_t factor) -> None:
         """Begin to follow a topic."""
-        self.topics[t].generation = generation
-        self.topics[t].factor = factor
-        self.topics[t].noted = 0
-        reader = OrderReader(self.memory, self.layout, t, generation)
-        self.readers[t] = reader
-        self.reader_pointers[t] = <void*>reader
         try:
             self.folder.topic_appeared(t, generation)
         except OSError:
             cxl_count(&self.counters.replication_errors, 1)     # its files say the same, once there are any
+        reader = OrderReader(self.memory, self.layout, t, generation)
+        self.readers[t] = reader
+        self.reader_pointers[t] = <void*>reader
+        self.topics[t].factor = factor
+        self.topics[t].noted = 0
+        self.topics[t].generation = generation
 
     def close_topic(self, uint64_t t) -> None:
         """The topic was deleted, and its files with it."""
@@ -416,14 +477,15 @@ cdef class Replication(Stage):
             cxl_count(&self.counters.replication_errors, 1)
 
     def open_chain(self, uint64_t f) -> None:
-        """Become a replica: go on where those end that were one before us, or with the oldest batch in memory."""
+        """Become a replica. Raises `BrokerUnavailable`, and then is none, when the head fell."""
         cdef ReplicaFile* file = &self.files[f]
+        index, position = self.start_of(f)
         memset(file, 0, sizeof(ReplicaFile))
         file.fd = -1                            # and never somebody else's descriptor
         file.wanted = 1
         file.generation = self.topics[f // self.count].generation
-        file.index = self.first_index(f)
-        file.position = self.position_at(f // self.count, file.index)
+        file.index = index
+        file.position = position
         self.begin_file(f)
 
     def close_chain(self, uint64_t f) -> None:
@@ -434,30 +496,34 @@ cdef class Replication(Stage):
         memset(file, 0, sizeof(ReplicaFile))
         file.fd = -1
 
-    cdef uint64_t first_index(self, uint64_t f):
-        """Where a chain has to begin, so that with those of earlier replicas it has no hole."""
-        cdef uint64_t t = f // self.count, source = f % self.count, r, at, chosen, index, lowest
-        chosen = replicas_of(t, self.topics[t].generation, source, self.live_seen, self.count, self.topics[t].factor)
-        earlier = []
-        for r in range(self.count):
-            at = self.layout.replica(t, source, r)
-            self.memory.invalidate(at, 64)
-            if self.memory.load(at + 24) == self.topics[t].generation:
-                if r == <uint64_t>self.broker or not chosen >> r & 1:
-                    earlier.append(self.memory.load(at))
-        # As many disks as the topic wants have everything below the lowest of the most advanced ones.
-        earlier = sorted(earlier, reverse=True)[:max(1, self.topics[t].factor - 1)]
-        lowest = min(earlier, default=0)
-        index = (<OrderReader>self.readers[t]).reclaimed_index()
-        return max(index, lowest)
+    cdef tuple start_of(self, uint64_t f):
+        """Order index and position at which a chain has to begin: where our own disk ends, or with the oldest batch in memory.
 
-    cdef uint64_t position_at(self, uint64_t t, uint64_t index):
-        """The first message of an order entry that is kept, or will be the next."""
+        What other disks have does not count: a broker that took our place, or whose place we take, may be away for good.
+        Raises `BrokerUnavailable` while no head serves.
+        """
+        cdef uint64_t t = f // self.count, at = self.layout.replica(t, f % self.count, self.broker), own = 0
         cdef OrderReader reader = self.readers[t]
         cdef OrderEntry entry
-        if index and reader.peek(index - 1, &entry) in (READ_OK, READ_GONE):
-            return entry.position + entry.message_count
-        return reader.frontiers()["reclaimed_position"]
+        cdef int status
+        self.memory.invalidate(at, 64)
+        if self.memory.load(at + 24) == self.topics[t].generation:
+            own = self.memory.load(at)
+        while True:
+            found = reader.frontiers()
+            oldest = found["reclaimed_index"], found["reclaimed_position"]
+            if not oldest[0] < own <= found["committed_index"]:
+                return oldest
+            status = reader.peek(own - 1, &entry)
+            if status == READ_OK or status == READ_GONE:
+                return own, entry.position + entry.message_count
+            if status == READ_DAMAGED and own < found["committed_index"]:
+                status = reader.peek(own, &entry)
+                if status == READ_OK or status == READ_GONE:
+                    return own, entry.position
+            if status == READ_DAMAGED or status == READ_CLOSED:
+                return oldest
+            # The frontier moved, or the head fell, between the two looks.
 
     cdef bint rotate(self, uint64_t f) noexcept nogil:
         """Close a file that is full and begin the next."""
@@ -468,8 +534,7 @@ cdef class Replication(Stage):
             return False
         close(file.fd)
         file.fd = -1
-        with gil:
-            self.begin_file(f)
+        self.begin_again(f)
         return not file.failed
 
     def begin_file(self, uint64_t f) -> None:
@@ -484,10 +549,16 @@ cdef class Replication(Stage):
                 self.folder.discard(file.tag)   # nobody was told of anything in it
             file.tag = 0
             file.synced = 0
-            first = self.memory.load(self.layout.topic_reclaim(t) + 8)
-            file.fd, file.tag = self.folder.create(t, file.generation, f % self.count, file.position, first)
+            if not self.know_frontiers(t):
+                raise BrokerUnavailable("no head says what is kept", address="head")
+            file.fd, file.tag = self.folder.create(t, file.generation, f % self.count, file.position,
+                                                   self.topics[t].first_position)
             file.offset = REPLICA_SUPERBLOCK
             file.failed = 0
+        except BrokerUnavailable:
+            file.failed = EAGAIN                # nobody says what the topic is: again, as soon as there is a head
+            file.retry_at = 0
+            return
         except Exception as error:
             self.fail(f, getattr(error, "errno", None) or errno_numbers.EIO)
             return

@@ -29,7 +29,7 @@ cdef class Seat(Stage):
         if self.memory.load(self.layout.control()) != control:
             cxl_store_release(&self.control, 0)
             return 0
-        return (<Stage>self.stage).step()
+        return (<Stage>self.stage).step()       # native to the end: none that sits here has a Python part
 
     cdef void prepare_to_sleep(self) noexcept nogil:
         if cxl_load_acquire(&self.control):

@@ -8,6 +8,9 @@ cdef class Stage:
 
     `step` does a bounded amount of work and returns how much. `prepare_to_sleep` is called before the loop sleeps:
     the next step must look everywhere, not only where a hint says that there is news.
+
+    A step cannot raise: it runs without the GIL. What its Python part raised is kept in `failure`, never printed and lost,
+    and whoever runs the stage raises it.
     """
 
     cdef int64_t step(self) noexcept nogil:
@@ -21,6 +24,8 @@ cdef class Stage:
         cdef int64_t work
         with nogil:
             work = self.step()
+        if self.failure is not None:
+            raise self.failure
         return work
 
     def look_everywhere(self) -> None:

@@ -186,6 +186,7 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
     ("group_lease_seconds", "TIME", "How long a silent member keeps its consumer group [10s]."),
     ("heartbeat_ms", "N", "How often a broker says that it is alive [100]."),
     ("head_lease_seconds", "TIME", "How long the head may be silent before another broker takes over [1s]."),
+    ("replica_grace_seconds", "TIME", "How long a broker may be away before others keep its replicas [5s]."),
     ("membership", "region|etcd", "Who elects the head: heartbeats in the region, or leases in etcd, for brokers on "
                                   "several hosts [region]."),
     ("etcd_endpoints", "HOST:PORT,...", "Where etcd listens, with membership etcd."),

@@ -8,6 +8,7 @@ import click
 import psutil
 
 from broker.region import Region, attach_region, inspect_region, region_statistics
+from broker.replica_watch import replaced_replicas
 from client.cli import common
 from sim.cxl.clock import SystemClock
 
@@ -33,7 +34,7 @@ class Sampler:
             "region_bytes": self._region.superblock["region_bytes"],
             "age_seconds": round(time.time() - self._region.superblock["created_wall_ns"] / 1e9, 3),
             "brokers": [self._broker(each, statistics["brokers"][each["broker"]]) for each in inspected["brokers"]],
-            "topics": [_topic(each) for each in inspected["topics"]],
+            "topics": [_topic(each, inspected["control"]["live_brokers"]) for each in inspected["topics"]],
             "sessions": sum(each["state"] == "open" for each in inspected["sessions"]),
             "readers": len(inspected["cursors"]),
             "pool": {key: inspected["pool"][key] for key in ("segments", "used", "free", "warm", "segment_bytes")},
@@ -67,8 +68,14 @@ def _process(pid: int) -> dict[str, Any]:
     return _NO_PROCESS
 
 
-def _topic(topic: dict[str, Any]) -> dict[str, Any]:
+def _topic(topic: dict[str, Any], live: int) -> dict[str, Any]:
+    def position_of(source: int, replica: int) -> int:
+        lines = [each for each in topic["brokers"][source]["replicas"] if each["replica"] == replica]
+        return sum(int(each["replicated_position"]) for each in lines if each["generation"] == topic["generation"])
+
     return {
+        "notes": replaced_replicas(topic["topic"], topic["generation"], topic["replication_factor"], live,
+                                   len(topic["brokers"]), position_of),
         "name": topic["name"], "state": topic["state"], "order": topic["order"], "ack": topic["ack"],
         "replication_factor": topic["replication_factor"],
         "first_position": topic["reclaimed_position"], "end_position": topic["committed_position"],
@@ -177,7 +184,8 @@ def _render(values: dict[str, Any]) -> Any:
     topics = common.make_table(
         "topics", ("name", ">order", ">ack", ">RF", ">first", ">end", ">bytes", ">messages/s", ">MB/s", "held by"),
         [_topic_row(each) for each in values["topics"]]) if values["topics"] else "no topics"
-    return Group(brokers, topics)
+    notes = [f"topic {each['name']}: {note}" for each in values["topics"] for note in each["notes"]]
+    return Group(brokers, topics, *notes)
 
 
 def _broker_row(broker: dict[str, Any]) -> tuple[object, ...]:

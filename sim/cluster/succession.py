@@ -48,6 +48,7 @@ class Succession:
             self._go_on()
             return
         head = world.hosts[self.head]
+        head.attend()
         if head.powered and not head.stalled:
             self.silent_since = -1
             return

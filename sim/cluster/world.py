@@ -22,10 +22,12 @@ from broker.errors import SessionFenced
 from broker.head import epoch_of
 from broker.layout import BrokerState, Layout, SessionState
 from broker.log import BrokerLog
+from broker.membership import store_heartbeat
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.records import pack
 from broker.replica_files import ReplicaFolder
+from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
@@ -59,6 +61,7 @@ from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 SECOND = 1_000_000_000
 SESSIONS_WORD, CURSORS_WORD, WATCHERS_WORD = 5, 6, 4
+GRACE_TICKS = 2_000                         # a broker that is silent for so long loses its replicas
 CALL_TICKS = 20_000                         # a call that takes longer has failed
 EARLIER_BATCHES, EARLIER_TRIES = 10, 400
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
@@ -83,6 +86,7 @@ class Host:
         self.attached: dict[int, int] = {}      # slots of attached publishers -> their sessions' slots
         self.attached_cursors: dict[int, int] = {}              # slots of attached readers -> their cursors
         self.ending_cursors: list[tuple[int, int, int]] = []    # slot, its generation, cursor
+        self.replica_watch: ReplicaWatch | None = None          # while it is head
 
     def start(self) -> None:
         """Put the broker together, as `broker.node` does."""
@@ -123,6 +127,7 @@ class Host:
                                scenario.scanners)
             scanners = self._scanners(order)
             yield from self._head_stages(order, scanners)
+            self._watch_replicas(order)
         self.directory = Directory(self.memory, self.log, order, scanners)
         yield "directory", self.directory
         yield "delegation", Delegation(self.door(Role.ROLE_DELEGATION), self.log, self.bells[0])
@@ -162,6 +167,16 @@ class Host:
         self.units += self.head_units
         self.directory.lead(takeover.order, scanners)
         self.topics.lead(takeover.order.layout)
+        self._watch_replicas(takeover.order)
+
+    def _watch_replicas(self, order: OrderState) -> None:
+        self.replica_watch = ReplicaWatch(self.door(Role.ROLE_SEQUENCER), order.layout, self.world.clock,
+                                          GRACE_TICKS * self.world.scenario.tick_ns)
+
+    def attend(self) -> None:
+        """What a head does in each tick of its term (`broker.leadership`)."""
+        if self.powered and not self.stalled and self.replica_watch is not None:
+            self.replica_watch.look()
 
     def resign(self) -> None:
         """Notice that somebody else is head."""
@@ -169,6 +184,7 @@ class Host:
             self.units = [unit for unit in self.units if unit not in self.head_units]
             self.head_units = []
             self.directory.lead(None, [])
+            self.replica_watch = None
             self.world.allow()
 
     def _bell(self, host: int, which: int) -> Doorbell:
@@ -214,6 +230,7 @@ class Host:
         """One round of the broker's event loop."""
         if self.stalled or not self.powered:
             return
+        store_heartbeat(self.memory, self.world.layout, self.number, self.world.clock)
         if self.loop.busy:
             self.loop.round()
         for connection in list(self.connections):
@@ -356,10 +373,16 @@ class World:
             stop = self._trace_steps(limit) if self.tracing else self.schedule.run(limit)
             if stop == Stop.STOP_BREACH:
                 raise Violation(*self.witness.describe())
+            self._raise_failure()
             self._notice_power()
             while self._queue and self._queue[0][0] <= self.step:
                 heapq.heappop(self._queue)[2]()
                 self._notice_power()
+
+    def _raise_failure(self) -> None:
+        for stage in self.schedule.stages():
+            if stage.failure is not None:
+                raise Violation("E", f"{type(stage).__name__} raised {stage.failure!r}") from stage.failure
 
     def _trace_steps(self, limit: int) -> int:
         """Step one by one, and note what each changed in memory."""

@@ -195,25 +195,6 @@ def test_descriptors_come_back_with_their_topics(tmp_path: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_when_a_replica_dies_another_goes_on_where_it_ended(tmp_path: Path) -> None:
-    cluster = ManualCluster(brokers=3, folder=tmp_path)
-    topic = cluster.create(replication_factor=2)
-    session = cluster.open_session(topic)
-    cluster.publish_all(session, range(10))
-    (first,) = cluster.replicas(topic, 0)
-    (second,) = {0, 1, 2} - {0, first}
-    dead = cluster.brokers[first].replication
-    cluster.stages = [stage for stage in cluster.stages if stage is not dead]
-    cluster.publish_all(session, range(10, 13))         # ordered, and on no disk
-    assert replica_line(cluster, 0, first)["replicated_index"] == 10
-    cluster.poke("HeadLine", "head", live_brokers=0b111 & ~(1 << first))
-    cluster.settle()
-    assert cluster.replicas(topic, 0) == [second]
-    assert replica_line(cluster, 0, second)["replicated_index"] == 13
-    cluster.publish_all(session, range(13, 16))
-    assert [entry["batch_sequence"] for entry, _ in records_of(replica_file(tmp_path, 0, second))] == list(range(10, 16))
-
-
 # ---- failures ------------------------------------------------------------------------------------------------------
 
 
