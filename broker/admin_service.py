@@ -162,22 +162,24 @@ class AdminService:
 
     async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
         node, server = self._node, self._server
-        entry = node.topics.find(request.subscribe.topic)
-        key = entry.generation << 16 | entry.number
+        entry = server.topic_seen(request.subscribe)
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await server.place(request.subscribe, reader, key, (request.pid, request.start_time))
-        found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
-                                            request.start_time)
-        if found is None:
+        cursor = await server.place(request.subscribe, reader, entry, (request.pid, request.start_time))
+        try:                                # what may fail comes before the slot: who is refused holds nothing
+            frontiers, position = reader.frontiers(), reader.position_of(reader.index)
+            found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
+                                                request.start_time)
+            if found is None:
+                raise AttachSlotsFull(broker=node.broker)
+        except BaseException:
             server.cursors.close(cursor)
-            raise AttachSlotsFull(broker=node.broker)
+            raise
         server.attached_by[found[0]] = CALLER.get().name
         server.attached_cursors[found[0]] = cursor
         node.watch_commits(+1)
-        frontiers = reader.frontiers()
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
                              topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
-                             position=reader.position_of(reader.index),
+                             position=position, created_ns=entry.created_ns,
                              first_position=frontiers["reclaimed_position"],
                              end_position=frontiers["committed_position"], doorbell=node.broker)
 

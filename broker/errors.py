@@ -31,6 +31,7 @@ class CxlmqError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[str] = "INTERNAL"
     template: ClassVar[str] = "internal error"
+    comes_back: ClassVar[bool] = False      # an outage: who was open waits and tries again; else it is for the user
 
     def __init__(self, message: str | None = None, /, **details: object) -> None:
         self.details: dict[str, object] = details
@@ -75,6 +76,7 @@ class RegionStale(RegionError):
     """The region is of another version, layout or run."""
 
     code = "region-stale"
+    comes_back = True
     template = "region {region} is stale ({reason}): remove it with `cxlmq region gc`, or attach to the current run"
 
 
@@ -90,6 +92,7 @@ class RegionMissing(RegionError):
 
     code = "region-missing"
     status = "NOT_FOUND"
+    comes_back = True
     template = "there is no region {region}: start the cluster with `cxlmq cluster up`"
 
 
@@ -124,6 +127,25 @@ class UnknownTopic(TopicError):
     code = "unknown-topic"
     status = "NOT_FOUND"
     template = "there is no topic {topic}: create it with `cxlmq topic create {topic}`"
+
+
+class TopicRecreated(UnknownTopic):
+    """The topic was deleted and another one has its name: a client of the first one never goes on in the second."""
+
+    code = "topic-recreated"
+    status = "FAILED_PRECONDITION"
+    template = ("topic {topic} was deleted, and another one was made with its name: open a new subscriber or publisher "
+                "for that one, or accept it with seek(\"beginning\")")
+
+
+class ClusterReplaced(UnknownTopic):
+    """The cluster was started anew without what it had: its topics are not those that the client knew."""
+
+    code = "cluster-replaced"
+    status = "FAILED_PRECONDITION"
+    template = ("the cluster was started anew and what topic {topic} had is not there: open a new subscriber or "
+                "publisher, or accept the new topic with seek(\"beginning\"); `cxlmq cluster up --recover` brings back "
+                "what is on disk")
 
 
 class DuplicateTopic(TopicError):
@@ -239,6 +261,7 @@ class BrokerUnavailable(CxlmqError):
 
     code = "broker-unavailable"
     status = "UNAVAILABLE"
+    comes_back = True
     template = "no broker answers at {address}: is the cluster up (`cxlmq cluster status`)?"
 
 
@@ -247,6 +270,7 @@ class MembershipUnavailable(CxlmqError):
 
     code = "membership-unavailable"
     status = "UNAVAILABLE"
+    comes_back = True
     template = "etcd does not answer at {endpoints} ({reason}): start it, or set etcd_endpoints or membership"
 
 

@@ -61,9 +61,9 @@ class GroupService:
         self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid)
         node.groups = self.table
         if node.leadership.term is not None:
-            self.table.lead(node.leadership.term.order.layout)
+            self.table.lead(node.leadership.term.order.layout, node.group_lease_ns)
         self._files = GroupFiles(node.config.replica_folder(node.broker))
-        self._lease_ns = int(node.config.group_lease_seconds * 1e9)
+        self._lease_ns = node.group_lease_ns
         self._files_failed = False
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
@@ -82,8 +82,8 @@ class GroupService:
         return {name: unary(self._server.guard, *each) for name, each in methods.items()}
 
     def _opened(self, request: Any) -> tuple[TopicEntry, OrderReader]:
-        """The topic that a request is about, and a reader of it. Raises `BadGroupName`, `UnknownTopic`."""
-        topic = self._node.topics.find(request.topic)
+        """The topic that a request is about, and a reader of it. Raises `BadGroupName`, `UnknownTopic` and its like."""
+        topic = self._server.topic_seen(request) if hasattr(request, "seen") else self._node.topics.find(request.topic)
         check_group_name(request.group)
         return topic, self._reader(topic)
 
@@ -98,25 +98,25 @@ class GroupService:
             return await self._forward("Groups/Join", request, pb.GroupMembership, context)
         holder = request.holder.encode()[:63].decode(errors="ignore") or f"member {request.member:x}"
         group = await self.table.join(topic, reader, request.group, request.member, holder, self._lease_ns,
-                                      request.protect, lambda: start_place(request, reader))
-        await self._make_durable(topic, group)
-        return self._membership(group)
+                                      request.protect, lambda: start_place(request, reader), self._make_durable)
+        return self._membership(topic, group)
 
     async def commit(self, request: Any, context: Any) -> pb.GroupMembership:
         topic, reader = self._opened(request)
         if not self._node.is_head:
             return await self._forward("Groups/Commit", request, pb.GroupMembership, context)
         if not request.HasField("position"):
-            return self._membership(self.table.renew(topic, request.group, request.member, request.member_epoch,
-                                                     self._lease_ns))
+            return self._membership(topic, self.table.renew(topic, request.group, request.member, request.member_epoch,
+                                                            self._lease_ns))
         group = self.table.commit(topic, reader, request.group, request.member, request.member_epoch, request.position,
                                   self._lease_ns)
         await self._make_durable(topic, group)
-        return self._membership(group)
+        return self._membership(topic, group)
 
-    def _membership(self, group: Group) -> pb.GroupMembership:
+    def _membership(self, topic: TopicEntry, group: Group) -> pb.GroupMembership:
         return pb.GroupMembership(member_epoch=group.member_epoch, position=group.position,
-                                  lease_ms=self._lease_ns // 1_000_000)
+                                  lease_ms=self._lease_ns // 1_000_000,
+                                  topic=pb.TopicIdentity(run_id=self._node.region.run_id, created_ns=topic.created_ns))
 
     async def leave(self, request: Any, context: Any) -> pb.LeaveGroupResponse:
         topic, _ = self._opened(request)
@@ -141,7 +141,7 @@ class GroupService:
 
     def _describe(self, topic: TopicEntry, group: Group) -> pb.Group:
         frontiers = self._node.topics.frontiers(topic)
-        left = (group.lease_until_ns - self._node.clock.now()) // 1_000_000 if self.table.is_read(group) else 0
+        left = self.table.lease_left_ns(group) // 1_000_000
         return pb.Group(topic=topic.name, name=group.name, position=group.position,
                         first_position=frontiers["first_position"], end_position=frontiers["end_position"],
                         protected=group.protected, holder=group.holder if left > 0 else "", lease_left_ms=max(0, left),
@@ -153,8 +153,7 @@ class GroupService:
             return await self._forward("Groups/Reset", request, pb.Group, context)
         start = (lambda: start_place(request, reader)) if request.WhichOneof("start") else None
         protect = {pb.ResetGroupRequest.ON: True, pb.ResetGroupRequest.OFF: False}.get(request.protection)
-        group = await self.table.reset(topic, reader, request.group, start, protect)
-        await self._make_durable(topic, group)
+        group = await self.table.reset(topic, reader, request.group, start, protect, self._make_durable)
         return self._describe(topic, group)
 
     async def delete(self, request: Any, context: Any) -> pb.DeleteGroupResponse:

@@ -6,7 +6,8 @@ committed is not reclaimed.
 """
 
 import asyncio
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from broker.errors import (
     UnknownGroup,
 )
 from broker.group_files import GroupRecord, read_group_files
-from broker.head import HeadView
+from broker.head import HeadView, head_of
 from broker.layout import ControlBits, GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
@@ -32,6 +33,12 @@ from broker.topics import TopicEntry
 from sim.cxl.memory import Memory
 
 NOBODY = 0
+LEASE_NS = 10_000_000_000
+Durable = Callable[[TopicEntry, "Group"], Awaitable[None]]
+
+
+async def _memory_is_enough(_: TopicEntry, __: "Group") -> None:
+    """A place that need not be on a disk."""
 
 
 def topic_key(topic: TopicEntry) -> int:
@@ -76,10 +83,14 @@ class GroupTable:
         self._cursors, self._pid = cursors, pid
         self._count = layout.numbers["group_count_max"]
         self._lock = asyncio.Lock()
+        self._lead: tuple[int, int] | None = None       # since when we lead, and how long leases are
+        self._leases: dict[int, tuple[int, int]] = {}   # number -> member epoch, end of the lease that we gave
 
-    def lead(self, layout: Layout) -> None:
+    def lead(self, layout: Layout, lease_ns: int = LEASE_NS) -> None:
         """This broker is head from now on, and writes the bank of `layout`."""
         self._layout, self._bank = layout, layout.numbers["bank"]
+        self._lead = self._now(), lease_ns
+        self._leases.clear()
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -116,17 +127,36 @@ class GroupTable:
             raise GroupFenced(group=name, topic=topic.name, holder=group.holder or "nobody (it was reset or left)")
         return group
 
-    def is_read(self, group: Group) -> bool:
-        """Whether a member's lease lasts."""
-        return group.member != NOBODY and group.lease_until_ns > self._now()
+    def lease_left_ns(self, group: Group) -> int:
+        """How long the member's lease lasts; 0 or less when nobody reads.
+
+        A lease ends by the clock of the head that gave it, and clocks of hosts have nothing in common. The head knows
+        the leases that it gave; one of a former head it lets last as long as if it had been given when this one began.
+        Who only looks compares with what the head's clock said last.
+        """
+        if group.member == NOBODY:
+            return 0
+        epoch, until = self._leases.get(group.number, (0, 0))
+        if epoch == group.member_epoch:
+            return until - self._now()
+        if self._lead is not None:
+            return sum(self._lead) - self._now()
+        return group.lease_until_ns - self._now_at_head()
+
+    def _now_at_head(self) -> int:
+        head = self._layout.offset_of("broker", head_of(self._memory.load_word(self._layout.offset_of("control"))))
+        self._memory.invalidate_range(head, 64)
+        return int(unpack("BrokerLine", self._memory.read_line_bytes(head))["heartbeat_ns"])
 
     # ---- writing (at the head) --------------------------------------------------------------------------------------
 
     async def join(self, topic: TopicEntry, reader: OrderReader, name: str, member: int, holder: str, lease_ns: int,
-                   protect: bool, start: Callable[[], tuple[int, int]]) -> Group:
+                   protect: bool, start: Callable[[], tuple[int, int]],
+                   durable: Durable = _memory_is_enough) -> Group:
         """Become the group's one reader; a new group begins at `start()`, (position, index).
 
-        Raises `GroupBusy`, `GroupTableFull`, `PositionLost` (of an unprotected group: what it has not read is gone).
+        Raises `GroupBusy`, `GroupTableFull`, `PositionLost` (of an unprotected group: what it has not read is gone),
+        and what `durable` raises. Refused or cancelled, the group is as it was.
         """
         async with self._lock:
             try:
@@ -138,27 +168,35 @@ class GroupTable:
             if group.member != member:
                 self._refuse_if_read(group, topic)
             protected = protect or group.protected
-            return await self._place(topic, reader, group, group.position, protected, member=member, holder=holder,
-                                     lease_until_ns=self._now() + lease_ns, committed_wall_ns=self._wall())
+            return await self._place(topic, reader, group, group.position, protected, durable, member=member,
+                                     holder=holder, lease_until_ns=self._now() + lease_ns,
+                                     committed_wall_ns=self._wall())
 
     async def reset(self, topic: TopicEntry, reader: OrderReader, name: str,
-                    start: Callable[[], tuple[int, int]] | None, protect: bool | None) -> Group:
-        """Put a group somewhere else, or change its protection. Raises `GroupBusy`, `PositionLost`, `UnknownGroup`."""
+                    start: Callable[[], tuple[int, int]] | None, protect: bool | None,
+                    durable: Durable = _memory_is_enough) -> Group:
+        """Put a group somewhere else, or change its protection; refused or cancelled, it is as it was.
+
+        Raises `GroupBusy`, `PositionLost`, `UnknownGroup`, and what `durable` raises.
+        """
         async with self._lock:
             group = self.find(topic, name)
             self._refuse_if_read(group, topic)
             position = group.position if start is None else start()[0]
             return await self._place(topic, reader, group, position, group.protected if protect is None else protect,
-                                     member=NOBODY, holder="", lease_until_ns=0, committed_wall_ns=self._wall())
+                                     durable, member=NOBODY, holder="", lease_until_ns=0,
+                                     committed_wall_ns=self._wall())
 
     async def _place(self, topic: TopicEntry, reader: OrderReader, group: Group, position: int, protected: bool,
-                     **changed: Any) -> Group:
-        """Write a group at a position that nothing was reclaimed beyond.
+                     durable: Durable, **changed: Any) -> Group:
+        """Write a group at a position that nothing was reclaimed beyond, and make that durable; all of it or nothing.
 
         The place is granted to a cursor first: from the grant on the reclaimer keeps it, and when the cursor is closed
-        the group's own line does, or else whoever reads.
+        the group's own line does, or else whoever reads. The cursor keeps the former place as well, for it may be that
+        again.
         """
-        cursor, granted = await self._cursors.open(topic_key(topic), reader.find(position), self._pid)
+        cursor, first_index = await self._cursors.open(topic_key(topic), reader.find(min(position, group.position)),
+                                                       self._pid)
         try:
             first = reader.frontiers()["reclaimed_position"]
             if position < first:
@@ -166,10 +204,32 @@ class GroupTable:
                     f"group {group.name} of topic {topic.name} lost positions {position} to {first - 1}: they were "
                     f"reclaimed before it read them; `cxlmq group reset` puts it at what is kept, protect keeps it",
                     position=position, first_available=first, group=group.name, topic=topic.name)
-            return self._write(group, position=position, index=granted, protected=protected,
-                               member_epoch=group.member_epoch + 1, **changed)
+            written = self._write(group, position=position, index=max(first_index, reader.find(position)),
+                                  protected=protected, member_epoch=group.member_epoch + 1, **changed)
+            try:
+                await durable(topic, written)
+            except BaseException:
+                with contextlib.suppress(BrokerUnavailable):    # another head: what we wrote is for it to keep
+                    self._undo(group, written)
+                raise
+            return written
         finally:
             self._cursors.close(cursor)
+
+    def _undo(self, before: Group, written: Group) -> None:
+        """Put back what was there before a change that is refused, unless something came after it.
+
+        The epoch is the former one as well: nobody was told of the new one. The version is not: a file may have it.
+        """
+        now = self._read(written.number)
+        if (now.version, now.member, now.member_epoch) != (written.version, written.member, written.member_epoch):
+            return
+        if before.version == 0:
+            self._free(written.number)
+        else:
+            self._write(now, **{name: getattr(before, name) for name in (
+                "position", "index", "protected", "member", "member_epoch", "holder", "lease_until_ns",
+                "committed_wall_ns")})
 
     def renew(self, topic: TopicEntry, name: str, member: int, member_epoch: int, lease_ns: int) -> Group:
         """The member is alive. Raises `GroupFenced`, `UnknownGroup`."""
@@ -189,9 +249,9 @@ class GroupTable:
         return self._write(group, lease_until_ns=self._now() + lease_ns, **changed)
 
     def leave(self, topic: TopicEntry, name: str, member: int, member_epoch: int) -> None:
-        """The member reads no more; of one that was fenced before it is no news."""
+        """The member reads no more; of one that was fenced before it is no news. An epoch of 0 is whichever it has."""
         group = self.find(topic, name)
-        if (group.member, group.member_epoch) == (member, member_epoch):
+        if group.member == member and member_epoch in (0, group.member_epoch):
             self._write(group, member=NOBODY, holder="", lease_until_ns=0)
 
     async def delete(self, topic: TopicEntry, name: str) -> Group:
@@ -234,9 +294,9 @@ class GroupTable:
                     self._free(group.number)
 
     def _refuse_if_read(self, group: Group, topic: TopicEntry) -> None:
-        if self.is_read(group):
+        if (left := self.lease_left_ns(group)) > 0:
             raise GroupBusy(group=group.name, topic=topic.name, holder=group.holder or "somebody",
-                            lease_seconds_left=round((group.lease_until_ns - self._now()) / 1e9, 1))
+                            lease_seconds_left=round(left / 1e9, 1))
 
     def _free_number(self, topic: TopicEntry, name: str) -> int:
         free = numpy.flatnonzero(self._states() & 0xFF == 0)
@@ -278,6 +338,7 @@ class GroupTable:
         self._memory.flush_range(at, 64)
         self._memory.store_fence()
         self._require_head(control)
+        self._leases[fresh.number] = fresh.member_epoch, fresh.lease_until_ns
         return fresh
 
     def _require_head(self, control: int) -> None:

@@ -123,6 +123,7 @@ class BrokerNode:
         self.pool_leader: PoolLeader | None = None
         self.replica_watch: ReplicaWatch | None = None
         self.groups: GroupTable | None = None           # the server's; it writes where we are head
+        self.group_lease_ns = int(config.group_lease_seconds * 1e9)
         self.incarnation = self.memory.fetch_add_word(self.layout.offset_of("control") + 8, 1) + 1
         seat_door = self._door(Role.ROLE_SEQUENCER)
         self.seats = [Seat(seat_door, self.layout) for _ in range(config.scanners + 1)]
@@ -227,7 +228,7 @@ class BrokerNode:
         self.replica_watch = ReplicaWatch(self._door(Role.ROLE_SEQUENCER), order.layout, self.clock,
                                           int(grace_seconds * 1e9))
         if self.groups is not None:
-            self.groups.lead(order.layout)
+            self.groups.lead(order.layout, self.group_lease_ns)
         self.ring_all()
         return [*scanners, Reclaim(self._door(Role.ROLE_RECLAIM), order, self.doorbells, self.pool_leader)]
 

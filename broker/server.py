@@ -31,11 +31,12 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.group_service import GroupService, start_index
+from broker.groups import topic_key
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.head import epoch_of, head_of
 from broker.layout import BrokerState, SessionState
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import OrderReader, ReadError
+from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
@@ -335,6 +336,8 @@ class BrokerServer:
                 self.cursors.free_left({
                     (each["pid"], each["start_time"]) for each in self.node.attach.open_slots()
                     if not each["left"] and (each["number"], each["generation"]) in self._inherited})
+                if self.node.is_head:
+                    await self.node.topics.complete_deletions(self.node.live_brokers)
                 await self.groups.look_after()
 
     def raise_if_failed(self) -> None:
@@ -452,14 +455,15 @@ class BrokerServer:
             try:
                 await self._deliver(request, context)
             except ReadError as error:
+                if error.status == ReadStatus.READ_CLOSED:
+                    raise self.node.topics.gone(request.topic, request.seen.created_ns) from error
                 raise read_error(request.topic, error) from error
 
     async def _deliver(self, request: Any, context: Any) -> None:
         node = self.node
-        entry = node.topics.find(request.topic)
-        key = entry.generation << 16 | entry.number
+        entry = self.topic_seen(request)
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await self.place(request, reader, key)
+        cursor = await self.place(request, reader, entry)
         node.watch_commits(+1)
         event = asyncio.Event()
         self._commit_events.setdefault(entry.number, set()).add(event)
@@ -468,21 +472,26 @@ class BrokerServer:
             await context.send_initial_metadata((
                 ("cxlmq-position", str(reader.position_of(reader.index))),
                 ("cxlmq-first-position", str(frontiers["reclaimed_position"])),
-                ("cxlmq-end-position", str(frontiers["committed_position"]))))
+                ("cxlmq-end-position", str(frontiers["committed_position"])),
+                ("cxlmq-run-id", str(node.region.run_id)), ("cxlmq-created-ns", str(entry.created_ns))))
             await self._follow(request, context, reader, cursor, event)
         finally:
             self._commit_events[entry.number].discard(event)
             node.watch_commits(-1)
             self.cursors.close(cursor)
 
-    async def place(self, request: Any, reader: OrderReader, key: int, process: tuple[int, int] = (0, 0)) -> int:
+    def topic_seen(self, request: Any) -> TopicEntry:
+        """The topic that a request is about. Raises as `TopicTable.find_seen`."""
+        return self.node.topics.find_seen(request.topic, request.seen, self.node.region.run_id)
+
+    async def place(self, request: Any, reader: OrderReader, entry: TopicEntry,
+                    process: tuple[int, int] = (0, 0)) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
         if request.group:
-            self.groups.table.require_member(self.node.topics.find(request.topic), request.group, request.member,
-                                             request.member_epoch)
+            self.groups.table.require_member(entry, request.group, request.member, request.member_epoch)
         start = request.WhichOneof("start") or "beginning"
-        cursor, granted = await self.cursors.open(key, start_index(request, reader), process[0] or self.node.pid,
-                                                  request.group, process[1])
+        cursor, granted = await self.cursors.open(topic_key(entry), start_index(request, reader),
+                                                  process[0] or self.node.pid, request.group, process[1])
         try:
             reader.move_to(granted)
             first = reader.frontiers()["reclaimed_position"]

@@ -5,9 +5,18 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from broker.config import TopicConfig, check_topic_name
-from broker.errors import BrokerUnavailable, DuplicateTopic, TopicTableFull, UnknownTopic
+from broker.errors import (
+    BrokerUnavailable,
+    ClusterReplaced,
+    CxlmqError,
+    DuplicateTopic,
+    TopicRecreated,
+    TopicTableFull,
+    UnknownTopic,
+)
 from broker.head import HeadView
 from broker.layout import HolderKind, Layout, TopicState
 from broker.records import pack, record_bytes, unpack
@@ -17,6 +26,7 @@ from sim.cxl.memory import Memory
 KEEP_FOREVER = (1 << 64) - 1
 STEP_SECONDS = 0.001
 ROUND_SECONDS = 10.0
+DELETE_SECONDS = 2.0                    # that a deletion waits for brokers that stand still, before it is done without
 WIPE_BYTES = 1 << 16
 
 
@@ -50,6 +60,7 @@ class TopicTable:
         self._lock = asyncio.Lock()
         self._version = -1
         self._by_name: dict[str, TopicEntry] = {}
+        self._unfinished = True             # whether there may be deletions that some broker has not noted
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -67,6 +78,28 @@ class TopicTable:
             raise UnknownTopic(topic=name)
         return entry
 
+    def find_seen(self, name: str, seen: Any, run_id: int) -> TopicEntry:
+        """As `find`, for a client that says which topic it had (a TopicIdentity); zeroes when it had none yet.
+
+        Raises `TopicRecreated` when another topic has the name by now, `ClusterReplaced` when this cluster (`run_id`)
+        is another one and has not that topic. One that was recovered has: a topic is made once, whatever runs it sees.
+        """
+        again, same_run = seen.created_ns != 0, seen.run_id == run_id
+        try:
+            entry = self.find(name)
+        except UnknownTopic:
+            if again and not same_run:
+                raise ClusterReplaced(topic=name) from None
+            raise
+        if again and entry.created_ns != seen.created_ns:
+            raise TopicRecreated(topic=name) if same_run else ClusterReplaced(topic=name)
+        return entry
+
+    def gone(self, name: str, created_ns: int) -> CxlmqError:
+        """Why a client of a topic that is closed cannot go on: it was deleted, or another one has its name as well."""
+        again = any(each.name == name and each.created_ns != created_ns for each in self.entries())
+        return TopicRecreated(topic=name) if again else UnknownTopic(topic=name)
+
     def entry_of(self, number: int, generation: int) -> TopicEntry:
         """The active topic with this number. Raises `LookupError` when it is gone."""
         for entry in self.entries():
@@ -77,6 +110,7 @@ class TopicTable:
     def lead(self, layout: Layout) -> None:
         """This broker is head from now on, and writes the bank of `layout`."""
         self._layout = layout
+        self._unfinished = True             # the former head may have left some
 
     def version(self) -> int:
         """Changes whenever a topic appears or goes. Raises `BrokerUnavailable` while no head serves, as `find` does."""
@@ -171,31 +205,47 @@ class TopicTable:
             self._publish(self._layout.offset_of("topic", number), line)
             try:
                 await self._every_broker(live_brokers, number, generation)
-            except BrokerUnavailable:
+            except BaseException:           # also when the caller goes away meanwhile
                 self._set_state(number, TopicState.TOPIC_DELETING)
                 raise
             return self.find(config.name)
 
     async def delete(self, name: str, live_brokers: Callable[[], list[int]]) -> None:
-        """Delete a topic: first every live broker stops serving it, then its segments are given back."""
+        """Delete a topic: first every live broker stops serving it, then its segments are given back.
+
+        It is deleted when it is marked: a broker that stands still takes note when it goes on, and then
+        `complete_deletions` does the rest, as it does when the caller goes away.
+        """
         async with self._lock:
             entry = self.find(name)
             self._set_state(entry.number, TopicState.TOPIC_DELETING)
-            await self._every_broker(live_brokers, entry.number, 0)
+            try:
+                await self._every_broker(live_brokers, entry.number, 0, DELETE_SECONDS)
+            except BrokerUnavailable:
+                return
             self._set_state(entry.number, TopicState.TOPIC_FREE)
 
+    async def complete_deletions(self, live_brokers: Callable[[], list[int]]) -> None:
+        """Free what was deleted while some broker stood still (at the head)."""
+        if self._unfinished and not self._lock.locked():        # else the next look does it
+            async with self._lock:
+                self._unfinished = self.finish_deletions(live_brokers())
+
     def _set_state(self, number: int, state: TopicState) -> None:
+        self._unfinished |= state == TopicState.TOPIC_DELETING
         at = self._layout.offset_of("topic", number)
         line = unpack("TopicLine", self._memory.read_line_bytes(at))
         line["state"] = line["state"] >> 8 << 8 | state
         self._publish(at, pack("TopicLine", **line))
 
-    def finish_deletions(self, live_brokers: list[int]) -> None:
-        """Free the numbers of topics whose deletion was given up before every broker had stopped."""
-        for number in range(self._numbers["topic_count_max"]):
-            if self._state(number)[1] == TopicState.TOPIC_DELETING and not any(
-                    self._generation_at(number, broker) for broker in live_brokers):
-                self._set_state(number, TopicState.TOPIC_FREE)
+    def finish_deletions(self, live_brokers: list[int]) -> bool:
+        """Free the numbers of topics whose deletion was left before every broker had stopped; whether some remain."""
+        deleting = [number for number in range(self._numbers["topic_count_max"])
+                    if self._state(number)[1] == TopicState.TOPIC_DELETING]
+        served = [number for number in deleting if any(self._generation_at(number, broker) for broker in live_brokers)]
+        for number in set(deleting) - set(served):
+            self._set_state(number, TopicState.TOPIC_FREE)
+        return bool(served)
 
     def _free_number(self) -> int:
         for number in range(self._numbers["topic_count_max"]):
@@ -236,7 +286,8 @@ class TopicTable:
         self._memory.store_fence()
         self._announce()
 
-    async def _every_broker(self, live_brokers: Callable[[], list[int]], number: int, generation: int) -> None:
+    async def _every_broker(self, live_brokers: Callable[[], list[int]], number: int, generation: int,
+                            seconds: float = ROUND_SECONDS) -> None:
         """Wait until each live broker's line says that it serves this generation (0: that it has stopped)."""
         deadline = 0.0
         while True:
@@ -244,9 +295,9 @@ class TopicTable:
             if not late:
                 return
             now = asyncio.get_running_loop().time()
-            deadline = deadline or now + ROUND_SECONDS
+            deadline = deadline or now + seconds
             if now > deadline:
-                raise BrokerUnavailable(f"broker {late[0]} did not take note of the topic within {ROUND_SECONDS:.0f} s",
+                raise BrokerUnavailable(f"broker {late[0]} did not take note of the topic within {seconds:.0f} s",
                                         address=f"broker {late[0]}")
             await asyncio.sleep(STEP_SECONDS)
             self._announce()

@@ -80,8 +80,16 @@ class PublishResponse(_message.Message):
     refusals: _containers.RepeatedCompositeFieldContainer[Refusal]
     def __init__(self, batch_sequences: _Optional[_Iterable[int]] = ..., positions: _Optional[_Iterable[int]] = ..., statuses: _Optional[_Iterable[int]] = ..., epoch: _Optional[int] = ..., refusals: _Optional[_Iterable[_Union[Refusal, _Mapping]]] = ...) -> None: ...
 
+class TopicIdentity(_message.Message):
+    __slots__ = ("run_id", "created_ns")
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    CREATED_NS_FIELD_NUMBER: _ClassVar[int]
+    run_id: int
+    created_ns: int
+    def __init__(self, run_id: _Optional[int] = ..., created_ns: _Optional[int] = ...) -> None: ...
+
 class SubscribeRequest(_message.Message):
-    __slots__ = ("topic", "beginning", "end", "position", "published_ns", "frame_bytes", "group", "member", "member_epoch")
+    __slots__ = ("topic", "beginning", "end", "position", "published_ns", "frame_bytes", "group", "member", "member_epoch", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     BEGINNING_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
@@ -91,6 +99,7 @@ class SubscribeRequest(_message.Message):
     GROUP_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     beginning: bool
     end: bool
@@ -100,7 +109,8 @@ class SubscribeRequest(_message.Message):
     group: str
     member: int
     member_epoch: int
-    def __init__(self, topic: _Optional[str] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., frame_bytes: _Optional[int] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class Batch(_message.Message):
     __slots__ = ("position", "message_count", "broker", "published_ns", "reserved", "payload")
@@ -275,7 +285,7 @@ class AttachSubscriberRequest(_message.Message):
     def __init__(self, subscribe: _Optional[_Union[SubscribeRequest, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
 
 class Attachment(_message.Message):
-    __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell", "position")
+    __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell", "position", "created_ns")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
@@ -287,6 +297,7 @@ class Attachment(_message.Message):
     END_POSITION_FIELD_NUMBER: _ClassVar[int]
     DOORBELL_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    CREATED_NS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     generation: int
     region: str
@@ -298,7 +309,8 @@ class Attachment(_message.Message):
     end_position: int
     doorbell: int
     position: int
-    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., region: _Optional[str] = ..., run_id: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., index: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., doorbell: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    created_ns: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., region: _Optional[str] = ..., run_id: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., index: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., doorbell: _Optional[int] = ..., position: _Optional[int] = ..., created_ns: _Optional[int] = ...) -> None: ...
 
 class DetachRequest(_message.Message):
     __slots__ = ("slot", "generation")
@@ -313,7 +325,7 @@ class DetachResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class JoinGroupRequest(_message.Message):
-    __slots__ = ("topic", "group", "member", "holder", "protect", "beginning", "end", "position", "published_ns")
+    __slots__ = ("topic", "group", "member", "holder", "protect", "beginning", "end", "position", "published_ns", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
@@ -323,6 +335,7 @@ class JoinGroupRequest(_message.Message):
     END_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     group: str
     member: int
@@ -332,50 +345,57 @@ class JoinGroupRequest(_message.Message):
     end: bool
     position: int
     published_ns: int
-    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., holder: _Optional[str] = ..., protect: _Optional[bool] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., holder: _Optional[str] = ..., protect: _Optional[bool] = ..., beginning: _Optional[bool] = ..., end: _Optional[bool] = ..., position: _Optional[int] = ..., published_ns: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class GroupMembership(_message.Message):
-    __slots__ = ("member_epoch", "position", "lease_ms")
+    __slots__ = ("member_epoch", "position", "lease_ms", "topic")
     MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
     member_epoch: int
     position: int
     lease_ms: int
-    def __init__(self, member_epoch: _Optional[int] = ..., position: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    topic: TopicIdentity
+    def __init__(self, member_epoch: _Optional[int] = ..., position: _Optional[int] = ..., lease_ms: _Optional[int] = ..., topic: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class CommitGroupRequest(_message.Message):
-    __slots__ = ("topic", "group", "member", "member_epoch", "position")
+    __slots__ = ("topic", "group", "member", "member_epoch", "position", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     group: str
     member: int
     member_epoch: int
     position: int
-    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ..., position: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ..., position: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class LeaveGroupRequest(_message.Message):
-    __slots__ = ("topic", "group", "member", "member_epoch")
+    __slots__ = ("topic", "group", "member", "member_epoch", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     MEMBER_FIELD_NUMBER: _ClassVar[int]
     MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     group: str
     member: int
     member_epoch: int
-    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., group: _Optional[str] = ..., member: _Optional[int] = ..., member_epoch: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class LeaveGroupResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Group(_message.Message):
-    __slots__ = ("topic", "name", "position", "first_position", "end_position", "protected", "holder", "lease_left_ms", "member_epoch", "committed_unix_ns")
+    __slots__ = ("topic", "name", "position", "first_position", "end_position", "protected", "holder", "lease_left_ms", "member_epoch", "committed_unix_ns", "lost_count")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     NAME_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
@@ -386,6 +406,7 @@ class Group(_message.Message):
     LEASE_LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     MEMBER_EPOCH_FIELD_NUMBER: _ClassVar[int]
     COMMITTED_UNIX_NS_FIELD_NUMBER: _ClassVar[int]
+    LOST_COUNT_FIELD_NUMBER: _ClassVar[int]
     topic: str
     name: str
     position: int
@@ -396,7 +417,8 @@ class Group(_message.Message):
     lease_left_ms: int
     member_epoch: int
     committed_unix_ns: int
-    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ..., position: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., protected: _Optional[bool] = ..., holder: _Optional[str] = ..., lease_left_ms: _Optional[int] = ..., member_epoch: _Optional[int] = ..., committed_unix_ns: _Optional[int] = ...) -> None: ...
+    lost_count: int
+    def __init__(self, topic: _Optional[str] = ..., name: _Optional[str] = ..., position: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., protected: _Optional[bool] = ..., holder: _Optional[str] = ..., lease_left_ms: _Optional[int] = ..., member_epoch: _Optional[int] = ..., committed_unix_ns: _Optional[int] = ..., lost_count: _Optional[int] = ...) -> None: ...
 
 class ListGroupsRequest(_message.Message):
     __slots__ = ("topic", "group")

@@ -1,5 +1,7 @@
 """Consumer groups: a place never goes back nor beyond the end, one member at a time commits, and what is protected stays."""
 
+import asyncio
+import itertools
 import random
 from typing import Any
 
@@ -11,12 +13,13 @@ from broker.errors import (
     CxlmqError,
     GroupBusy,
     GroupFenced,
+    GroupNotDurable,
     GroupTableFull,
     PositionLost,
     UnknownGroup,
 )
 from broker.group_files import GroupRecord
-from broker.groups import Group, GroupTable
+from broker.groups import Durable, Group, GroupTable
 from broker.layout import GroupState, HolderKind
 from broker.reader import OrderReader
 from broker.stages.receiver import RECEIVED
@@ -340,3 +343,76 @@ def test_whatever_members_do_places_are_monotone_and_exclusive(seed: int) -> Non
             pass
         if position is not None:
             assert setting.table.find(setting.topic, "g").position == position, f"seed {seed}: after {act}"
+
+
+# ---- refused, cancelled ----------------------------------------------------------------------------------------------
+
+
+async def no_room(_: TopicEntry, __: Group) -> None:
+    """The disk refuses."""
+    raise GroupNotDurable(reason="no room")
+
+
+async def for_ever(_: TopicEntry, __: Group) -> None:
+    """The disk does not answer; whoever waits for it goes away."""
+    raise asyncio.CancelledError
+
+
+def place_of(setting: Setting, name: str = "g") -> dict[str, Any]:
+    """What a group says of itself, but for the count of its changes."""
+    return {**vars(setting.table.find(setting.topic, name)), "version": 0}
+
+
+@pytest.mark.parametrize("durable", [no_room, for_ever])
+def test_who_is_refused_for_want_of_a_disk_holds_nothing(durable: Durable) -> None:
+    setting = Setting()
+
+    def joins(member: int, name: str = "g") -> None:
+        with pytest.raises((GroupNotDurable, asyncio.CancelledError)):
+            drive(setting.table.join(setting.topic, setting.reader, name, member, "x", LEASE_NS, True,
+                                     lambda: (0, 0), durable))
+
+    joins(1)
+    assert setting.table.entries() == [], "a group that was not made is not there"
+    group = setting.commit(setting.join(1), 5)
+    before = place_of(setting)
+    joins(1)
+    assert place_of(setting) == before
+    setting.commit(group, 6)                    # the member that was there still is
+    setting.table.leave(setting.topic, "g", 1, group.member_epoch)
+    before = place_of(setting)
+    joins(2)
+    assert place_of(setting) == before
+    for place in ((2, 2), (15, 15)):
+        with pytest.raises((GroupNotDurable, asyncio.CancelledError)):
+            drive(setting.table.reset(setting.topic, setting.reader, "g", itertools.repeat(place).__next__, True, durable))
+        assert place_of(setting) == before
+    assert setting.join(3).member == 3, "nobody holds it"
+
+
+def test_a_member_that_never_heard_its_epoch_can_leave() -> None:
+    setting = Setting()
+    setting.join(1)
+    setting.table.leave(setting.topic, "g", 2, 0)
+    with pytest.raises(GroupBusy):
+        setting.join(2)
+    setting.table.leave(setting.topic, "g", 1, 0)
+    assert setting.join(2).member == 2
+
+
+@pytest.mark.parametrize("ahead", [-1000 * SECOND, 1000 * SECOND])
+def test_a_lease_is_not_judged_by_the_clock_of_another_host(ahead: int) -> None:
+    setting = Setting()
+    clock = setting.cluster.clock
+    clock.advance(2000 * SECOND)
+    setting.join(1)
+    other = GroupTable(setting.cluster.door(1, Role.ROLE_ADMIN), setting.cluster.layout, lambda: clock.now() + ahead,
+                       lambda: 0, setting.cluster.brokers[1].cursors, 2)
+    setting.cluster.take_over(1)
+    other.lead(setting.cluster.order.layout, LEASE_NS)
+    setting.table = other
+    clock.advance(LEASE_NS - 1)
+    with pytest.raises(GroupBusy):
+        setting.join(2)
+    clock.advance(2)
+    assert setting.join(2).member == 2

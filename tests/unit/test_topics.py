@@ -5,12 +5,22 @@ import asyncio
 import pytest
 
 from broker.config import TopicConfig
-from broker.errors import BadTopicName, BadTopicOptions, BrokerUnavailable, DuplicateTopic, TopicTableFull, UnknownTopic
+from broker.errors import (
+    BadTopicName,
+    BadTopicOptions,
+    BrokerUnavailable,
+    ClusterReplaced,
+    DuplicateTopic,
+    TopicRecreated,
+    TopicTableFull,
+    UnknownTopic,
+)
 from broker.layout import ResultStatus, TopicState
+from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.stages.receiver import RECEIVED, TOPIC_CLOSED
 from broker.topics import holder_text
-from tests.manual_cluster import KIB, LEASE_NS, ManualCluster
+from tests.manual_cluster import KIB, LEASE_NS, ManualCluster, drive
 
 GOOD = ("a", "A.b-c_9", "x" * 120, "_private", "9", "a..b")
 BAD = ("", ".hidden", "__system", "a b", "a/b", "../x", "x" * 121, "ü", "a\n", "a\0", "*", "topic:1", None, 7)
@@ -168,3 +178,67 @@ def test_every_holder_has_words() -> None:
     assert [holder_text(kind << 32 | 3) for kind in HolderKind] == [
         "nobody", "the live reader with cursor 3", "the protected consumer group 3", "the replica at broker 3",
         "topic 3, which never drops data", "batches of topic 3 that wait for their order"]
+
+
+# ---- identity, and what remains of a deletion ------------------------------------------------------------------------
+
+
+def test_who_comes_back_is_told_when_another_topic_has_the_name() -> None:
+    cluster = ManualCluster()
+    first = cluster.create("name")
+    seen = pb.TopicIdentity(run_id=7, created_ns=first.created_ns)
+    assert cluster.table.find_seen("name", pb.TopicIdentity(), 7) == first, "the first look"
+    assert cluster.table.find_seen("name", seen, 7) == first
+    assert cluster.table.find_seen("name", seen, 8) == first, "a cluster that was recovered has the same topics"
+    cluster.delete("name")
+    with pytest.raises(UnknownTopic) as raised:
+        cluster.table.find_seen("name", seen, 7)
+    assert type(raised.value) is UnknownTopic
+    with pytest.raises(ClusterReplaced):
+        cluster.table.find_seen("name", seen, 8)
+    cluster.create("name")
+    with pytest.raises(TopicRecreated):
+        cluster.table.find_seen("name", seen, 7)
+    with pytest.raises(ClusterReplaced):
+        cluster.table.find_seen("name", seen, 8)
+
+
+def test_a_topic_is_deleted_also_while_a_broker_stands_still_and_the_rest_is_done_when_it_goes_on(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ManualCluster(brokers=2)
+    entry, other = cluster.create("name"), cluster.create("other")
+    assert asyncio.run(told_of_deletion(cluster, monkeypatch)) is None
+    with pytest.raises(UnknownTopic):
+        cluster.table.find("name")
+    state = cluster.record("TopicLine", "topic", entry.number)["state"] & 0xFF
+    assert state == TopicState.TOPIC_DELETING, "the broker that stands still may use it yet"
+    drive(cluster.table.complete_deletions(lambda: [0, 1]))
+    assert cluster.record("TopicLine", "topic", entry.number)["state"] & 0xFF == TopicState.TOPIC_FREE
+    assert cluster.table.find("other") == other
+
+
+async def told_of_deletion(cluster: ManualCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Delete while broker 1 takes no note."""
+    monkeypatch.setattr("broker.topics.DELETE_SECONDS", 0.02)
+    served = cluster.table._generation_at
+    with monkeypatch.context() as stopped:
+        stopped.setattr(cluster.table, "_generation_at", lambda number, broker: 1 if broker else served(number, broker))
+        await cluster.table.delete("name", lambda: [0, 1])
+
+
+def test_a_creation_whose_caller_goes_away_leaves_no_topic(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = ManualCluster(brokers=2)
+    config, _ = TopicConfig(name="name").validate(2)
+
+    async def gone(*_: object) -> None:
+        raise asyncio.CancelledError
+
+    with monkeypatch.context() as cancelled:
+        cancelled.setattr(cluster.table, "_every_broker", gone)
+        with pytest.raises(asyncio.CancelledError):
+            drive(cluster.table.create(config, LEASE_NS, lambda: [0, 1]))
+    with pytest.raises(UnknownTopic):
+        cluster.table.find("name")
+    cluster.settle()
+    drive(cluster.table.complete_deletions(lambda: [0, 1]))
+    assert cluster.create("name").number == 0, "its place is free again"
