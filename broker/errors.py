@@ -477,6 +477,25 @@ class ClosedError(CxlmqError):
     template = "{what} is closed: open a new one"
 
 
+class LoanHeld(CxlmqError, BufferError):
+    """A loan's block ended while somebody held a view of it: the message was not published; details: views."""
+
+    code = "loan-held"
+    status = "FAILED_PRECONDITION"
+    template = ("{views} views of the loan (memoryviews, arrays) are held beyond its block, so the message was not "
+                "published: release or delete them before the block ends, or publish a copy")
+
+
+class ForkedProcess(ClosedError):
+    """This process was forked from one that uses the library; details: what."""
+
+    code = "forked"
+    status = "FAILED_PRECONDITION"
+    template = ("this process was forked from one that uses cxlmq, whose threads and connections no fork survives: "
+                "{what} cannot be used here: start the process anew (multiprocessing.get_context('spawn'), subprocess "
+                "or os.exec*)")
+
+
 def _all_errors(base: type[CxlmqError]) -> list[type[CxlmqError]]:
     return [base, *(each for child in base.__subclasses__() for each in _all_errors(child))]
 

@@ -6,6 +6,7 @@ from typing import Any
 from broker.config import TopicConfig, check_group_name, check_topic_name
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import ClientLoop, Connection
+from client.fork import is_child
 from client.start import Start, check_start, fill_start
 
 ANY_BROKER_COUNT = 64
@@ -113,8 +114,9 @@ class AsyncAdmin:
         return {**{name: getattr(reply, name) for name in names}, "brokers": brokers}
 
     async def close(self) -> None:
-        """Close the connections."""
-        await self._loop.call(self._connection.close())
+        """Close the connections. In a forked child they are the parent's."""
+        if not is_child():
+            await self._loop.call(self._connection.close())
 
     async def __aenter__(self) -> "AsyncAdmin":
         return self
@@ -170,8 +172,9 @@ class Admin:
         return self._run(self._admin.describe_cluster())
 
     def close(self) -> None:
-        """Close the connections."""
-        self._run(self._admin.close())
+        """Close the connections. In a forked child they are the parent's."""
+        if not is_child():
+            self._run(self._admin.close())
 
     def __enter__(self) -> "Admin":
         return self

@@ -172,8 +172,7 @@ class AttachedEngine(Engine):
         pass                                # what is in flight is settled there, or taken from there
 
     async def _disconnect(self) -> None:
-        if self.core is not None:
-            self.counts["failed"] += self.core.shut_down(self.failure or ClosedError(what="the publisher"))
+        self._shut_down()
         self._leave(list(self.attachments))
         if self.detaching:
             await asyncio.wait(list(self.detaching))
@@ -188,20 +187,29 @@ class AttachedEngine(Engine):
 
     def _seal(self, batch: Batch) -> None:
         super()._seal(batch)
+        core = self.core
+        if core is not None:
+            core.spill()                    # what comes next must stay behind it
+
+    def after_fork(self) -> None:
+        """In a child."""
+        super().after_fork()
         if self.core is not None:
-            self.core.spill()               # what comes next must stay behind it
+            self.core.after_fork()
 
     # ---- asked by the core and by the publisher ---------------------------------------------------------------------
 
     @property
     def front(self) -> Any:
         """What takes messages."""
-        return super().front if self.core is None else self.core
+        core = self.core                    # it may be closed meanwhile
+        return super().front if core is None else core
 
     @property
     def buffered(self) -> int:
         """Bytes that are not settled."""
-        return self.held + (self.core.in_flight_bytes if self.core is not None else 0)
+        core = self.core
+        return self.held + (core.in_flight_bytes if core is not None else 0)
 
     def statistics(self) -> dict[str, int]:
         """Counts so far."""
@@ -227,13 +235,14 @@ class AttachedEngine(Engine):
 
     def _pool_full(self) -> CxlmqError | None:
         """When it is the region that has no room: who holds it."""
-        if self.region is None or self.core is None or not self.core.lacks_leases():
+        region, core = self.region, self.core       # another thread may close
+        if region is None or core is None or not core.lacks_leases():
             return None
-        memory = self.region.memory(Role.ROLE_CLIENT)
-        head = HeadView(memory, self.region.layout)
-        for broker in self.core.brokers_alive():
+        memory = core.memory
+        head = HeadView(memory, region.layout)
+        for broker in core.brokers_alive():
             try:
-                holder = holder_at(head, memory, self.region.layout, broker)
+                holder = holder_at(head, memory, region.layout, broker)
             except BrokerUnavailable:
                 break                       # a new head is taking over: nobody can say
             if holder:
@@ -243,15 +252,18 @@ class AttachedEngine(Engine):
     def loan(self, nbytes: int) -> Loan:
         """A writable view of a segment."""
         self.raise_if_closed()
-        assert self.core is not None
-        return self.core.loan(nbytes)
+        core = self.core
+        if core is None:
+            raise ClosedError("the publisher is not open: use it in a `with` block", what="the publisher")
+        return core.loan(nbytes)
 
     # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 
     def urge(self, batch: Batch) -> None:
         """Somebody waits for this batch: do not linger."""
-        if self.core is not None and self.core.is_current(batch):
-            self.core.flush_open()
+        core = self.core
+        if core is not None and not self.forked and core.is_current(batch):
+            core.flush_open()
         super().urge(batch)
 
     def _wait(self, done: Callable[[], bool], limit: float) -> bool:
@@ -278,14 +290,19 @@ class AttachedEngine(Engine):
         if core is None:
             return super().flushed()
         core.flush_open()
-        spilled = super().flushed()
-        epoch, target = core.epoch, core.next_sequence
+        with self.sealing:                  # no batch is between private memory and the core
+            spilled = super().flushed()
+            in_flight = core.waited_for()
+            epoch, target = core.epoch, core.next_sequence
+        at_send = self.ack == 0
 
         def done() -> bool:
-            # A session that was opened anew has renumbered what is left: then all of it has to settle.
-            return self.closed or (spilled() and (
-                (core.epoch == epoch and core.oldest >= target)
-                or (core.undecided == 0 and not self.unsettled)))
+            # A session that is opened anew renumbers what is left; the batches stay what they are.
+            if self.closed:
+                return True
+            if at_send and core.epoch == epoch and core.oldest < target:
+                return False
+            return spilled() and all(batch.settled for batch in in_flight)
 
         return done
 
@@ -315,6 +332,7 @@ class AttachedEngine(Engine):
         if core.fenced:
             self._start_reopening(SessionFenced(reason="the broker ended it", committed=core.oldest))
         super()._step()
+        core.see_to_pages()
         if core.spilling:
             self._pump()
         self._notify()
@@ -352,21 +370,30 @@ class AttachedEngine(Engine):
         core = self.core
         if core is None or self.reopening or self.closed:
             return
-        while True:
+        while self._submit_next(core):
+            pass
+        core.poll()                         # what they settled
+
+    def _submit_next(self, core: AttachedCore) -> bool:
+        """Give the core one batch; False when it has no room, or nothing is left."""
+        with self.sealing:                  # from here to there, no thread sees it in neither
             try:
                 batch = self.pending.popleft()
             except IndexError:
                 if self.packer is None or self.packer.batch is None or not self.packer.batch.count:
                     core.end_spilling()
-                    return
-                self.seal_current()
-                continue
-            if not core.submit_batch(batch):
-                self.pending.appendleft(batch)
-                return
-            with self.account:              # the core has it now
-                del self.unsettled[batch.number]
-                self.held -= batch.nbytes
+                    return False
+                batch = None
+            if batch is not None:
+                if not core.submit_batch(batch):
+                    self.pending.appendleft(batch)
+                    return False
+                with self.account:          # the core has it now
+                    del self.unsettled[batch.number]
+                    self.held -= batch.nbytes
+        if batch is None:
+            self.seal_current()
+        return True
 
     def _resend_due(self) -> None:
         core, now = self.core, time.monotonic()
@@ -399,17 +426,24 @@ class AttachedEngine(Engine):
         core = self.core
         if core is None:
             return []
-        taken = core.take_unsettled()
-        for _, batch in taken:
-            self._keep(batch)
+        with self.sealing:                  # from there to here, no thread sees it in neither
+            taken = core.take_unsettled()
+            for _, batch in taken:
+                self._keep(batch)
+        core.poll()                         # what was answered last is told
         self._leave(list(self.attachments))
-        core.spill()                        # what was taken goes before what comes later
         core.begin_session(self.epoch)
         return taken
 
+    def _shut_down(self) -> None:
+        core = self.core
+        if core is not None:
+            failed = core.shut_down(self.failure or ClosedError(what="the publisher"))
+            with self.account:
+                self.counts["failed"] += failed
+
     def _give_up(self) -> None:
-        if self.core is not None:
-            self.counts["failed"] += self.core.shut_down(self.failure or ClosedError(what="the publisher"))
+        self._shut_down()
         super()._give_up()
 
     # ---- closing ----------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from dataclasses import dataclass
 
@@ -12,10 +13,15 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from broker.wire cimport MESSAGE_HEADER_BYTES, REQUEST_HEADER_BYTES, message_check, message_stride, write_request_header
+from client.turn cimport (
+    PLACE_COPIED, PLACE_COPYING, PLACE_MADE, SAFEGUARD_CALLBACK_ONCE, SAFEGUARD_LOOK_AGAIN, forget_turn, give_turn,
+    left_out, pass_by, take_turn,
+)
 from sim.cxl.primitives cimport cxl_now_ns
 
+from broker.errors import ClosedError
+
 cdef extern from "Python.h":
-    ctypedef struct PyObject
     int _PyBytes_Resize(PyObject** target, Py_ssize_t size) except -1
     void Py_INCREF(PyObject* o)
     void Py_XDECREF(PyObject* o)
@@ -48,7 +54,7 @@ cdef class Batch:
         self.capacity = capacity
         self.level = 1
 
-    cdef bint fits(self, uint64_t nbytes) noexcept:
+    cdef bint fits(self, uint64_t nbytes) noexcept nogil:
         return self.used + message_stride(nbytes) <= self.capacity
 
     cdef bint append(self, const void* source, uint64_t nbytes) noexcept nogil:
@@ -102,17 +108,22 @@ cdef class Batch:
 
     def settle(self, position, epoch, broker, bint duplicate, error) -> None:
         """The outcome is known: wake whoever waits for one of the messages. Only the first outcome counts."""
+        tell(self.decide(position, epoch, broker, duplicate, error))
+
+    cdef list decide(self, position, epoch, broker, bint duplicate, error):
+        """Settle; the callbacks that are to be told. No Python runs, so no thread sees half of it."""
+        cdef list callbacks
         if self.settled:
-            return
+            return None
         self.position = position
         self.epoch = epoch
         self.broker = broker
         self.duplicate = duplicate
         self.error = error
+        callbacks = self.callbacks
+        self.callbacks = None
         self.settled = True
-        callbacks, self.callbacks = self.callbacks, None
-        for callback, delivery in callbacks or ():
-            _call(callback, delivery)
+        return callbacks
 
     def release(self) -> None:
         """Let go of the bytes: nobody will send this batch again."""
@@ -125,12 +136,20 @@ cdef class Batch:
         return self.used
 
 
-def _call(callback, delivery) -> None:
-    # A callback that fails must not stop the acks of everybody else.
-    try:
-        callback(delivery)
-    except Exception:
-        _log.exception("a delivery callback failed")
+cdef void tell(list callbacks) except *:
+    """Call each once. One that fails must not stop the acks of everybody else; Ctrl-C in it reaches the main thread after
+    the others were told."""
+    cdef object interruption = None
+    for callback, delivery in callbacks or ():
+        try:
+            callback(delivery)
+        except BaseException as error:
+            if isinstance(error, Exception) or threading.current_thread() is not threading.main_thread():
+                _log.exception("a delivery callback failed")
+            else:
+                interruption = error
+    if interruption is not None:
+        raise interruption
 
 
 @cython.freelist(4096)
@@ -169,13 +188,22 @@ cdef class Delivery:
         return self.batch.error
 
     def add_done_callback(self, callback) -> None:
-        """Call `callback(delivery)` when the outcome is known, at once if it is."""
-        if self.batch.settled:
-            _call(callback, self)
+        """Call `callback(delivery)` once when the outcome is known, at once if it is."""
+        # Made before looking: from there on no other thread comes between.
+        cdef list fresh = [], callbacks
+        cdef tuple entry = (callback, self)
+        cdef Batch batch = self.batch
+        pass_by(PLACE_MADE)
+        if batch.settled:
+            fresh.append(entry)
+            tell(fresh)
             return
-        if self.batch.callbacks is None:
-            self.batch.callbacks = []
-        self.batch.callbacks.append((callback, self))
+        if left_out == SAFEGUARD_CALLBACK_ONCE:
+            pass_by(PLACE_MADE)
+        if batch.callbacks is None:
+            batch.callbacks = fresh
+        callbacks = batch.callbacks
+        callbacks.append(entry)
 
     def __await__(self):
         return self._wait().__await__()
@@ -218,7 +246,8 @@ def dropped_delivery(publisher, error) -> Delivery:
 cdef class Packer:
     """Packs messages into the current batch and hands full ones over. The hot part of `publish`.
 
-    Calls hold the GIL, so one packer may be used by several threads. `seal` is called with each full batch.
+    May be used by several threads: `turn` has one owner. Python (the policy, the collector, `full`) runs outside of a
+    turn, and whoever comes back looks at the current batch anew.
     """
 
     def __init__(self, publisher, full, uint64_t target, uint64_t message_bytes_max):
@@ -229,69 +258,111 @@ cdef class Packer:
 
     def take(self):
         """The current batch, which is then no longer current; None when it is empty."""
+        return self.take_to(None)
+
+    def take_to(self, list behind):
+        """As `take`; the batch is appended to `behind` in the same step: no batch that was packed later comes before it."""
         cdef Batch batch
-        self._wait_idle()
+        take_turn(&self.turn)
         batch = self.batch
         if batch is None or batch.count == 0:
-            return None
-        self.batch = None
+            batch = None
+        else:
+            self.batch = None
+            if behind is not None:
+                behind.append(batch)
+        give_turn(&self.turn)
         return batch
 
-    cdef int _wait_idle(self) except -1:
-        while self.busy:
-            time.sleep(0)
-        return 0
+    def end(self) -> None:
+        """Pack nothing more."""
+        take_turn(&self.turn)
+        self.ended = True
+        give_turn(&self.turn)
 
-    cdef bint _append(self, const void* source, uint64_t nbytes) noexcept:
+    def after_fork(self) -> None:
+        """In a child: what is here is the parent's."""
+        forget_turn(&self.turn)
+        self.ended = True
+
+    cdef bint is_empty(self) noexcept:
+        return self.batch is None or self.batch.count == 0
+
+    cdef uint64_t _put(self, const uint8_t* source, uint64_t nbytes, uint64_t rows, Delivery delivery) noexcept:
+        """Pack as many of `rows` messages as the current batch has room for; `delivery` is then that of the last. In a turn."""
         cdef Batch batch = self.batch
-        cdef bint fits
-        if nbytes < NOGIL_BYTES:
-            return batch.append(source, nbytes)
-        self.busy = True
-        with nogil:
-            fits = batch.append(source, nbytes)
-        self.busy = False
-        return fits
+        cdef uint64_t stride = message_stride(nbytes), fit = 0, k
+        if batch is None or self.ended:
+            return 0
+        fit = min(rows, (batch.capacity - batch.used) // stride)
+        if fit == 0:
+            return 0
+        if fit * nbytes < NOGIL_BYTES:
+            for k in range(fit):
+                batch.append(source + k * nbytes, nbytes)
+        else:
+            pass_by(PLACE_COPYING)
+            with nogil:
+                for k in range(fit):
+                    batch.append(source + k * nbytes, nbytes)
+            pass_by(PLACE_COPIED)
+        delivery.batch = batch
+        delivery.index = batch.count - 1
+        self.messages += fit
+        self.nbytes += fit * nbytes
+        return fit
 
     cdef int _make_room(self, uint64_t nbytes) except -1:
-        # Wherever Python runs, another thread may take the current batch, or begin one: look again each time.
-        cdef uint64_t stride = message_stride(nbytes)
+        """Have a current batch with room, unless another thread is faster: whoever packs looks again."""
+        cdef uint64_t room = max(self.target, message_stride(nbytes))
         cdef Batch old = self.batch, fresh
-        if old is not None and old.count:
-            self.full()
-        if self.batch is old:
-            self.batch = None
+        if self.ended:
+            self.publisher.raise_if_closed()
+            raise ClosedError(what="the publisher")
+        if old is not None:
+            if old.count:
+                self.full()
+            take_turn(&self.turn)
+            if self.batch is old and (old.count == 0 or left_out == SAFEGUARD_LOOK_AGAIN):
+                self.batch = None           # too small, and still nothing in it
+            give_turn(&self.turn)
         if self.batch is None:
-            self.publisher.make_room(max(self.target, stride))
-            fresh = Batch(self.publisher, max(self.target, stride))
+            self.publisher.make_room(room)
+            fresh = Batch(self.publisher, room)
             fresh.opened = time.monotonic()
+            pass_by(PLACE_MADE)
+            take_turn(&self.turn)
             if self.batch is None:
                 self.batch = fresh
+            give_turn(&self.turn)
         return 0
 
-    cdef Delivery _pack(self, const void* source, uint64_t nbytes):
-        """Pack one message where the current batch has no room for it, or is not known to take its size."""
+    cdef Delivery _pack(self, const uint8_t* source, uint64_t nbytes):
+        """Pack one message; the batch goes when that fills it."""
+        cdef Delivery delivery
+        cdef bint packed
         if nbytes > self.message_bytes_max:
             self.publisher.too_big(nbytes)
         # Made before the message is packed: the collector may run with any new object, and others with the collector.
-        cdef Delivery delivery = Delivery.__new__(Delivery)
-        try:
-            self._wait_idle()
-            while self.batch is None or not self._append(source, nbytes):
+        delivery = Delivery.__new__(Delivery)
+        pass_by(PLACE_MADE)
+        while True:
+            take_turn(&self.turn)
+            packed = self._put(source, nbytes, 1, delivery)
+            give_turn(&self.turn)
+            if packed:
+                break
+            try:
                 self._make_room(nbytes)
-        except Dropped as dropped:
-            return dropped_delivery(self.publisher, dropped.error)
-        return self._packed(delivery, nbytes)
-
-    cdef Delivery _packed(self, Delivery delivery, uint64_t nbytes):
-        # Nothing ran since the message was packed: it is the last of the current batch.
-        delivery.batch = self.batch
-        delivery.index = self.batch.count - 1
-        self.messages += 1
-        self.nbytes += nbytes
-        if self.batch.used >= self.target:
-            self.full()
+            except Dropped as dropped:
+                return dropped_delivery(self.publisher, dropped.error)
+        self._send_if_full(delivery)
         return delivery
+
+    cdef int _send_if_full(self, Delivery delivery) except -1:
+        if delivery.batch.used >= self.target and self.batch is delivery.batch:
+            self.full()
+        return 0
 
     def append(self, data) -> Delivery:
         """Pack one message: bytes, or anything with the buffer protocol."""
@@ -300,10 +371,10 @@ cdef class Packer:
     cdef Delivery _pack_object(self, data):
         cdef Py_buffer view
         if PyBytes_CheckExact(data):
-            return self._pack(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            return self._pack(<const uint8_t*>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
         PyObject_GetBuffer(data, &view, PyBUF_ANY_CONTIGUOUS)
         try:
-            return self._pack(view.buf, view.len)
+            return self._pack(<const uint8_t*>view.buf, view.len)
         finally:
             PyBuffer_Release(&view)
 
@@ -318,32 +389,25 @@ cdef class Packer:
 
     def append_array(self, const uint8_t[:, ::1] rows) -> Delivery:
         """Pack a 2-D array, one row a message; the delivery of the last row."""
-        cdef uint64_t i = 0, count = rows.shape[0], nbytes = rows.shape[1], fit, k
+        cdef uint64_t i = 0, fit, count = rows.shape[0], nbytes = rows.shape[1]
         cdef const uint8_t* source = &rows[0, 0] if count and nbytes else NULL
         cdef Delivery delivery = None, last
-        cdef Batch batch
         if count == 0:
             raise ValueError("publish_array needs at least one row")
         while i < count:
             # One row by the way that makes room and asks the policy; then as many as fit, without asking.
             delivery = self._pack(source + i * nbytes, nbytes)
             i += 1
+            if i == count or delivery.batch is not self.batch:
+                continue
             last = Delivery.__new__(Delivery)
-            batch = self.batch
-            if batch is None or delivery.batch is not batch or self.busy:
-                continue
-            fit = min(count - i, (batch.capacity - batch.used) // message_stride(nbytes))
-            if fit == 0:
-                continue
-            self.busy = True
-            with nogil:
-                for k in range(fit):
-                    batch.append(source + (i + k) * nbytes, nbytes)
-            self.busy = False
-            i += fit
-            self.messages += fit - 1
-            self.nbytes += (fit - 1) * nbytes
-            delivery = self._packed(last, nbytes)
+            take_turn(&self.turn)
+            fit = self._put(source + i * nbytes, nbytes, count - i, last) if delivery.batch is self.batch else 0
+            give_turn(&self.turn)
+            if fit:
+                i += fit
+                delivery = last
+                self._send_if_full(delivery)
         return delivery
 
 

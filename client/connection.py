@@ -18,13 +18,14 @@ import grpc
 import grpc.aio
 
 from broker.config import load_config
-from broker.errors import BrokerUnavailable, ClosedError, CxlmqError, RegionMissing, Unauthenticated, from_metadata
+from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, Unauthenticated, from_metadata
 from broker.grpc_options import channel_options
 from broker.layout import BrokerState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import attach_region
 from broker.security import Security
+from client.fork import is_child, note_use, parents_client, refuse_in_child
 from sim.cxl.region import host_identity, process_alive
 
 T = TypeVar("T")
@@ -40,25 +41,25 @@ class ClientLoop:
     _current: "ClientLoop | None" = None
 
     def __init__(self) -> None:
-        self.pid = os.getpid()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, name="cxlmq-client", daemon=True)
         self.thread.start()
+        note_use(self, self.loop)
 
     @classmethod
     def get(cls) -> "ClientLoop":
-        """The loop of this process; a forked child gets its own."""
+        """The loop of this process. Raises `ForkedProcess` in a forked child of a process that has one."""
+        refuse_in_child()               # also: another thread may have held the lock
         with cls._lock:
-            if cls._current is None or cls._current.pid != os.getpid():
+            if cls._current is None:
                 cls._current = cls()
             return cls._current
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """Run a coroutine there; its future. Raises `ClosedError` in a forked child, where that thread is not."""
-        if self.pid != os.getpid():
+        """Run a coroutine there; its future. Raises `ForkedProcess` in a forked child, where that thread is not."""
+        if is_child():
             coroutine.close()
-            raise ClosedError("this client was opened before this process was forked and belongs to the parent: "
-                              "open one here", what="the client")
+            raise parents_client()
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:

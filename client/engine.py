@@ -31,6 +31,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from client.batch import Batch, Delivery, Dropped, Packer
 from client.connection import BrokerAddress, ClientLoop, Connection
+from client.fork import parents_client
 from client.session import open_session
 
 _log = logging.getLogger("cxlmq")
@@ -82,14 +83,16 @@ class Engine(ABC):
         self.sealed = itertools.count()
         self.held = 0                               # bytes of `unsettled`
         self.account = threading.Lock()
-        self.sealing = threading.RLock()            # batches are pending in the order in which they were packed
+        self.sealing = threading.RLock()            # held while batches go from one place to another
+        self.taken: list[Batch] = []                # out of the packer, not pending yet, in the order of packing
         self.packer: Packer | None = None
         self.changed = threading.Condition()
         self.waiters = 0
+        self.sealing_now = False
         self.pump_scheduled = False
         self.linger_armed = False
         self.reopening = False
-        self.closed = False
+        self.closed = self.forked = False
         self.failure: CxlmqError | None = None
         self.ticker: asyncio.Task[None] | None = None
         self.reconnecting: asyncio.Task[None] | None = None
@@ -233,6 +236,13 @@ class Engine(ABC):
             self.linger_armed = True
             self.loop.call_soon_threadsafe(self._arm_linger)
 
+    def after_fork(self) -> None:
+        """In a child: all of this is the parent's, and its locks may be held by threads that are not here."""
+        self.sealing, self.account, self.changed = threading.RLock(), threading.Lock(), threading.Condition()
+        self.failure, self.closed, self.forked = parents_client(), True, True
+        if self.packer is not None:
+            self.packer.after_fork()
+
     def raise_if_closed(self) -> None:
         """Raise what ended the publisher."""
         if self.closed:
@@ -275,12 +285,31 @@ class Engine(ABC):
         """The packer's batch is full: it goes, and under load the next one may be larger."""
         assert self.packer is not None
         with self.sealing:
-            batch = self.packer.take()
-            if batch is None:
+            if self.packer.take_to(self.taken) is None:
                 return
             if not self.fixed_batch and self._is_loaded():
                 self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
-            self._seal(batch)
+            self._seal_taken()
+        self._sealed()
+
+    def _seal_taken(self) -> None:
+        """Make pending what was taken. A finalizer of this thread may come in here again with a batch of its own: that
+        one waits behind."""
+        if self.sealing_now:
+            return
+        self.sealing_now = True
+        try:
+            while self.taken:
+                self._seal(self.taken[0])
+                del self.taken[0]
+        finally:
+            self.sealing_now = False
+
+    def _sealed(self) -> None:
+        """Callbacks may run here, so no lock is held."""
+        if self.closed:
+            self._give_up()                 # it was closed meanwhile
+        self._schedule_pump()
 
     def _seal(self, batch: Batch) -> None:
         assert self.ack is not None
@@ -291,9 +320,6 @@ class Engine(ABC):
             self.counts["batches"] += 1
         self._keep(batch)
         self.pending.append(batch)
-        if self.closed:
-            self._give_up()                 # it was closed meanwhile
-        self._schedule_pump()
 
     def _keep(self, batch: Batch) -> None:
         """Note a batch that lies in private memory."""
@@ -302,25 +328,34 @@ class Engine(ABC):
             self.held += batch.nbytes
             self.unsettled[batch.number] = batch
 
+    def _kept(self) -> list[Batch]:
+        with self.account:
+            return list(self.unsettled.values())
+
     def _schedule_pump(self) -> None:
         if not self.pump_scheduled:
             self.pump_scheduled = True
             self.loop.call_soon_threadsafe(self._pump)
 
     def urge(self, batch: Batch) -> None:
-        """Somebody waits for this batch: do not linger."""
+        """Somebody waits for this batch: do not linger. Raises `ForkedProcess` in a child, where nobody hears of it."""
+        if self.forked:
+            raise parents_client()
         if self.packer is not None and self.packer.batch is batch:
             self.seal_current()
 
     def seal_current(self) -> None:
         """Send what is packed so far. When that is little, the next batch need not be as large."""
+        if self.packer is None:
+            return
         with self.sealing:
-            taken = self.packer.take() if self.packer is not None else None
-            if taken is None or self.packer is None:
+            taken = self.packer.take_to(self.taken)
+            if taken is None:
                 return
             if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
                 self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
-            self._seal(taken)
+            self._seal_taken()
+        self._sealed()
 
     # ---- waiting (any thread but the loop's) ------------------------------------------------------------------------
 
@@ -347,8 +382,7 @@ class Engine(ABC):
     def flushed(self) -> Callable[[], bool]:
         """Send what is packed; what it returns says whether everything published until now is settled."""
         self.seal_current()
-        with self.account:
-            batches = list(self.unsettled.values())
+        batches = self._kept()
         return lambda: all(batch.settled for batch in batches)
 
     def flush(self, timeout: float | None) -> None:
@@ -392,6 +426,10 @@ class Engine(ABC):
     def _step(self) -> None:
         """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
         self._expire()
+        packed = self.packer.batch if self.packer is not None else None
+        if packed is not None and packed.count and not self.linger_armed:
+            self.linger_armed = True        # it began just when nobody seemed to need that any more
+            self._arm_linger()
         self._ask_quiet()
         self._resend_due()
         now = time.monotonic()
@@ -543,6 +581,8 @@ class Engine(ABC):
     def _give_up(self) -> None:
         """Settle what a closed publisher still has. Any thread."""
         error = self.failure or ClosedError(what="the publisher")
+        if self.packer is not None:
+            self.packer.end()
         current = self.packer.take() if self.packer is not None else None
         if current is not None:
             current.settle(None, None, None, False, error)

@@ -85,7 +85,9 @@ class _PublisherBase:
     def after_fork(self) -> None:
         """In a child of the process that opened it. What would be packed there would go where the parent packs."""
         self.__dict__.pop("publish", None)
-        self._engine = cast(Engine, keep(self._engine))
+        if not isinstance(self._engine, ForkedEngine):
+            self._engine.after_fork()
+            self._engine = cast(Engine, keep(self._engine))
 
     def _new_engine(self, kind: type[Engine]) -> Engine:
         engine = kind(self._topic, **self._options)
@@ -266,7 +268,9 @@ class AsyncPublisher(_PublisherBase):
             await asyncio.sleep(0.001)
 
     async def close(self) -> None:
-        """Flush, then end the session."""
+        """Flush, then end the session. In a forked child there is nothing to end: it is the parent's."""
+        if isinstance(self._engine, ForkedEngine):
+            return
         try:
             if self._engine.packer is not None and not self._engine.closed:
                 await self.flush()
@@ -277,7 +281,7 @@ class AsyncPublisher(_PublisherBase):
         return await self.open()
 
     async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+        if kind is None or isinstance(self._engine, ForkedEngine):
             await self.close()
         else:
             await self._engine.client_loop.call(self._engine.close())

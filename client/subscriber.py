@@ -342,6 +342,8 @@ class _SubscriberBase:
 
     def after_fork(self) -> None:
         """In a child of the process that opened it. Views that end there must not end the parent's."""
+        if isinstance(self._engine, ForkedEngine):
+            return
         if isinstance(self._engine, AttachedSubscriberEngine):
             self._engine.after_fork()
         self._engine, self._membership = cast(SubscriberEngine, keep(self._engine)), None
@@ -579,6 +581,8 @@ class AsyncSubscriber(_SubscriberBase):
 
     async def close(self) -> None:
         """End the subscription; with `auto_commit`, commit what was given out."""
+        if isinstance(self._engine, ForkedEngine):
+            return                          # it is the parent's
         await self._engine.client_loop.call(self._close(self._last_handed()))
 
     async def __aenter__(self) -> "AsyncSubscriber":

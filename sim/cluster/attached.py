@@ -101,6 +101,7 @@ class AttachedPublisher(Publisher):
         unsettled = dict(self.core.take_unsettled())
         for sequence, batch in unsettled.items():
             self.built[self.flights[sequence].operation.first] = batch
+        self.core.poll()
         self._take_outcomes(unsettled)
         super()._resume(high_water, positions)
         self.core.leave([(slot, host) for host, slot in self.slots.items()])
