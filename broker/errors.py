@@ -5,6 +5,10 @@
 
 A class states its gRPC status and the template of its message; details fill the template and are attributes of the
 error (`PoolFull(holder="replica 2").holder`). Status names are plain strings: only the gRPC adapters import grpc.
+
+`comes_back` says what clients do that are open already, over every transport, publishing or reading: where it is true
+they try again by themselves (brokers restart, a cluster is recovered, a table has room again); every other error is
+final, and is what the user gets.
 """
 
 import json
@@ -31,7 +35,7 @@ class CxlmqError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[str] = "INTERNAL"
     template: ClassVar[str] = "internal error"
-    comes_back: ClassVar[bool] = False      # an outage: who was open waits and tries again; else it is for the user
+    comes_back: ClassVar[bool] = False
 
     def __init__(self, message: str | None = None, /, **details: object) -> None:
         self.details: dict[str, object] = details
@@ -110,6 +114,7 @@ class MemoryLost(CxlmqError):
 
     code = "memory-lost"
     status = "UNAVAILABLE"
+    comes_back = True
     template = "broker {broker} ends: {reason}"
 
 
@@ -192,6 +197,7 @@ class SessionTableFull(SessionError):
 
     code = "session-table-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = ("all {session_count} places for sessions of broker {broker} are taken: close publishers, "
                 "or raise session_count_max")
 
@@ -209,6 +215,7 @@ class SessionUnknown(SessionError):
 
     code = "session-unknown"
     status = "NOT_FOUND"
+    comes_back = True
     template = "the broker knows no session {session}: open a new one, it resumes from what is committed"
 
 
@@ -226,6 +233,7 @@ class PoolFull(CxlmqError):
 
     code = "pool-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = ("no segment is free; {holder} holds the oldest: let it catch up or close it, set a retention, "
                 "or make region_bytes larger")
 
@@ -235,6 +243,7 @@ class BufferFull(CxlmqError):
 
     code = "buffer-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = ("the publisher already holds {buffer_bytes} bytes that are not acknowledged: wait with flush(), "
                 "raise buffer_bytes, or choose another policy for a full buffer")
 
@@ -337,6 +346,7 @@ class CursorTableFull(CxlmqError):
 
     code = "cursor-table-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = ("all {cursor_count} places for readers of broker {broker} are taken: close subscribers, "
                 "or raise cursor_count_max")
 
@@ -415,6 +425,7 @@ class StreamTableFull(CxlmqError):
 
     code = "stream-table-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = "broker {broker} serves as many publish streams as it can: close publishers, or start more brokers"
 
 
@@ -423,6 +434,7 @@ class AttachSlotsFull(CxlmqError):
 
     code = "attach-slots-full"
     status = "RESOURCE_EXHAUSTED"
+    comes_back = True
     template = ("all slots for attached clients of broker {broker} are taken: close some, raise attach_slot_count, "
                 "or use transport=\"grpc\"")
 

@@ -12,7 +12,7 @@ import grpc
 
 from broker.calls import ADMIN, SUBSCRIBE, Access, unary
 from broker.config import check_group_name
-from broker.errors import BadRequest, CommitRefused, GroupNotDurable, PositionLost
+from broker.errors import BadRequest, CommitRefused, GroupFenced, GroupNotDurable, PositionLost, UnknownGroup
 from broker.group_files import GroupFiles
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
@@ -105,6 +105,12 @@ class GroupService:
         topic, reader = self._opened(request)
         if not self._node.is_head:
             return await self._forward("Groups/Commit", request, pb.GroupMembership, context)
+        try:
+            self.table.require_member(topic, request.group, request.member, request.member_epoch)
+        except (GroupFenced, UnknownGroup) as error:
+            # Members are not on disk: one that joined in an earlier run has not lost its place to anybody.
+            error.details["recovered"] = request.seen.run_id not in (0, self._node.region.run_id)
+            raise
         if not request.HasField("position"):
             return self._membership(topic, self.table.renew(topic, request.group, request.member, request.member_epoch,
                                                             self._lease_ns))

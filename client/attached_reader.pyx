@@ -44,6 +44,7 @@ cdef class AttachedReader:
     """
 
     cdef OrderReader reader
+    cdef OrderReader watcher                # of the one thread that waits while another one may take
     cdef Memory memory
     cdef Memory own
     cdef uint64_t own_offset
@@ -72,6 +73,7 @@ cdef class AttachedReader:
         self.topic = topic
         self.views = views
         self.reader = OrderReader(memory, layout, topic_number, topic_generation, index)
+        self.watcher = OrderReader(memory, layout, topic_number, topic_generation, index)
         self.released = self.next_index = index
 
     cdef void release_index(self, uint64_t index) noexcept:
@@ -131,7 +133,9 @@ cdef class AttachedReader:
         return self.memory.load(self.layout.attach_line(self.slot)) == (self.generation << 8 | ATTACH_OPEN)
 
     def wait(self, double seconds) -> bool:
-        """Wait for the next entry: yield for a while, then sleep on our doorbell. False when there is none yet."""
+        """Wait for the next entry: yield for a while, then sleep on our doorbell. False when there is none yet.
+
+        One thread at a time: another one may take meanwhile."""
         cdef int64_t start = cxl_now_ns(), limit = <int64_t>(seconds * 1e9), window = min(limit, YIELD_NS)
         cdef OrderEntry entry
         cdef uint64_t bell = self.own_offset + 64
@@ -139,18 +143,18 @@ cdef class AttachedReader:
         cdef bint there = False
         with nogil:
             while not there and cxl_now_ns() - start < window:
-                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+                there = self.watcher.peek(self.next_index, &entry) != READ_NOTHING
                 if not there:
                     cxl_yield()
             if not there and limit > window:
                 seen = <uint32_t>self.own.load(bell)
                 self.own.fetch_add(bell + 8, 1)
                 self.own.full_fence()
-                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+                there = self.watcher.peek(self.next_index, &entry) != READ_NOTHING
                 if not there:
                     self.own.wait(bell, seen, min(limit - window, 20000000))
                 self.own.fetch_add(bell + 8, <uint64_t>-1)
-                there = self.reader.peek(self.next_index, &entry) != READ_NOTHING
+                there = self.watcher.peek(self.next_index, &entry) != READ_NOTHING
         return there
 
     def beat(self) -> None:

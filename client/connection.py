@@ -5,14 +5,16 @@ from broker.grpc_options import apply_process_tuning
 apply_process_tuning()                  # before the first import of grpc
 
 import asyncio
+import contextlib
 import os
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import grpc
 import grpc.aio
@@ -31,6 +33,7 @@ from sim.cxl.region import host_identity, process_alive
 T = TypeVar("T")
 Identity = tuple[grpc.ChannelCredentials, tuple[tuple[str, str], ...]]
 CALL_SECONDS = 30.0
+END_SECONDS = 5.0                       # what was given up has ended by then, or is waited for no longer
 MESSAGE_LIMIT = (1 << 30) + (1 << 21)
 
 
@@ -57,26 +60,75 @@ class ClientLoop:
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Run a coroutine there; its future. Raises `ForkedProcess` in a forked child, where that thread is not."""
-        if is_child():
-            coroutine.close()
-            raise parents_client()
+        self._check_process(coroutine)
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
-        """Run a coroutine there and wait for its result. Not from a callback: that runs there itself."""
+        """Run a coroutine there and wait for its result. Not from a callback: that runs there itself.
+
+        When the wait is given up, the coroutine is cancelled and has ended when this raises.
+        """
         if threading.current_thread() is self.thread:
             coroutine.close()
             raise RuntimeError("this waits for the library's own thread, and was called on it (in a callback?)")
-        future = self.submit(coroutine)
+        job = self._start(coroutine)
         try:
-            return future.result(timeout)
+            return job.ended.result(timeout)
         except (TimeoutError, KeyboardInterrupt):
-            future.cancel()
+            job.cancel()
+            futures.wait((job.ended,), END_SECONDS)
             raise
 
     async def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there from a coroutine of another loop."""
-        return await asyncio.wrap_future(self.submit(coroutine))
+        """Run a coroutine there from a coroutine of another loop. Cancelled, it has ended there when this raises.
+
+        Else what was given up would still do something while the caller does the next thing.
+        """
+        job = self._start(coroutine)
+        waiter = asyncio.wrap_future(job.ended)
+        try:
+            return await asyncio.shield(waiter)
+        except asyncio.CancelledError:
+            job.cancel()
+            waiter.add_done_callback(lambda done: done.cancelled() or done.exception())     # it is given up
+            await asyncio.wait((waiter,), timeout=END_SECONDS)
+            raise
+
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> "_Job[T]":
+        self._check_process(coroutine)
+        return _Job(self.loop, coroutine)
+
+    def _check_process(self, coroutine: Coroutine[Any, Any, T]) -> None:
+        if self.pid != os.getpid():
+            coroutine.close()
+            raise ClosedError("this client was opened before this process was forked and belongs to the parent: "
+                              "open one here", what="the client")
+
+
+class _Job(Generic[T]):
+    """A coroutine on the client loop for somebody in another thread, who knows when it has ended, cancelled or not."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> None:
+        self.ended: Future[T] = Future()
+        self.ended.set_running_or_notify_cancel()       # it cannot be cancelled behind the task's back
+        self._loop, self._coroutine = loop, coroutine
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
+        self._task.add_done_callback(self._end)
+
+    def _end(self, task: asyncio.Task[T]) -> None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(task.result())
+
+    def cancel(self) -> None:
+        """From any thread."""
+        self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
 
 
 @dataclass(frozen=True)
@@ -152,6 +204,7 @@ class Connection:
         self.cluster = cluster
         self.bootstrap = bootstrap
         self._channels: dict[str, Any] = {}
+        self._undoing: set[asyncio.Task[None]] = set()
         self._identity: Identity | None = None
         self.description: pb.ClusterDescription | None = None
         self.broker_count = 0                       # those that are not live now as well
@@ -246,21 +299,53 @@ class Connection:
             pass
         return False
 
-    async def any(self, method: str, request: Any, reply: Any, timeout: float = CALL_SECONDS) -> Any:
-        """Call a method at any broker that answers."""
+    async def any(self, method: str, request: Any, reply: Any, timeout: float = CALL_SECONDS,
+                  done: tuple[type[CxlmqError], ...] = ()) -> Any:
+        """Call a method at any broker that answers.
+
+        `done` are errors that say, when a broker was asked before that did not answer, that it has done it all the
+        same: the reply is empty then.
+        """
         error: CxlmqError = BrokerUnavailable(address=self.bootstrap or f"cluster {self.cluster}")
+        asked = False
         for broker in await self.brokers():
             try:
                 return await self.unary(broker.target, method, request, reply, timeout)
             except BrokerUnavailable as failed:
-                error = failed
+                error, asked = failed, True
+            except done:
+                if not asked:
+                    raise
+                return reply()
         raise error
 
+    async def undoable(self, call: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, object]]) -> T:
+        """Await a call whose effect is undone when we are cancelled before its answer comes.
+
+        The call itself is not cancelled: nobody would know then what of it was done.
+        """
+        task = asyncio.get_running_loop().create_task(call)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            undoing = asyncio.get_running_loop().create_task(self._undo(task, undo))
+            self._undoing.add(undoing)
+            undoing.add_done_callback(self._undoing.discard)
+            await asyncio.wait((undoing,), timeout=END_SECONDS / 2)
+            raise
+
+    @staticmethod
+    async def _undo(task: "asyncio.Task[T]", undo: Callable[[T], Coroutine[Any, Any, object]]) -> None:
+        with contextlib.suppress(CxlmqError):           # it was refused, or nobody answers: leases end by themselves
+            await undo(await task)
+
     async def close(self) -> None:
-        """Close all channels."""
-        for channel in self._channels.values():
+        """Close all channels, when what is being undone is done."""
+        if self._undoing:
+            await asyncio.wait(self._undoing, timeout=END_SECONDS / 2)
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
             await channel.close()
-        self._channels.clear()
 
 
 def _reachable(unix_address: str) -> bool:

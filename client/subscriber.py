@@ -1,317 +1,32 @@
-"""Subscribers: one stream from one broker, the whole total order; batches wait in a bounded buffer for the reader."""
+"""Subscribers: what users call; an engine (gRPC or attached) gets the batches.
+
+What comes next is given to whoever asks next, once: by `for`, `fetch`, `fetch_batches`, `get_next` or `get_all`, in any
+mix, from several threads or tasks. Threads that share a subscriber share its stream.
+"""
 
 import asyncio
-import contextlib
-import threading
-import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import grpc
-import grpc.aio
-
 from broker.config import check_topic_name
-from broker.errors import (
-    AttachSlotsFull,
-    BrokerUnavailable,
-    ClosedError,
-    ConfigError,
-    CxlmqError,
-    RegionError,
-)
+from broker.errors import AttachSlotsFull, BrokerUnavailable, ClosedError, ConfigError, RegionError, TopicRecreated
 from broker.proto import cxlmq_pb2 as pb
+from client.arguments import as_count, as_seconds
 from client.attached_subscriber import AttachedSubscriberEngine
-from client.connection import BrokerAddress, ClientLoop, Connection, translated
+from client.buffer import BatchBuffer
 from client.fork import ForkedEngine, end_in_child, keep
 from client.group import Membership
-from client.received import Message, ReceivedBatch, parse_response
-from client.start import Start, check_start, fill_start
+from client.grpc_subscriber import SubscriberEngine
+from client.reading import deadline_of
+from client.received import Message, ReceivedBatch
+from client.start import Start, as_start
 
-SUBSCRIBE = "/cxlmq.v1.PubSub/Subscribe"
 BUFFER_BYTES = 16 << 20
 TRANSPORTS = ("auto", "grpc", "attached")
-RECONNECT_SECONDS = 0.2
-RECONNECT_TRIES = 50
-SUBSCRIBE_SECONDS = 15.0                # a broker that has not answered by then is passed over
 PROGRESS_SECONDS = 10.0
 NO_PROGRESS = f"the broker that serves this reader sent nothing for {PROGRESS_SECONDS:.0f} s: is it stopped?"
-
-
-def _wake_up(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
-
-
-class SubscriberEngine:
-    """Keeps a subscription running and its buffer filled. Coroutines run on the client loop."""
-
-    def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
-                 buffer_bytes: int) -> None:
-        self.topic = topic
-        self.client_loop = ClientLoop.get()
-        self.connection = Connection(cluster, bootstrap)
-        self.start: Start = start
-        self.broker = broker
-        self.buffer_bytes = buffer_bytes
-        self.membership: Membership | None = None
-        self.batches: deque[ReceivedBatch] = deque()
-        self.buffered = 0
-        self.first_in_batch = 0             # messages of batches[0] that were given out
-        self.next_position: int | None = None       # of what the stream brings next
-        self.failure: CxlmqError | None = None
-        self.closed = False
-        self.changed = threading.Condition()
-        self.async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
-        self.space = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.first_position = 0
-        self.end_position = 0
-
-    # ---- on the loop ------------------------------------------------------------------------------------------------
-
-    async def open(self) -> None:
-        """Subscribe; returns once the place is protected."""
-        call = await self._subscribe()
-        self.task = asyncio.get_running_loop().create_task(self._run(call))
-
-    async def _candidates(self) -> list[BrokerAddress]:
-        """The brokers to try, in order. A chosen one has to be there at first; when it is lost, others serve too."""
-        brokers = await self.connection.brokers()
-        if self.broker is None:
-            turn = id(self) // 64 % len(brokers)
-            return brokers[turn:] + brokers[:turn]
-        chosen = [each for each in brokers if each.id == self.broker]
-        if self.task is None:
-            if not chosen:
-                raise BrokerUnavailable(address=f"broker {self.broker}")
-            return chosen
-        return chosen + [each for each in brokers if each.id != self.broker]
-
-    async def _subscribe(self) -> Any:
-        """Open a stream at the first broker that answers."""
-        error: CxlmqError = BrokerUnavailable(address="the cluster")
-        for broker in await self._candidates():
-            try:
-                async with asyncio.timeout(SUBSCRIBE_SECONDS):      # wait_for may lose a cancellation
-                    return await self._subscribe_at(broker)
-            except TimeoutError:
-                error = BrokerUnavailable(address=broker.target)
-            except BrokerUnavailable as failed:
-                error = failed
-        raise error
-
-    async def _subscribe_at(self, broker: BrokerAddress) -> Any:
-        call = self.connection.channel(broker.target).unary_stream(
-            SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(self._request())
-        try:
-            metadata = dict(await call.initial_metadata() or ())
-            if "cxlmq-end-position" not in metadata:
-                await call.read()           # the call has failed: this raises why
-                raise BrokerUnavailable(address=broker.target)
-        except grpc.aio.AioRpcError as failed:
-            raise translated(failed, broker.target) from None
-        except BaseException:
-            call.cancel()                   # or the broker would keep our place
-            raise
-        self.first_position = int(metadata["cxlmq-first-position"])
-        self.end_position = int(metadata["cxlmq-end-position"])
-        if self.next_position is None and not isinstance(self.start, int):
-            self.next_position = int(metadata["cxlmq-position"])
-        return call
-
-    def _request(self) -> pb.SubscribeRequest:
-        request = pb.SubscribeRequest(topic=self.topic)
-        fill_start(request, self.start if self.next_position is None else self.next_position)
-        if self.membership is not None:
-            self.membership.introduce(request)
-        return request
-
-    async def _run(self, call: Any) -> None:
-        """Read the stream; when it breaks, go on at another broker from the next position."""
-        try:
-            while True:
-                try:
-                    await self._read(call)
-                except grpc.aio.AioRpcError as failed:
-                    error = translated(failed)
-                    if not isinstance(error, BrokerUnavailable):
-                        raise error from None
-                finally:
-                    call.cancel()
-                call = await self._subscribe_again()
-        except CxlmqError as failed:
-            self._fail(failed)
-
-    async def _subscribe_again(self) -> Any:
-        for tried in range(RECONNECT_TRIES):
-            await asyncio.sleep(RECONNECT_SECONDS)
-            try:
-                return await self._subscribe()
-            except BrokerUnavailable:
-                if tried == RECONNECT_TRIES - 1:
-                    raise
-        raise AssertionError
-
-    async def _read(self, call: Any) -> None:
-        while True:
-            self.space.clear()              # first: whoever makes room after we looked sets it again
-            if self.buffered > self.buffer_bytes:
-                await self.space.wait()
-                continue
-            frame = await call.read()
-            if frame is grpc.aio.EOF:
-                code = await call.code()
-                if code != grpc.StatusCode.OK:
-                    raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(),
-                                               details=await call.details())
-                return
-            self._take(parse_response(frame, self.topic))
-
-    def _take(self, batches: list[ReceivedBatch]) -> None:
-        wanted = self.next_position if self.next_position is not None else (
-            self.start if isinstance(self.start, int) else None)
-        with self.changed:
-            for batch in batches:
-                if wanted is not None and batch.position < wanted:
-                    batch.drop_before(wanted)
-                # A start that is still to come stays where it is.
-                self.next_position = wanted = max(wanted or 0, batch.position + batch.count)
-                if batch.count:
-                    self.batches.append(batch)
-                    self.buffered += batch.nbytes
-            self._wake()
-
-    def _fail(self, error: CxlmqError) -> None:
-        with self.changed:
-            self.failure = error
-            self._wake()
-
-    def _wake(self) -> None:
-        self.changed.notify_all()
-        waiters, self.async_waiters = self.async_waiters, []
-        for loop, future in waiters:
-            with contextlib.suppress(RuntimeError):     # that loop has ended
-                loop.call_soon_threadsafe(_wake_up, future)
-
-    async def close(self) -> None:
-        """End the stream."""
-        self.closed = True
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
-        self._fail(ClosedError(what="the subscriber"))
-        await self.connection.close()
-
-    async def seek(self, start: Start) -> None:
-        """Forget what is buffered and go on elsewhere."""
-        if self.task is not None:
-            self.task.cancel()
-            await asyncio.gather(self.task, return_exceptions=True)
-        with self.changed:
-            self.batches.clear()
-            self.buffered = self.first_in_batch = 0
-            self.failure = None
-            self.start, self.next_position = start, None
-        try:
-            await self.open()
-        except CxlmqError as error:
-            self._fail(error)
-            raise
-
-    # ---- taking (any thread, `changed` held) ------------------------------------------------------------------------
-
-    def ready(self) -> bool:
-        """Whether there is something to take, or an error to raise."""
-        return bool(self.batches) or self.failure is not None
-
-    def take_messages(self, limit: int) -> list[Message]:
-        """Up to `limit` buffered messages."""
-        out: list[Message] = []
-        while self.batches and len(out) < limit:
-            batch = self.batches[0]
-            taken = batch.to_messages(self.first_in_batch, limit - len(out))
-            out += taken
-            self.first_in_batch += len(taken)
-            if self.first_in_batch == batch.count:
-                self._drop_first()
-        if not out and self.failure is not None:
-            raise self.failure
-        return out
-
-    def take_batches(self) -> list[ReceivedBatch]:
-        """All buffered batches; one that was begun by `take_messages` comes without what was taken."""
-        out: list[ReceivedBatch] = []
-        if self.batches and self.first_in_batch:
-            self.batches[0].drop_before(self.batches[0].position + self.first_in_batch)
-            self.first_in_batch = 0
-        while self.batches:
-            out.append(self.batches[0])
-            self._drop_first()
-        if not out and self.failure is not None:
-            raise self.failure
-        return out
-
-    def _drop_first(self) -> None:
-        batch = self.batches.popleft()
-        self.first_in_batch = 0
-        self.buffered = self.buffered - batch.nbytes if self.batches else 0
-        if self.buffered <= self.buffer_bytes and not self.space.is_set():
-            self.client_loop.loop.call_soon_threadsafe(self.space.set)
-
-    # ---- taking, as the library's classes ask for it -----------------------------------------------------------------
-
-    def fetch(self, n: int, timeout: float | None) -> list[Message]:
-        """Up to `n` messages; empty when nothing came in time."""
-        with self.changed:
-            self.changed.wait_for(self.ready, timeout)
-            return self.take_messages(n)
-
-    def fetch_batches(self, timeout: float | None) -> list[ReceivedBatch]:
-        """What is buffered; empty when nothing came in time."""
-        with self.changed:
-            self.changed.wait_for(self.ready, timeout)
-            return self.take_batches()
-
-    async def fetch_async(self, n: int, timeout: float | None) -> list[Message]:
-        """As `fetch`, from any event loop."""
-        await self._ready_async(timeout)
-        with self.changed:
-            return self.take_messages(n)
-
-    async def fetch_batches_async(self, timeout: float | None) -> list[ReceivedBatch]:
-        """As `fetch_batches`, from any event loop."""
-        await self._ready_async(timeout)
-        with self.changed:
-            return self.take_batches()
-
-    async def _ready_async(self, timeout: float | None) -> None:
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while True:
-            with self.changed:
-                if self.ready():
-                    return
-                loop = asyncio.get_running_loop()
-                future: asyncio.Future[None] = loop.create_future()
-                self.async_waiters.append((loop, future))
-            try:
-                async with asyncio.timeout(None if deadline is None else deadline - time.monotonic()):
-                    await future
-            except TimeoutError:
-                return
-            finally:
-                with self.changed, contextlib.suppress(ValueError):
-                    self.async_waiters.remove((loop, future))
-
-    def position(self) -> int | None:
-        """Position of the message that is given out next; None when nothing has told yet."""
-        with self.changed:
-            if self.batches:
-                return self.batches[0].position + self.first_in_batch
-            if self.next_position is not None:
-                return self.next_position
-            return self.start if isinstance(self.start, int) else self.first_position
 
 
 class _SubscriberBase:
@@ -324,7 +39,9 @@ class _SubscriberBase:
         if transport not in TRANSPORTS:
             raise ConfigError(setting="transport", value=repr(transport), allowed=", ".join(TRANSPORTS))
         check_topic_name(topic)
-        check_start(start)
+        start = as_start(start)
+        broker = None if broker is None else as_count("broker", broker, 0)
+        buffer_bytes = as_count("buffer_bytes", buffer_bytes)
         if group is None and (protect or auto_commit is not None):
             raise ConfigError(setting="group", value="None", allowed="a name, for protect or auto_commit")
         self._arguments = topic, cluster, bootstrap, start, broker, buffer_bytes
@@ -338,6 +55,8 @@ class _SubscriberBase:
         if group is not None:
             self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
             self._engine.membership = self._membership
+        self._opening = asyncio.Lock()
+        self._closing: asyncio.Task[None] | None = None
         end_in_child(self)
 
     def after_fork(self) -> None:
@@ -368,7 +87,7 @@ class _SubscriberBase:
         return "grpc" if isinstance(self._engine, SubscriberEngine) else "attached"
 
     @property
-    def position(self) -> int | None:
+    def position(self) -> int:
         """Position of the next message."""
         return self._engine.position()
 
@@ -378,12 +97,32 @@ class _SubscriberBase:
         return self._engine.end_position
 
     async def _open(self) -> None:
-        """Join the group, if any, and subscribe at its place."""
-        if self._membership is not None:
-            self._engine.start = await self._membership.join(self._start)
-        await self._open_engine()
+        """Join the group, if any, and subscribe at its place; all of it or nothing."""
+        async with self._opening:
+            if self._closing is not None:
+                raise ClosedError(what="the subscriber")
+            if self._engine.opened:
+                return
+            try:
+                if self._membership is not None:
+                    self._engine.start = await self._membership.join(self._start)
+                await self._open_engine()
+            except BaseException:
+                if self._membership is not None:
+                    await self._membership.leave(None)
+                await self._engine.connection.close()
+                raise
+            if self._membership is not None:
+                self._engine.buffer.handed = self._membership.committed
 
     async def _close(self, position: int | None) -> None:
+        """Begun once, and then done to its end, whoever waits for it or gives up waiting."""
+        if self._closing is None:
+            self._closing = asyncio.get_running_loop().create_task(self._close_now(position))
+        await asyncio.shield(self._closing)
+
+    async def _close_now(self, position: int | None) -> None:
+        self._engine.closed = True
         if self._membership is not None:
             await self._membership.leave(position if self._membership.auto_commit is not None else None)
         await self._engine.close()
@@ -391,29 +130,44 @@ class _SubscriberBase:
     def _member(self) -> Membership:
         if self._membership is None:
             raise ConfigError(setting="group", value="None", allowed="a name, to commit")
+        self._engine.require_open()
         return self._membership
 
-    def _last_handed(self) -> int | None:
-        return None if self._membership is None else self._membership.handed
+    def _done(self, clean: bool) -> int | None:
+        """What a last commit may say: all that was given out, or, after an error, what was before the last call."""
+        return self._engine.buffer.handed if clean or self._membership is None else self._membership.processed
 
     def _to_commit(self, position: int | None) -> int:
         """What `commit` means: a position, or everything that was given out."""
-        handed = self._member().handed
-        return position if position is not None else handed if handed is not None else 0
+        return as_count("position", self._engine.buffer.handed if position is None else position, 0)
 
     def _asked_again(self) -> None:
         """Whoever asks for more has processed what it was given."""
-        if self._membership is not None and self._membership.handed is not None:
-            self._membership.processed = self._membership.handed
-
-    def _handed_out(self, position: int | None = None) -> None:
         if self._membership is not None:
-            self._membership.handed = self._engine.position() if position is None else position
+            self._membership.processed = self._engine.buffer.handed
 
     async def _end_now(self) -> int:
         engine = self._engine
+        engine.require_open()
         topic = await engine.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=engine.topic), pb.Topic)
+        if topic.created_ns != engine.seen.created_ns:
+            raise TopicRecreated(topic=engine.topic)
         return int(topic.end_position)
+
+    def _gave_all(self, batches: list[ReceivedBatch], end: int) -> list[Message]:
+        """The messages of claimed batches up to `end`; what lies behind it comes next."""
+        out = [message for batch in batches for message in batch.to_messages(0, max(0, end - batch.position))]
+        with self._engine.lock:
+            if batches and batches[-1].position + batches[-1].count > end:
+                batches[-1].drop_before(end)
+                self._engine.buffer.put_back(batches[-1:])
+            self._engine.buffer.gave(end)
+        return out
+
+    def _give_back(self, batches: list[ReceivedBatch]) -> None:
+        """What was claimed is given out to nobody: it comes next."""
+        with self._engine.lock:
+            self._engine.buffer.put_back(batches)
 
 
 class Subscriber(_SubscriberBase):
@@ -434,34 +188,24 @@ class Subscriber(_SubscriberBase):
     """
 
     def open(self) -> "Subscriber":
-        """Subscribe; `with` does it."""
-        try:
-            self._engine.client_loop.run(self._open())
-        except BaseException:
-            self._engine.client_loop.run(self._close(None))
-            raise
+        """Subscribe; `with` does it. Refused, it can be tried again; once closed, another one has to be made."""
+        self._engine.client_loop.run(self._open())
         return self
+
+    def _taken(self, take: Any, timeout: float | None) -> list[Any]:
+        deadline = deadline_of(as_seconds("timeout", timeout))
+        self._asked_again()
+        if self._membership is not None and not self._membership.wait(deadline):
+            return []
+        return self._engine.taken(take, deadline)
 
     def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
-        self._asked_again()
-        found = self._next(n, timeout)
-        self._handed_out()
-        return found
-
-    def _next(self, n: int, timeout: float | None) -> list[Message]:
-        if self._membership is not None and not self._membership.wait(timeout):
-            return []
-        return self._engine.fetch(n, timeout)
+        return self._taken(partial(BatchBuffer.take_messages, limit=as_count("n", n)), timeout)
 
     def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages; empty when nothing came in `timeout` seconds."""
-        self._asked_again()
-        if self._membership is not None and not self._membership.wait(timeout):
-            return []
-        found = self._engine.fetch_batches(timeout)
-        self._handed_out()
-        return found
+        return self._taken(BatchBuffer.take_batches, timeout)
 
     def commit(self, position: int | None = None) -> None:
         """Move the group's place: everything below `position` is done; None means all that was given out.
@@ -471,81 +215,79 @@ class Subscriber(_SubscriberBase):
         self._engine.client_loop.run(self._member().commit_surely(self._to_commit(position)))
 
     def __iter__(self) -> Iterator[Message]:
-        """Messages, for ever: waits for what comes."""
+        """Messages, for ever: waits for what comes. What a loop that ends has not given out comes next."""
         while True:
-            for message in self._next(1024, None):
-                self._asked_again()
-                self._handed_out(message.position + 1)
-                yield message
+            yield from self._taken(BatchBuffer.take_message, None)
 
     def get_next(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came in time. The paper's GetNext()."""
         return next(iter(self.fetch(1, timeout)), None)
 
     def get_all(self) -> list[Message]:
-        """Everything up to the end of the log as it is now. The paper's GetAll()."""
-        out: list[Message] = []
+        """Everything up to the end of the log as it is now; all of it, or an error and nothing.
+
+        The paper's GetAll().
+        """
         end = self._engine.client_loop.run(self._end_now())
-        while (left := end - (self.position or 0)) > 0:
-            found = self.fetch(left, timeout=PROGRESS_SECONDS)
-            if not found:
-                raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
-            out += found
-        return out
+        claimed: list[ReceivedBatch] = []
+        try:
+            while self.position < end:
+                found = self._taken(BatchBuffer.claim, PROGRESS_SECONDS)
+                if not found:
+                    raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
+                claimed += found
+            return self._gave_all(claimed, end)
+        except BaseException:
+            self._give_back(claimed)
+            raise
 
     def seek(self, start: Start) -> None:
-        """Go on from "beginning", "end", a position or a time. Raises `PositionLost` when it is reclaimed."""
-        check_start(start)
-        self._engine.client_loop.run(self._engine.seek(start))
-        self._handed_out()
+        """Go on from "beginning", "end", a position or a time. Raises `PositionLost` when it is reclaimed.
+
+        Refused, reading goes on where it was.
+        """
+        self._engine.client_loop.run(self._engine.seek(as_start(start)))
 
     def close(self) -> None:
         """End the subscription; with `auto_commit`, commit what was given out."""
-        if isinstance(self._engine, ForkedEngine):
-            return
-        self._engine.client_loop.run(self._close(self._last_handed()))
+        self._end(True)
+
+    def _end(self, clean: bool) -> None:
+        if not isinstance(self._engine, ForkedEngine):
+            self._engine.client_loop.run(self._close(self._done(clean)))
 
     def __enter__(self) -> "Subscriber":
         return self.open()
 
     def __exit__(self, kind: object, *_: object) -> None:
-        if kind is not None and self._membership is not None:
-            self._membership.handed = self._membership.processed    # what was given out last may not be done
-        self.close()
+        self._end(kind is None)
 
 
 class AsyncSubscriber(_SubscriberBase):
-    """As `Subscriber`, for coroutines: `async with AsyncSubscriber("topic") as s: async for message in s: ...`"""
+    """As `Subscriber`, for coroutines: `async with AsyncSubscriber("topic") as s: async for message in s: ...`
+
+    A call that is cancelled has taken nothing and changed nothing; a cancelled `close` is done all the same.
+    """
 
     async def open(self) -> "AsyncSubscriber":
         """Subscribe; `async with` does it."""
-        try:
-            await self._engine.client_loop.call(self._open())
-        except BaseException:
-            await self._engine.client_loop.call(self._close(None))
-            raise
+        await self._engine.client_loop.call(self._open())
         return self
+
+    async def _taken(self, take: Any, timeout: float | None) -> list[Any]:
+        deadline = deadline_of(as_seconds("timeout", timeout))
+        self._asked_again()
+        if self._membership is not None and not await self._membership.wait_async(deadline):
+            return []
+        return await self._engine.taken_async(take, deadline)
 
     async def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
-        self._asked_again()
-        found = await self._next(n, timeout)
-        self._handed_out()
-        return found
-
-    async def _next(self, n: int, timeout: float | None) -> list[Message]:
-        if self._membership is not None and not await self._membership.wait_async(timeout):
-            return []
-        return await self._engine.fetch_async(n, timeout)
+        return await self._taken(partial(BatchBuffer.take_messages, limit=as_count("n", n)), timeout)
 
     async def fetch_batches(self, timeout: float | None = None) -> list[ReceivedBatch]:
         """Whole batches, without copying their messages."""
-        self._asked_again()
-        if self._membership is not None and not await self._membership.wait_async(timeout):
-            return []
-        found = await self._engine.fetch_batches_async(timeout)
-        self._handed_out()
-        return found
+        return await self._taken(BatchBuffer.take_batches, timeout)
 
     async def commit(self, position: int | None = None) -> None:
         """As `Subscriber.commit`."""
@@ -556,39 +298,39 @@ class AsyncSubscriber(_SubscriberBase):
         return next(iter(await self.fetch(1, timeout)), None)
 
     async def get_all(self) -> list[Message]:
-        """Everything up to the end of the log as it is now."""
-        out: list[Message] = []
+        """Everything up to the end of the log as it is now; all of it, or an error and nothing."""
         end = await self._engine.client_loop.call(self._end_now())
-        while (left := end - (self.position or 0)) > 0:
-            found = await self.fetch(left, PROGRESS_SECONDS)
-            if not found:
-                raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
-            out += found
-        return out
+        claimed: list[ReceivedBatch] = []
+        try:
+            while self.position < end:
+                found = await self._taken(BatchBuffer.claim, PROGRESS_SECONDS)
+                if not found:
+                    raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
+                claimed += found
+            return self._gave_all(claimed, end)
+        except BaseException:
+            self._give_back(claimed)
+            raise
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:
-            for message in await self._next(1024, None):
-                self._asked_again()
-                self._handed_out(message.position + 1)
+            for message in await self._taken(BatchBuffer.take_message, None):
                 yield message
 
     async def seek(self, start: Start) -> None:
-        """Go on from "beginning", "end", a position or a time."""
-        check_start(start)
-        await self._engine.client_loop.call(self._engine.seek(start))
-        self._handed_out()
+        """Go on from "beginning", "end", a position or a time. Refused or cancelled, reading goes on where it was."""
+        await self._engine.client_loop.call(self._engine.seek(as_start(start)))
 
     async def close(self) -> None:
         """End the subscription; with `auto_commit`, commit what was given out."""
-        if isinstance(self._engine, ForkedEngine):
-            return                          # it is the parent's
-        await self._engine.client_loop.call(self._close(self._last_handed()))
+        await self._end(True)
+
+    async def _end(self, clean: bool) -> None:
+        if not isinstance(self._engine, ForkedEngine):
+            await self._engine.client_loop.call(self._close(self._done(clean)))
 
     async def __aenter__(self) -> "AsyncSubscriber":
         return await self.open()
 
     async def __aexit__(self, kind: object, *_: object) -> None:
-        if kind is not None and self._membership is not None:
-            self._membership.handed = self._membership.processed
-        await self.close()
+        await self._end(kind is None)
