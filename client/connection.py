@@ -99,10 +99,9 @@ class ClientLoop:
         return _Job(self.loop, coroutine)
 
     def _check_process(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        if self.pid != os.getpid():
+        if is_child():
             coroutine.close()
-            raise ClosedError("this client was opened before this process was forked and belongs to the parent: "
-                              "open one here", what="the client")
+            raise parents_client()
 
 
 class _Job(Generic[T]):
