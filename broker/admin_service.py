@@ -150,7 +150,7 @@ class AdminService:
         self._server.check_session(entry, opened)
         found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
                                  opened.client_id, opened.ack, entry.replication_factor, request.pid,
-                                 request.start_time)
+                                 request.presence)
         if found is None:
             raise AttachSlotsFull(broker=node.broker)
         self._server.attached_by[found[0]] = CALLER.get().name
@@ -164,11 +164,11 @@ class AdminService:
         node, server = self._node, self._server
         entry = server.topic_seen(request.subscribe)
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await server.place(request.subscribe, reader, entry, (request.pid, request.start_time))
+        cursor = await server.place(request.subscribe, reader, entry, (request.pid, request.presence))
         try:                                # what may fail comes before the slot: who is refused holds nothing
             frontiers, position = reader.frontiers(), reader.position_of(reader.index)
             found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
-                                                request.start_time)
+                                                request.presence)
             if found is None:
                 raise AttachSlotsFull(broker=node.broker)
         except BaseException:

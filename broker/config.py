@@ -6,9 +6,11 @@ Every wrong value is a `ConfigError` that names the setting, the value and what 
 exists is valid: sizes are numbers, and what depends on the size of the region is chosen.
 """
 
+import contextlib
 import ipaddress
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +47,21 @@ _SECONDS = {"": 1.0, "ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _CLUSTER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,59}")
 _TOPIC_NAME = re.compile(r"(?!\.|__)[A-Za-z0-9._-]{1,120}")
+
+
+def resolved(path: str | os.PathLike[str], setting: str = "path") -> str:
+    """A path as the user means it, from here: "~" and "~name" are homes, and what is relative begins here.
+
+    Raises `ConfigError` for a home that nobody has.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or "\0" in text:
+        raise ConfigError(setting=setting, value=repr(path), allowed="the path of a folder or file")
+    expanded = os.path.expanduser(text)
+    if text.startswith("~") and expanded == text:
+        raise ConfigError(setting=setting, value=repr(path),
+                          allowed="a path; there is no user of that name (write ./~ for a file that is called so)")
+    return os.path.abspath(expanded)
 
 
 def parse_bytes(value: object, setting: str = "size") -> int:
@@ -102,6 +119,7 @@ _CHOICES = {"pool": POOLS, "sequencer_lock": SEQUENCER_LOCKS, "thread_plan": THR
             "memory": MEMORIES, "membership": MEMBERSHIPS}
 _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes", "replica_file_bytes",
           "coherent_bytes")
+_PATHS = ("data_directory", "runtime_directory", "security")
 _DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds", "replica_grace_seconds")
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
@@ -175,8 +193,11 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
                 setattr(self, setting, value)
         if not self.runtime_directory:
             self.runtime_directory = str(runtime_root())
-        if self.security:                   # brokers run in another folder
-            self.security = os.path.abspath(os.path.expanduser(self.security))
+        for setting in _PATHS:              # once, where the user is: brokers and supervisors run in another folder
+            if getattr(self, setting):
+                setattr(self, setting, resolved(getattr(self, setting), setting))
+        if isinstance(self.listen_host, str):
+            self.listen_host = _plain_host(self.listen_host)
 
     def _check(self) -> None:
         """Raise `ConfigError` for the first setting that is wrong."""
@@ -203,6 +224,8 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             parse_endpoints(self.etcd_endpoints)
         if not isinstance(self.listen_host, str) or not self.listen_host or " " in self.listen_host:
             _refuse("listen_host", self.listen_host, "a host name or an address")
+        if ":" in self.listen_host and not _is_address(self.listen_host):
+            _refuse("listen_host", self.listen_host, "a host name or an address, without a port: that is listen_port")
         if not (self.security or self.insecure_clear_text or _is_loopback(self.listen_host)):
             raise ClearTextRefused(setting="listen_host", host=self.listen_host)
         if self.listen_port and self.listen_port + self.brokers - 1 > 65535:
@@ -237,7 +260,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def folder(self) -> Path:
         """The cluster's own folder: sockets, logs, and replicas when no data_directory is set."""
-        return Path(os.path.abspath(self.runtime_directory)) / f"{FOLDER_PREFIX}{self.name}"
+        return Path(self.runtime_directory) / f"{FOLDER_PREFIX}{self.name}"
 
     def replica_folder(self, broker: int) -> Path:
         """Where a broker keeps what outlives the region: replicas, and the files of consumer groups."""
@@ -277,13 +300,28 @@ def parse_endpoints(endpoints: str) -> list[tuple[str, str, int]]:
     return found
 
 
+def _plain_host(host: str) -> str:
+    """A host as people mean it: an IPv6 address without its brackets, a name in small letters (RFC 4343)."""
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    return host.lower()
+
+
+def host_and_port(host: str, port: int | str) -> str:
+    """An address as gRPC and people write it: an IPv6 address has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _is_address(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
+    if host.rstrip(".") == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False                        # a name may mean anything
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback     # a name may mean anything
 
 
 def _refuse(setting: str, value: object, allowed: str) -> None:
@@ -318,7 +356,7 @@ def load_config(path: str | Path | None = None, *, environment: Mapping[str, str
     """
     environment = os.environ if environment is None else environment
     path = path or environment.get(CONFIG_FILE_VARIABLE) or None
-    values: dict[str, Any] = dict(_read_toml(Path(path))) if path else {}
+    values: dict[str, Any] = dict(_read_toml(Path(resolved(path, "config")))) if path else {}
     values.update({setting: environment[variable] for variable, setting in ENVIRONMENT.items()
                    if environment.get(variable)})
     values.update({setting: value for setting, value in overrides.items() if value is not None})
@@ -336,7 +374,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"the configuration file {path} is no TOML: {error}", setting="config") from error
     if isinstance(content.get("security"), dict):      # the table itself: the brokers read it from this file
-        content["security"] = os.path.abspath(path)
+        content["security"] = str(path)
     inner = content.pop("cluster", {})
     if not isinstance(inner, dict):
         raise ConfigError(setting="cluster", value=repr(inner), allowed="a table of settings")
@@ -365,7 +403,7 @@ def runtime_root(environment: Mapping[str, str] | None = None) -> Path:
     """Where clusters of this user keep their folders, unless they say otherwise."""
     environment = os.environ if environment is None else environment
     if environment.get("CXLMQ_RUNTIME_DIRECTORY"):
-        return Path(os.path.abspath(environment["CXLMQ_RUNTIME_DIRECTORY"]))
+        return Path(resolved(environment["CXLMQ_RUNTIME_DIRECTORY"], "runtime_directory"))
     session = environment.get("XDG_RUNTIME_DIR")
     if session and len(session) <= 24 and os.path.isdir(session) and os.access(session, os.W_OK):
         return Path(os.path.abspath(session)) / "cxlmq"
@@ -373,17 +411,56 @@ def runtime_root(environment: Mapping[str, str] | None = None) -> Path:
 
 
 def make_folder(config: ClusterConfig) -> Path:
-    """Create the cluster's folder, private to the user. Raises `PermissionDenied` when somebody else made it."""
+    """Create the cluster's folder, private to the user. Raises `PermissionDenied` when somebody else could write it."""
     folder = config.folder
     for each in (folder.parent, folder):
         try:
             each.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise PermissionDenied(
-                f"cannot create the folder {each} ({error.strerror}): set runtime_directory", what=str(each)) from error
-        if each.lstat().st_uid != os.getuid() or each.is_symlink():
-            raise PermissionDenied(f"the folder {each} belongs to another user: set runtime_directory", what=str(each))
+                f"cannot create the folder {each} ({error.strerror}): set runtime_directory", what=str(each)) from None
+    check_folder(folder)
+    if folder.stat().st_mode & 0o077:       # it is ours: nobody else needs to look in
+        folder.chmod(0o700)
     return folder
+
+
+def check_folder(folder: Path) -> None:
+    """Check a cluster's folder before anything is read from it, or put there.
+
+    Raises `PermissionDenied` unless it and the one above are this user's and nobody else may change what they hold:
+    whoever could would hand us his sockets, and get our token. `FileNotFoundError` when there is none.
+    """
+    for each in (folder.parent, folder):
+        status = each.lstat()
+        if not stat.S_ISDIR(status.st_mode):
+            raise PermissionDenied(f"{each} is no folder of its own (a link, or a file): remove it, or set "
+                                   "runtime_directory", what=str(each))
+        if status.st_uid != os.geteuid():
+            raise PermissionDenied(f"the folder {each} belongs to another user: set runtime_directory", what=str(each))
+        sticky = each == folder.parent and status.st_mode & stat.S_ISVTX       # nobody renames what is another's there
+        if status.st_mode & 0o022 and not sticky:
+            raise PermissionDenied(f"other users may write into the folder {each}: `chmod go-w {each}`, or set "
+                                   "runtime_directory", what=str(each))
+
+
+def check_socket(address: str) -> None:
+    """Check the socket behind "unix:/path" before a client talks to it; one that is not there is not looked at.
+
+    Raises `PermissionDenied` unless it is this user's, in a folder where only he may put one.
+    """
+    path = Path(address.removeprefix("unix:"))
+    try:
+        status, folder = path.lstat(), path.parent.lstat()
+    except OSError:
+        return
+    for each, found in ((path, status), (path.parent, folder)):
+        if found.st_uid != os.geteuid():
+            raise PermissionDenied(f"{each} belongs to another user (number {found.st_uid}): nothing is sent there; "
+                                   "talk to the cluster as the user who runs it, or over TCP", what=str(each))
+    if not stat.S_ISSOCK(status.st_mode) or folder.st_mode & 0o022:
+        raise PermissionDenied(f"{path} is no socket, or other users may write into its folder: nothing is sent there; "
+                               f"`chmod go-w {path.parent}`", what=str(path))
 
 
 def layout_of(config: ClusterConfig) -> Layout:

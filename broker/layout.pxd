@@ -69,7 +69,8 @@ cpdef enum BrokerState:
     BROKER_ABSENT = 0
     BROKER_STARTING = 1
     BROKER_READY = 2
-    BROKER_STOPPED = 3
+    BROKER_STOPPED = 3                      # no stage of its runs any more
+    BROKER_STOPPING = 4                     # takes nothing new; its stages still run
 
 cpdef enum CursorState:
     CURSOR_FREE = 0
@@ -137,9 +138,9 @@ cdef packed struct DirectoryLine:           # writer: admin
 cdef packed struct ActivityLine:            # one byte a topic: changes when the topic has news
     uint8_t counts[64]
 
-cdef packed struct BrokerLine:              # writer: broker
+cdef packed struct BrokerLine:              # writer: broker. Whether it lives is said by its lock on the region file
     uint64_t state
-    uint64_t pid
+    uint64_t pid                            # this and the next are hints for people
     uint64_t start_time
     uint64_t heartbeat_ns
     uint64_t commit_watchers                # subscribers and replicas here that wait for commits
@@ -283,8 +284,8 @@ cdef packed struct CursorLine:              # writer: the broker that serves the
     uint64_t topic                          # generation << 16 | topic number
     uint64_t index                          # first order entry that the reader still needs
     uint64_t position
-    uint64_t pid
-    uint64_t start_time
+    uint64_t pid                            # a hint for people
+    uint64_t presence                       # an attached reader's: number of its process's lock on the region file
     uint64_t reserved[2]
 
 cdef packed struct CursorName:              # writer: as CursorLine; the group that reads, empty for a lone reader
@@ -348,8 +349,8 @@ cdef packed struct AttachClientLine:        # writer: client
     uint64_t wanted_bytes                   # smallest lease that is of use to it
     uint64_t left                           # 1: it is gone, and writes no more
     uint64_t released_index                 # a subscriber's: order entries below it are no longer viewed
-    uint64_t pid
-    uint64_t start_time
+    uint64_t pid                            # a hint for people
+    uint64_t presence                       # number of the lock on the region file that its process holds
 
 cdef packed struct Descriptor:              # one line of the submission ring; writer: client
     uint64_t commit                         # tag(generation, submission number), stored last

@@ -260,7 +260,7 @@ cdef class BrokerLog:
         for cursor in range(self.layout.g.cursor_count_max):
             self.memory.invalidate(self.layout.cursor(cursor), 64)
             self.memory.read_line(self.layout.cursor(cursor), &line)
-            if line.state & 0xFF != CURSOR_FREE and line.topic == key and line.start_time:
+            if line.state & 0xFF != CURSOR_FREE and line.topic == key and line.presence:
                 return True
         return False
 

@@ -42,7 +42,7 @@ from typing import Any
 from broker.config import ClusterConfig, make_folder
 from broker.crash import arm, parse_crash_points
 from broker.doorbell import Doorbell
-from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost, RegionForeign
+from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost, TmpfsTooSmall
 from broker.groups import GroupTable
 from broker.head import HeadDoorbell, HeadView, say_restored
 from broker.layout import BrokerState
@@ -73,7 +73,7 @@ from broker.stages.watch import Watch
 from broker.topics import TopicTable
 from sim.cxl.clock import SystemClock
 from sim.cxl.memory import Memory, MemoryFault, Role
-from sim.cxl.region import host_identity, process_alive, process_start_time
+from sim.cxl.region import TmpfsFull, process_start_time
 
 _log = logging.getLogger("cxlmq")
 
@@ -100,7 +100,8 @@ class BrokerNode:
         self.region = region
         self.layout = region.layout
         self.pid = os.getpid()
-        self.host = host_identity()
+        # First of all: whoever sees a new incarnation knows by it that the process before is gone.
+        region.hold_broker(broker)
         self.clock = SystemClock()
         self.notifier = Notifier()
         region.hardware.be_broker(broker, config.host_numbers())
@@ -132,6 +133,7 @@ class BrokerNode:
             seat_door, self.layout, self._membership(founder), self.incarnation << 8 | broker + 1, self._is_gone,
             self.seats, self._new_takeover, self._sit_down, self._stand_up, self._attend)
         self._watchers = 0
+        self.was_ready = False
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
 
@@ -194,14 +196,13 @@ class BrokerNode:
                                 int(self.config.head_lease_seconds * 1e9), self.is_dead, founder)
 
     def is_dead(self, broker: int) -> bool:
-        """Whether the process that a broker's line names is gone."""
-        line = self.broker_line(broker)
-        return not process_alive(line["pid"], line["start_time"], self.host)
+        """Whether no process is this broker."""
+        return not self.region.broker_lives(broker)
 
     def _is_gone(self, owner: int) -> bool:
         """Whether the process with this incarnation << 8 | broker + 1 stores nothing any more."""
-        line = self.broker_line((owner & 0xFF) - 1)
-        return line["incarnation"] != owner >> 8 or not process_alive(line["pid"], line["start_time"], self.host)
+        broker = (owner & 0xFF) - 1
+        return self.broker_line(broker)["incarnation"] != owner >> 8 or not self.region.broker_lives(broker)
 
     def _new_takeover(self) -> Takeover:
         if self.config.sequencer_lock == "semaphore":
@@ -340,7 +341,7 @@ class BrokerNode:
     def gone_clients(self) -> list[tuple[int, int]]:
         """Slots (number, generation) of attached clients that left, never came, or whose process is dead."""
         return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
-                if slot["left"] or not process_alive(slot["pid"], slot["start_time"], self.host)]
+                if slot["left"] or not self.region.client_lives(slot["presence"])]
 
     def bump(self, word: int) -> None:
         """Change a version word of this broker's line and wake the head."""
@@ -370,11 +371,9 @@ class BrokerNode:
         return {**line, **unpack("BrokerAddress", self.memory.read_bytes(address, 256))}
 
     def live_brokers(self) -> list[int]:
-        """Brokers that are ready and whose process runs on this machine."""
-        boot = host_identity()
+        """Brokers that are ready and whose process lives."""
         return [b for b in range(self.layout.numbers["broker_count"])
-                if (line := self.broker_line(b))["state"] == BrokerState.BROKER_READY
-                and process_alive(line["pid"], line["start_time"], boot)]
+                if self.broker_line(b)["state"] == BrokerState.BROKER_READY and self.region.broker_lives(b)]
 
 
 async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
@@ -389,6 +388,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
         node.start()
         tcp, unix = await server.start()
         node.write_line(BrokerState.BROKER_READY, tcp, unix)
+        node.was_ready = True
         node.ring_all()
         node.start_warming()
         while not stop.is_set():
@@ -402,32 +402,13 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
                 await asyncio.wait_for(stop.wait(), LOOK_SECONDS)
     finally:
         node.leadership.stop()
-        node.write_line(BrokerState.BROKER_STOPPED)
+        node.write_line(BrokerState.BROKER_STOPPING)
         if server is not None:
             await server.stop()
         node.stop()
+        node.write_line(BrokerState.BROKER_STOPPED)     # now it is true: nothing of this broker's runs
         with contextlib.suppress(MemoryLost):
             node.look_after_memory(idle_ns=STRANDED_NS)
-
-
-def _process_of(region: Region, broker: int) -> int:
-    """The process that runs as this broker, 0: none."""
-    memory, at = region.memory(), region.layout.offset_of("broker", broker)
-    memory.invalidate_range(at, 64)
-    line = unpack("BrokerLine", memory.read_line_bytes(at))
-    runs = line["pid"] and line["state"] != BrokerState.BROKER_STOPPED and process_alive(
-        line["pid"], line["start_time"], host_identity())
-    return int(line["pid"]) if runs else 0
-
-
-def _others_alive(region: Region, broker: int) -> bool:
-    return any(_process_of(region, other) for other in range(region.layout.numbers["broker_count"]) if other != broker)
-
-
-def _check_place(region: Region, broker: int) -> None:
-    if pid := _process_of(region, broker):
-        raise RegionForeign(f"broker {broker} of cluster {region.name} runs already (process {pid}): "
-                            "choose another --id", region=region.name, reason="broker runs")
 
 
 def _recover(config: ClusterConfig, region: Region) -> None:
@@ -444,28 +425,35 @@ def _recover(config: ClusterConfig, region: Region) -> None:
     (config.folder / RECOVERY_FILE).write_text(json.dumps(report))
 
 
-def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: bool = False) -> None:
+def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: bool = False,
+               run_id: int | None = None) -> None:
     """Run one broker until SIGTERM or SIGINT. Raises `CxlmqError` when it cannot start.
 
     Broker 0 makes the region, unless it is to `join` one; with `recover` it fills it from the replicas in the data
-    directory first.
+    directory first. `run_id`: join this run of the cluster and no other.
+
+    Whoever leaves last at an orderly end removes the region. One that fails removes only what it has made itself and
+    nobody has ever used: what others have written may be in no other place.
     """
     make_folder(config)
     founder = broker == FOUNDER and not join
     if founder:
         region = create_region(config, prepare=lambda created: _recover(config, created) if recover else None)
     else:
-        region = attach_region(config.name, timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS,
-                               folder_root=Path(config.runtime_directory))
-        _check_place(region, broker)
+        region = attach_region(config.name, run_id=run_id, folder_root=Path(config.runtime_directory),
+                               timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS)
+    node, ended = None, False
     try:
         node = BrokerNode(config, broker, region, founder)
         arm(*parse_crash_points(config.crash_points).get(broker, ("", 1, False)))
         node.write_line(BrokerState.BROKER_STARTING)
         asyncio.run(_run_until_signal(node))
+        ended = True
+    except TmpfsFull as error:              # of what the model of a memory keeps beside the region
+        raise TmpfsTooSmall(region=config.name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from None
     finally:
-        if not _others_alive(region, broker):
-            region.unlink()
+        if ended or (founder and (node is None or not node.was_ready)):
+            region.leave()
         region.close()
 
 
@@ -502,6 +490,7 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     parser.add_argument("--id", type=int, required=True, help="number of this broker")
     parser.add_argument("--parent", type=int, help="process that this broker ends with")
     parser.add_argument("--join", action="store_true", help="attach to the region that is there, also as broker 0")
+    parser.add_argument("--run-id", type=int, help="with --join: the run of the cluster that it is to be")
     parser.add_argument("--recover", action="store_true", help="rebuild from the replicas in data_directory")
     parser.add_argument("--json-errors", action="store_true", help="print an error as one JSON line")
     options = parser.parse_args(arguments)
@@ -511,7 +500,7 @@ def main(arguments: list[str] | None = None, read: Callable[[], str] = sys.stdin
     _log.addHandler(handler)
     _say_what_is_lost()
     try:
-        run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join)
+        run_broker(ClusterConfig.from_json(read()), options.id, options.recover, options.join, options.run_id)
     except CxlmqError as error:
         _report(error, options.json_errors)
         return 2

@@ -1,10 +1,11 @@
 """The region of a cluster: created, attached to, looked into, and removed when its owners are dead.
 
-    create    zeros ──► superblock (ready = 0) ──► prepare ──► ready = 1
-    attach    magic ──► version ──► ready ──► size ──► layout hash ──► run id
+    create    reserved, with its superblock (ready = 0) and locked ──► named ──► prepare ──► ready = 1
+    attach    owner ──► magic ──► version ──► ready ──► size ──► layout hash ──► run id
 
-Its owners are its creator and the brokers in its broker table, each as (pid, start time), on the host that the
-superblock names. A region whose owners are all dead is a leftover. Nothing else is ever removed.
+Who lives holds a lock on the file (sim/cxl/locks.py): its supervisor, its brokers, whoever made it, attached clients.
+A region that nobody holds is a leftover. Nothing else is removed by others; a broker that leaves last removes it, and
+its supervisor does. Process ids in the region are for people.
 """
 
 import contextlib
@@ -39,6 +40,7 @@ from broker.layout import (
     TopicState,
     record_dtypes,
 )
+from sim.cxl import locks
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory, Memory, Role
 
@@ -78,6 +80,8 @@ class Region:
         self.writable = writable
         self._folder_root = folder_root
         self.hardware = Hardware(name, mapping, layout, superblock, writable)
+        # Without: a copy, which nobody can live in.
+        self.locks: locks.FileLocks | None = getattr(mapping, "locks", None)
 
     @property
     def run_id(self) -> int:
@@ -108,17 +112,64 @@ class Region:
         files.remove_semaphore(self.semaphore_name)
         files.create_semaphore(self.semaphore_name).close()
 
+    # ---- who lives --------------------------------------------------------------------------------------------------
+
+    def hold_broker(self, broker: int) -> None:
+        """Be this broker, for as long as this region is open. Raises `RegionForeign` when a process is it already."""
+        assert self.locks is not None
+        if self.locks.take(locks.broker_place(broker)):
+            if not self.locks.is_named():
+                raise RegionMissing(f"region {self.name} was just removed: start the cluster anew", region=self.name)
+            return
+        pid = _one(self.memory(), self.layout, "BrokerLine", "broker", broker)["pid"]
+        raise RegionForeign(f"broker {broker} of cluster {self.name} runs already (process {pid}): choose another --id",
+                            region=self.name, reason="broker runs")
+
+    def broker_lives(self, broker: int) -> bool:
+        """Whether a process is this broker now."""
+        return self.locks is not None and self.locks.held(locks.broker_place(broker))
+
+    def client_lives(self, presence: int) -> bool:
+        """Whether the process of an attached client, known by the number of its lock, lives."""
+        return (self.locks is not None and 0 < presence < locks.CLIENTS_END - locks.CLIENTS
+                and self.locks.held(locks.CLIENTS + presence))
+
     def close(self) -> None:
-        """Unmap, once no Memory of ours is left."""
+        """Let go of what we were here, and unmap once no Memory of ours is left."""
+        if self.locks is not None:
+            self.locks.close()
+            self.locks = None
         with contextlib.suppress(BufferError):      # a Memory lives: the mapping goes with the last of them
             self.mapping.close()
 
+    def leave(self) -> bool:
+        """Be no broker here any more; remove the region if nobody keeps it going. Whether it was removed."""
+        assert self.locks is not None
+        self.locks.release(*locks.OWNERS)
+        if not self.locks.take(*locks.OWNERS):
+            return False
+        return self._remove_ours()
+
     def unlink(self) -> bool:
-        """Remove the region file, its semaphore and its folder; False when this run is no longer there."""
-        with files.locked_region_file(self.file_name) as same:
-            if not same or _superblock_of(self.file_name).get("run_id") != self.run_id:
-                return False
-            _remove(self.file_name, self.superblock, self._folder_root)
+        """Remove the region file, its semaphore and its folder; False when this run is no longer there.
+
+        For those who own it: whoever lives in it has it no longer under its name.
+        """
+        with contextlib.suppress(files.RegionFileError), files.locks_of(self.file_name) as judge:
+            judge.take(locks.JUDGE)
+            if self._is_there():
+                return self._remove_ours()
+        return False
+
+    def _is_there(self) -> bool:
+        if self.locks is not None:
+            return self.locks.is_named()
+        return _superblock_of(self.file_name).get("run_id") == self.run_id
+
+    def _remove_ours(self) -> bool:
+        if not self._is_there():
+            return False
+        _remove(self.file_name, self.superblock, self._folder_root)
         return True
 
     def __enter__(self) -> "Region":
@@ -143,13 +194,12 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
     if layout_from(_numbers_of(layout)).hash() != layout.hash():
         raise RegionError("the layout is not settled: take it from layout_of(config)", region=config.name)
     check_hardware(config, layout)
-    mapping = _create_file(config, layout.numbers["region_bytes"])
     superblock = _new_superblock(config, layout)
+    mapping = _create_file(config, layout.numbers["region_bytes"], _encoded(superblock))
     region = Region(config.name, mapping, layout, superblock, True, Path(config.folder.parent))
     try:
         remove_hardware(config.name)        # of a cluster whose region is gone
         report_path(config.name, config.folder.parent).unlink(missing_ok=True)
-        _write_superblock(region.memory(), superblock)
         region.hardware.fill_garbage()
         region.hardware.use_profile(config.profile)
         _clear_tables(region.memory(), layout)
@@ -161,30 +211,43 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
             prepare(region)
         superblock["ready"] = 1
         _store_ready(region.memory())
-    except BaseException:
+    except BaseException as error:
         region.unlink()
         region.close()
+        if isinstance(error, files.TmpfsFull):
+            raise _too_small(config.name, error) from None
         raise
     return region
 
 
-def _create_file(config: ClusterConfig, nbytes: int) -> Any:
+def _too_small(name: str, error: files.TmpfsFull) -> TmpfsTooSmall:
+    return TmpfsTooSmall(region=name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes)
+
+
+def _create_file(config: ClusterConfig, nbytes: int, content: bytes) -> Any:
     """The new file's mapping; what dead clusters left is removed where it is in the way."""
     name, collected = config.name, False
     while True:
         try:
             if not _remove_leftover(file_name_of(name), config.folder.parent):
                 raise RegionForeign(region=name, reason="a cluster that runs, or another user, has this name")
-            return files.create_region_file(file_name_of(name), nbytes)
+            return files.create_region_file(file_name_of(name), nbytes, content)
         except files.RegionFileExists:
             continue                        # somebody was faster: judge his
         except files.TmpfsFull as error:
             if collected or not collect_garbage(folder_root=config.folder.parent):
-                raise TmpfsTooSmall(
-                    region=name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from error
+                raise _too_small(name, error) from None
             collected = True
         except files.RegionFileDenied as error:
-            raise PermissionDenied(what=f"region {name}") from error
+            raise _denied(name, error) from None
+
+
+def _denied(name: str, error: files.RegionFileDenied) -> PermissionDenied:
+    """What is read from such a file would be another user's word: where brokers are, and who may know our token."""
+    path = files.path_of(file_name_of(name))
+    return PermissionDenied(f"not allowed: {error}. Nothing of it is used: `chmod 600 {path}` if it is yours and you "
+                            "trust who could open it, let its owner remove it, or choose another cluster name",
+                            what=f"region {name}")
 
 
 def attach_region(name: str, writable: bool = True, *, run_id: int | None = None,
@@ -205,17 +268,31 @@ def attach_region(name: str, writable: bool = True, *, run_id: int | None = None
         time.sleep(_POLL_SECONDS)
 
 
+def presence_at_region(name: str) -> locks.Presence:
+    """This process's lock as a client of a region. Raises `RegionMissing`, `PermissionDenied`."""
+    try:
+        return files.presence_of(file_name_of(name))
+    except files.RegionFileMissing:
+        raise RegionMissing(region=name) from None
+    except files.RegionFileDenied as error:
+        raise _denied(name, error) from None
+
+
 def _attach_once(name: str, writable: bool, run_id: int | None, folder_root: Path) -> Region:
     try:
         mapping = files.map_region_file(file_name_of(name), writable)
-    except files.RegionFileMissing as error:
-        raise RegionMissing(region=name) from error
+    except files.RegionFileMissing:
+        raise RegionMissing(region=name) from None
     except files.RegionFileDenied as error:
-        raise PermissionDenied(what=f"region {name}") from error
-    except files.RegionFileError as error:
-        raise RegionMissing(f"region {name} is not ready: it is empty", region=name) from error
+        raise _denied(name, error) from None
+    except files.RegionFileError:
+        raise RegionMissing(f"region {name} is not ready: it is empty", region=name) from None
     try:
         superblock, layout = _check_superblock(name, mapping, run_id)
+        files.check_private(mapping, file_name_of(name))
+    except files.RegionFileDenied as error:
+        mapping.close()
+        raise _denied(name, error) from None
     except BaseException:
         mapping.close()
         raise
@@ -274,16 +351,11 @@ def _new_superblock(config: ClusterConfig, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _write_superblock(memory: Memory, superblock: dict[str, Any]) -> None:
+def _encoded(superblock: dict[str, Any]) -> bytes:
     record = numpy.zeros(1, DTYPES["Superblock"])
     for key, value in superblock.items():
         record[key] = value.encode() if isinstance(value, str) else value
-    raw = record.tobytes()
-    # Line 0 holds the magic number and is written last: a file with our magic has its owner filled in.
-    for start in range(SUPERBLOCK_BYTES - LINE_BYTES, -1, -LINE_BYTES):
-        memory.write_line_bytes(start, raw[start:start + LINE_BYTES])
-    memory.flush_range(0, SUPERBLOCK_BYTES)
-    memory.store_fence()
+    return bytes(record.tobytes())
 
 
 def _clear_tables(memory: Memory, layout: Layout) -> None:
@@ -313,7 +385,7 @@ def read_superblock(mapping: Any) -> dict[str, Any]:
 def _superblock_of(file_name: str) -> dict[str, Any]:
     """The superblock of a file; empty when it has none or is not readable."""
     try:
-        mapping = files.map_region_file(file_name, writable=False)
+        mapping = files.map_region_file(file_name, writable=False, private=False)
     except files.RegionFileError:
         return {}
     try:
@@ -338,7 +410,7 @@ class RegionSummary:
     brokers_alive: int
     brokers_dead: int
     age_seconds: float
-    live: bool          # False only when every owner is known to be dead
+    live: bool          # False only when it is known that nobody holds it
     reason: str         # why it counts as live or dead, for people
 
 
@@ -346,14 +418,15 @@ def find_regions() -> list[RegionSummary]:
     """All region files of this user. Files of other users are left out."""
     found = []
     for file in files.list_region_files():
-        if file.user_id == os.geteuid():
-            with contextlib.suppress(files.RegionFileMissing):      # gone while we looked
-                found.append(_judge(file))
+        with contextlib.suppress(files.RegionFileMissing, files.RegionFileDenied):      # gone while we looked
+            if file.user_id == os.geteuid():
+                with files.locks_of(file.file_name) as seen:
+                    found.append(_judge(file, seen))
     return found
 
 
 def collect_garbage(dry_run: bool = False, folder_root: Path | None = None) -> list[RegionSummary]:
-    """Remove the regions whose owners are all dead, with their semaphores and folders; return what was (or would be).
+    """Remove the regions that nobody holds, with their semaphores and folders; return what was (or would be).
 
     A folder is removed only when it lies right below `folder_root` (default: the user's runtime directory), is a
     folder of this user and has the region's name.
@@ -366,19 +439,37 @@ def collect_garbage(dry_run: bool = False, folder_root: Path | None = None) -> l
 
 
 def _remove_leftover(file_name: str, folder_root: Path | None = None) -> bool:
-    """Remove a region unless it is live; True when the name is free now."""
+    """Remove a region unless somebody holds it; True when the name is free now.
+
+    Everybody's locks are ours while we judge and remove: nobody can come to life in it, or remove a new one of that
+    name because he has judged this one.
+    """
     try:
-        with files.locked_region_file(file_name) as same:
-            if not same:
+        with files.locks_of(file_name) as judge:
+            if not judge.take(*locks.EVERYBODY):
+                return False
+            if not judge.is_named():
                 return True
             file = files.region_file(file_name)
-            if file.user_id != os.geteuid() or _judge(file).live:
+            if file.user_id != os.geteuid() or _judge(file, judge).live:
                 return False
             _remove(file_name, _superblock_of(file_name), folder_root or runtime_root())
     except files.RegionFileMissing:
         return True
     except files.RegionFileDenied:
         return False
+    return True
+
+
+def remove_held(name: str, held: locks.FileLocks, folder_root: Path) -> bool:
+    """Remove the region that a supervisor made its brokers make, and none of them lives in; False when one does.
+
+    Attached clients keep what they have mapped. A region of another run under that name is left alone.
+    """
+    if not held.take(*locks.OWNERS):
+        return False
+    if held.is_named():
+        _remove(file_name_of(name), _superblock_of(file_name_of(name)), folder_root)
     return True
 
 
@@ -406,15 +497,23 @@ def _save_report(file_name: str, superblock: dict[str, Any], folder_root: Path) 
         Hardware(name, mapping, layout_from(superblock), superblock, True).save_report(folder_root)
 
 
-def _judge(file: files.RegionFile) -> RegionSummary:
-    """Say whether a region is in use. In doubt it is."""
-    alive, dead, age = 0, 0, file.age_seconds
+def _judge(file: files.RegionFile, seen: locks.FileLocks) -> RegionSummary:
+    """Say whether a region is in use. In doubt it is. What `seen` itself holds is no sign of life."""
+    age = file.age_seconds
+    superblock = _superblock_of(file.file_name)
+    brokers = _brokers_seen(file, superblock)
+    alive = sum(seen.held_by_others(locks.broker_place(broker)) for broker in brokers or ())
+    dead = len(brokers or ()) - alive
 
     def summary(live: bool, reason: str) -> RegionSummary:
         name = file.file_name.removeprefix(files.REGION_PREFIX)
         return RegionSummary(name, file.bytes, alive, dead, age, live, reason)
 
-    superblock = _superblock_of(file.file_name)
+    for (first, end), who in ((_BROKER_PLACES, f"{max(alive, 1)} brokers run"), (_SUPERVISOR, "its supervisor runs"),
+                              (_CREATOR, "its creator runs"), (_CLIENT_PLACES, "clients are attached"),
+                              (_JUDGE, "somebody judges it just now")):
+        if seen.held_by_others(first, end):
+            return summary(True, who)
     if _is_blank(superblock):
         if not _is_unwritten(file):
             return summary(True, "not a region of ours: left alone")
@@ -422,21 +521,15 @@ def _judge(file: files.RegionFile) -> RegionSummary:
         return summary(live, "its creator is at work" if live else "its creator died before it was written")
     if superblock["magic"] != LAYOUT_MAGIC:
         return summary(True, "not a region of ours: left alone")
-    if superblock["version"] != LAYOUT_VERSION:
+    if brokers is None:                     # builds before this one held no locks
         users = files.processes_mapping(file.file_name)
-        return summary(bool(users), f"another version, mapped by {len(users)} processes")
+        return summary(bool(users), f"another version or layout, or damaged; mapped by {len(users)} processes")
     age = max(0.0, time.time() - superblock["created_wall_ns"] / 1e9)
-    host = superblock["boot_id"]
-    brokers = _broker_owners(file, superblock)
-    if brokers is None:
-        users = files.processes_mapping(file.file_name)
-        return summary(bool(users), f"another layout, or damaged; mapped by {len(users)} processes")
-    states = [files.process_alive(pid, start, host) for pid, start in brokers]
-    alive, dead = sum(states), len(states) - sum(states)
-    creator = files.process_alive(superblock["owner_pid"], superblock["owner_start"], host)
-    if alive or creator:
-        return summary(True, f"{alive} brokers run" if alive else "its creator runs")
     return summary(False, "all owners are dead")
+
+
+_JUDGE, _SUPERVISOR, _CREATOR = ((place, place + 1) for place in (locks.JUDGE, locks.SUPERVISOR, locks.CREATOR))
+_BROKER_PLACES, _CLIENT_PLACES = (locks.BROKERS, locks.BROKERS_END), (locks.CLIENTS, locks.CLIENTS_END)
 
 
 def _is_unwritten(file: files.RegionFile) -> bool:
@@ -445,25 +538,27 @@ def _is_unwritten(file: files.RegionFile) -> bool:
         return True
     if file.allocated_bytes > 4096:
         return False
-    mapping = files.map_region_file(file.file_name, writable=False)
+    mapping = files.map_region_file(file.file_name, writable=False, private=False)
     try:
         return not any(mapping[:4096])
     finally:
         mapping.close()
 
 
-def _broker_owners(file: files.RegionFile, superblock: dict[str, Any]) -> list[tuple[int, int]] | None:
-    """(pid, start time) of every broker that ever registered; None when the layout is not ours to read."""
+def _brokers_seen(file: files.RegionFile, superblock: dict[str, Any]) -> list[int] | None:
+    """Every broker that ever registered; None when the layout is not ours to read."""
     try:
+        if superblock.get("version") != LAYOUT_VERSION:
+            return None
         layout = layout_from(superblock)
         if layout.hash() != superblock["layout_hash"] or file.bytes != superblock["region_bytes"]:
             return None
-        mapping = files.map_region_file(file.file_name, writable=False)
+        mapping = files.map_region_file(file.file_name, writable=False, private=False)
     except (LayoutError, IndexError, OverflowError, ZeroDivisionError, files.RegionFileError):
         return None
     try:
         lines = _indexed(MappedMemory(mapping), layout, "BrokerLine", "broker", layout.numbers["broker_count"])
-        return [(int(line["pid"]), int(line["start_time"])) for line in lines if line["pid"]]
+        return [int(broker) for broker in numpy.nonzero(lines["pid"])[0]]
     finally:
         mapping.close()
 
@@ -577,7 +672,7 @@ def _inspect_brokers(memory: Memory, region: Region) -> list[dict[str, Any]]:
         values = _decode(line)
         found.append({
             "broker": number, **values, "state": _state_name(BrokerState, values["state"]),
-            "alive": files.process_alive(values["pid"], values["start_time"], region.superblock["boot_id"]),
+            "alive": region.broker_lives(number),
             **_one(memory, layout, "BrokerAddress", "broker_address", number),
         })
     return found

@@ -17,7 +17,7 @@ from grpc_reflection.v1alpha import reflection
 
 from broker.admin_service import AdminService
 from broker.calls import PUBLISH, SUBSCRIBE, Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary
-from broker.config import TopicConfig
+from broker.config import TopicConfig, host_and_port
 from broker.errors import (
     BadBatch,
     BrokerUnavailable,
@@ -35,6 +35,7 @@ from broker.groups import topic_key
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.head import epoch_of, head_of
 from broker.layout import BrokerState, SessionState
+from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.security import CALLER, Guard
@@ -42,7 +43,7 @@ from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
 from broker.topics import TopicEntry, holder_at
-from sim.cxl.region import host_identity
+from sim.cxl.region import memory_identity
 
 _log = logging.getLogger("cxlmq")
 
@@ -239,7 +240,8 @@ class BrokerServer:
         self.guard = Guard(node.config.security)
         self.guard.check()
         self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
-        self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD))
+        self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD),
+                                   node.region.client_lives)
         self.publish_streams: dict[int, PublishStream] = {}
         self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}
         self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
@@ -289,20 +291,20 @@ class BrokerServer:
 
     async def _listen(self, port: int) -> tuple[str, str]:
         config = self.node.config
-        wanted = f"{config.listen_host}:{port}"
+        wanted = host_and_port(config.listen_host, port)
         unix = f"unix:{config.folder / f'broker-{self.node.broker}.sock'}"
         try:
             bound = self._server.add_secure_port(wanted, credentials) if (
                 credentials := self._credentials()) else self._server.add_insecure_port(wanted)
             self._server.add_insecure_port(unix)
-        except RuntimeError as error:
-            raise PortTaken(address=wanted) from error
+        except RuntimeError:
+            raise why_not_bound(config.listen_host, port) from None
         await self._server.start()
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         asyncio.get_running_loop().add_reader(self.node.notifier.fd, self._notified)
         self._caretaker = asyncio.create_task(self._look_after())
-        return f"{config.listen_host}:{bound}", unix
+        return host_and_port(config.listen_host, bound), unix
 
     def _credentials(self) -> Any:
         """TLS that asks the caller for a certificate of our CA; None while security is off."""
@@ -334,7 +336,7 @@ class BrokerServer:
                     seen = now
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
                 self.cursors.free_left({
-                    (each["pid"], each["start_time"]) for each in self.node.attach.open_slots()
+                    each["presence"] for each in self.node.attach.open_slots()
                     if not each["left"] and (each["number"], each["generation"]) in self._inherited})
                 if self.node.is_head:
                     await self.node.topics.complete_deletions(self.node.live_brokers)
@@ -537,4 +539,4 @@ class BrokerServer:
         return pb.ClusterDescription(
             name=node.config.name, epoch=self.epoch(), head=self.head(), region_bytes=numbers["region_bytes"],
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
-            brokers=brokers, host=host_identity(), run_id=node.region.run_id)
+            brokers=brokers, host=memory_identity(), run_id=node.region.run_id)

@@ -14,7 +14,6 @@ from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
 from broker.stages.sequencer import SESSION_WINDOW
 from sim.cxl.memory import Memory
-from sim.cxl.region import host_identity, process_alive
 
 UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
@@ -195,14 +194,17 @@ class SessionTable:
 class CursorTable:
     """This broker's part of the cursor table: it keeps what its readers still need from being reclaimed."""
 
-    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None]) -> None:
+    def __init__(self, memory: Memory, layout: Layout, broker: int, announce: Callable[[], None],
+                 lives: Callable[[int], bool]) -> None:
+        """`lives(presence)`: whether the process of an attached client is there (`Region.client_lives`)."""
         self._memory, self._layout, self._announce, self._broker = memory, layout, announce, broker
+        self._lives = lives
         share = layout.numbers["cursors_per_broker"]
         self._head = HeadView(memory, layout)
         self._free = set(range(broker * share, (broker + 1) * share))
         self._count = share
         self._request = 0
-        self._left: dict[int, tuple[int, int]] = {}     # of readers that an earlier process of ours attached
+        self._left: dict[int, int] = {}     # presences of readers that an earlier process of ours attached
         for cursor in self._free.copy():
             self._take_over(cursor)
 
@@ -211,23 +213,23 @@ class CursorTable:
         line = unpack("CursorLine", self._memory.read_line_bytes(self._layout.offset_of("cursor", cursor)))
         if line["state"] & 0xFF == CursorState.CURSOR_FREE:
             return
-        if line["start_time"] and process_alive(line["pid"], line["start_time"], host_identity()):
-            self._left[cursor] = line["pid"], line["start_time"]
+        if self._lives(line["presence"]):
+            self._left[cursor] = line["presence"]
             self._free.discard(cursor)
         else:
             self.close(cursor)
 
-    def free_left(self, attached: set[tuple[int, int]]) -> None:
+    def free_left(self, attached: set[int]) -> None:
         """Let go of the places of readers that gave up the slot which they had of our predecessor, or are dead.
 
-        `attached` are the processes (pid, start time) that still have such a slot.
+        `attached` are the presences of processes that still have such a slot.
         """
-        for cursor, process in list(self._left.items()):
-            if process not in attached or not process_alive(*process, host_identity()):
+        for cursor, presence in list(self._left.items()):
+            if presence not in attached or not self._lives(presence):
                 del self._left[cursor]
                 self.close(cursor)
 
-    async def open(self, topic: int, index: int, pid: int, name: str = "", start_time: int = 0) -> tuple[int, int]:
+    async def open(self, topic: int, index: int, pid: int, name: str = "", presence: int = 0) -> tuple[int, int]:
         """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`.
 
         `name` is the group that reads, for people.
@@ -242,7 +244,7 @@ class CursorTable:
         at = self._layout.offset_of("cursor", cursor)
         request = (self._memory.load_word(at) >> 8) + 1
         line = {"state": request << 8 | CursorState.CURSOR_WANTED, "topic": topic, "index": index, "pid": pid,
-                "start_time": start_time}
+                "presence": presence}
         self._write(at, line)
         self._announce()
         try:

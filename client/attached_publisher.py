@@ -33,8 +33,8 @@ from client.batch import Batch
 from client.connection import BrokerAddress
 from client.engine import SILENT_SECONDS, Engine
 from client.transport import rendezvous
+from sim.cxl.locks import Presence
 from sim.cxl.memory import Role
-from sim.cxl.region import host_identity, process_alive, process_start_time
 
 IDLE_SECONDS = 0.02
 BUSY_SECONDS = 0.001
@@ -62,6 +62,7 @@ class AttachedEngine(Engine):
     def __init__(self, topic: str, **options: Any) -> None:
         super().__init__(topic, **options)
         self.region: Region | None = None
+        self.presence: Presence | None = None
         self.core: AttachedCore | None = None
         self.attachments: dict[int, tuple[BrokerAddress, pb.Attachment]] = {}
         self.attaching: dict[int, asyncio.Task[None]] = {}
@@ -112,8 +113,9 @@ class AttachedEngine(Engine):
         """Get a slot at one broker; its answer may come when nobody wants it any more."""
         opened = pb.PublishOpen(topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
                                 session_epoch=epoch, ack=self.ack or 0)
-        request = pb.AttachPublisherRequest(open=opened, pid=os.getpid(), start_time=process_start_time())
         try:
+            self.presence = await self.connection.presence()
+            request = pb.AttachPublisherRequest(open=opened, pid=os.getpid(), presence=self.presence.number)
             found = await self.connection.unary(broker.target, "Admin/AttachPublisher", request, pb.Attachment)
         except CxlmqError as error:
             self.attach_error = error
@@ -137,6 +139,7 @@ class AttachedEngine(Engine):
         assert self.packer is not None
         assert self.ack is not None
         self.region = attach_region(found.region, run_id=found.run_id)
+        self.region.mapping.presence = self.presence        # as long as a loan of it is held
         self.window = min(self.window, self.region.layout.numbers["region_bytes"] // REGION_SHARE)
         self.core = AttachedCore(self, self.region.memory(Role.ROLE_CLIENT), self.region.layout, self.packer,
                                  self.targets, self.window,
@@ -348,12 +351,12 @@ class AttachedEngine(Engine):
         """Drop the channels of dead brokers; notice a deleted topic."""
         assert self.region is not None
         assert self.core is not None
-        memory, layout, boot = self.region.memory(Role.ROLE_CLIENT), self.region.layout, host_identity()
+        memory, layout = self.region.memory(Role.ROLE_CLIENT), self.region.layout
         for broker in self.core.brokers_alive():
             at = layout.offset_of("broker", broker)
             memory.invalidate_range(at, 64)
             line = unpack("BrokerLine", memory.read_line_bytes(at))
-            if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
+            if line["state"] != BrokerState.BROKER_READY or not self.region.broker_lives(broker):
                 self.core.drop_channel(broker)
         self._leave(self.core.let_go())
         self.core.check_slots()
@@ -458,7 +461,7 @@ class AttachedEngine(Engine):
         self.core = None
         if self.region is not None:
             self.region.close()
-            self.region = None
+            self.region = self.presence = None
 
 
 __all__ = ["AttachedEngine"]

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from broker.errors import CxlmqError, DamagedData, PositionLost, RangeLost
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
-from broker.records import unpack
 from broker.region import Region, attach_region
 from client.attached_reader import AttachedReader
 from client.buffer import BatchBuffer
@@ -20,7 +19,7 @@ from client.reading import REACH_SECONDS, ReadingEngine, T, Take, left_until
 from client.received import ReceivedBatch
 from client.start import Start
 from sim.cxl.memory import MappedMemory, Memory, Role
-from sim.cxl.region import host_identity, map_region_part, process_alive, process_start_time
+from sim.cxl.region import map_region_part
 
 SLEEP_SECONDS = 0.1
 CHECK_SECONDS = 0.25
@@ -63,12 +62,15 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         return await super()._candidates()
 
     async def _reach_at(self, broker: BrokerAddress, request: pb.SubscribeRequest) -> Slot:
-        asked = pb.AttachSubscriberRequest(subscribe=request, pid=os.getpid(), start_time=process_start_time())
+        presence = await self.connection.presence()
+        asked = pb.AttachSubscriberRequest(subscribe=request, pid=os.getpid(), presence=presence.number)
         attachment = await self.connection.undoable(
             self.connection.unary(broker.target, "Admin/AttachSubscriber", asked, pb.Attachment, REACH_SECONDS),
             lambda granted: self._detach(broker, granted))
         try:
-            return self._mapped(broker, attachment)
+            place = self._mapped(broker, attachment)
+            place.region.mapping.presence = presence    # as long as a view of it is held
+            return place
         except BaseException:
             await self._detach(broker, attachment)
             raise
@@ -104,6 +106,7 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
     async def _leave(self, place: Slot) -> None:
         self._let_go(all_of_them=True)
         place.reader.leave()                # also when the broker cannot answer now
+        place.region.mapping.presence = None
         await self._detach(place.address, place.attachment)
 
     async def _detach(self, broker: BrokerAddress, granted: pb.Attachment) -> None:
@@ -126,9 +129,7 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         """Whether the broker whose cursor protects us serves us no longer: it said so, or is dead."""
         if not slot.reader.is_open():
             return True
-        line = unpack("BrokerLine", slot.region.memory(Role.ROLE_CLIENT).read_line_bytes(
-            slot.region.layout.offset_of("broker", slot.attachment.doorbell)))
-        return not process_alive(line["pid"], line["start_time"], host_identity())
+        return not slot.region.broker_lives(slot.attachment.doorbell)
 
     def _return(self) -> None:
         """Go on from the same place through another broker, in the background: nobody who fetches waits for that."""

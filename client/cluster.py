@@ -12,11 +12,8 @@ spawned them: start a cluster in a thread that lives as long as the cluster.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
-import shutil
 import signal
 import socket
 import ssl
@@ -30,16 +27,18 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
-from broker.config import FOLDER_PREFIX, ClusterConfig, layout_of, load_config, make_folder, runtime_root
-from broker.errors import CxlmqError, PermissionDenied, RegionForeign, from_code
+from broker.config import ClusterConfig, layout_of, load_config, resolved
+from broker.errors import CxlmqError, RegionForeign, from_code
 from broker.layout import BrokerState
 from broker.records import record_bytes, unpack
 from broker.security import Guard, Security
+from client.claim import Claim, claim_name, collect_leftovers, remove_region, supervisor_of
+from client.restarts import Endings, how
 from sim.cxl import region as files
+from sim.cxl.locks import SUPERVISOR
 from sim.cxl.memory import MappedMemory
 
 DEFAULT_NAME = "default"
-PID_FILE = "supervisor.pid"
 FOUNDER = 0                             # makes the region
 READY_SECONDS = 30.0
 RECOVERY_SECONDS = 600.0                # for reading all replicas
@@ -50,8 +49,6 @@ ANSWER_SECONDS = 5.0
 _POLL_SECONDS = 0.005
 _WATCH_SECONDS = 0.2
 _KEEP_SECONDS = 0.05
-_AGAIN_SECONDS = 0.5                    # a broker that ends at once is not started anew more often
-_CLAIM_SECONDS = 1.0
 _NAMES_MAX = 1000
 _LOG_TAIL_BYTES = 4000
 # Brokers run in the folder that holds our packages: `-m broker.node` then finds ours, and no folder of the user's that
@@ -94,14 +91,11 @@ class Cluster:
                  recover: str | os.PathLike[str] | None = None) -> None:
         wanted = config or load_config()
         if recover is not None:
-            wanted = msgspec.structs.replace(wanted, data_directory=os.fspath(recover))
+            wanted = msgspec.structs.replace(wanted, data_directory=resolved(recover, "recover"))
             ready_seconds = max(ready_seconds, RECOVERY_SECONDS)
         self._recover = recover is not None
         self.recovery: dict[str, Any] | None = None
-        # The brokers run in another folder.
-        self.config: ClusterConfig = msgspec.structs.replace(
-            wanted, runtime_directory=os.path.abspath(wanted.runtime_directory),
-            data_directory=wanted.data_directory and os.path.abspath(wanted.data_directory))
+        self.config: ClusterConfig = wanted
         self.notes: list[str] = []
         self._exact_name = self.config.name != DEFAULT_NAME if exact_name is None else exact_name
         self._ready_seconds = ready_seconds
@@ -113,7 +107,8 @@ class Cluster:
         self._addresses: dict[int, Addresses] = {}
         self._ended: set[int] = set()
         self._former: set[int] = set()              # process ids of brokers that were started anew
-        self._started_at: dict[int, float] = {}
+        self._table: BrokerTable | None = None      # holds the supervisor's lock on the region
+        self._lives = Endings()                     # how they ended, and when they are started anew
         self._changing = threading.Lock()
         self._stopping, self._stopped = threading.Event(), threading.Event()
         self._keeper: threading.Thread | None = None
@@ -207,10 +202,11 @@ class Cluster:
         if not again:
             self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
         log = self._logs[broker]
-        self._started_at[broker] = time.monotonic()
+        self._lives.started(broker, time.monotonic())
+        same_run = ["--run-id", str(self._table.run_id)] if self._table else []
         self._children[broker] = subprocess.Popen(
             [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid()),
-             *(["--join"] if again else ["--recover"] if self._recover else [])],
+             *(["--join", *same_run] if again else ["--recover"] if self._recover else [])],
             stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
             process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
 
@@ -223,14 +219,11 @@ class Cluster:
 
     def _wait_until_ready(self, deadline: float) -> None:
         waiting = set(self._children)
-        table: BrokerTable | None = None
         while waiting:
             self._raise_if_ended()
-            table = table or BrokerTable.open(self.config, self._children[FOUNDER].pid)
-            for broker in sorted(waiting) if table else ():
-                addresses = table.ready(broker, self._children[broker].pid) if table else None
-                if addresses is not None:
-                    self._addresses[broker] = addresses
+            self._table = self._table or BrokerTable.open(self.config, self._children[FOUNDER].pid)
+            for broker in sorted(waiting):
+                if self._note_ready(broker):
                     waiting.discard(broker)
             if waiting and time.monotonic() > deadline:
                 self._raise_late(min(waiting), "not ready")
@@ -241,6 +234,14 @@ class Cluster:
                 if not answers(address, ANSWER_SECONDS, self.config.security):
                     self._raise_if_ended()
                     self._raise_late(broker, f"not answering at {address}")
+
+    def _note_ready(self, broker: int) -> bool:
+        """Whether a broker is ready; then we know where it listens."""
+        addresses = self._table.ready(broker, self._children[broker].pid) if self._table else None
+        if addresses is not None:
+            self._addresses[broker] = addresses
+            self._lives.ready(broker)
+        return addresses is not None
 
     def _raise_if_ended(self) -> None:
         ended = self.exit_codes
@@ -265,22 +266,32 @@ class Cluster:
 
     def _keep(self) -> None:
         """Start brokers anew that ended. In a thread that lives as long as they: they end with it."""
-        table: BrokerTable | None = None
         while not self._stopping.wait(_KEEP_SECONDS):
             with self._changing:
                 for broker, code in self.exit_codes.items():
-                    if time.monotonic() - self._started_at[broker] >= _AGAIN_SECONDS and not self._stopping.is_set():
-                        self._start_again(broker, code)
-            table = table or BrokerTable.open(self.config, None)
-            for broker, child in list(self._children.items()) if table else ():
-                if (addresses := table.ready(broker, child.pid) if table else None) is not None:
-                    self._addresses[broker] = addresses
+                    if not self._stopping.is_set():
+                        self._look_after(broker, code)
+            for broker in list(self._children):
+                self._note_ready(broker)
         while self.processes and not self._stopped.wait(_KEEP_SECONDS):
             pass
 
+    def _look_after(self, broker: int, code: int) -> None:
+        """A broker has ended: start it anew, when it is time; say so, and say so when it is given up."""
+        now, before = time.monotonic(), self._lives.of(broker)
+        if self._lives.ended(broker, code, now):
+            text = f"broker {broker} {before.text()}"
+            if reported := _reported_error(self._log_text(broker)):
+                text = f"{text} ({reported.message})"
+            if before.worth_a_note:
+                self._note(text)
+            os.write(self._logs[broker].fileno(), f"supervisor: {text}\n".encode())
+            self._lives.save(self.config.folder)
+        if before.due is not None and now >= before.due:
+            self._start_again(broker, code)
+
     def _start_again(self, broker: int, code: int) -> None:
         self._former.add(self._children[broker].pid)
-        self._note(f"broker {broker} ended {_how(code)} and is started anew")
         self._spawn(broker, again=True)
         # Where a test let it end, it would end again.
         self._configure(broker, self._children[broker], msgspec.structs.replace(self.config, crash_points=""))
@@ -300,7 +311,7 @@ class Cluster:
                 for broker, code in self.exit_codes.items():
                     if broker not in self._ended:
                         self._ended.add(broker)
-                        self._note(f"broker {broker} ended {_how(code)}")
+                        self._note(f"broker {broker} ended {how(code)}")
                 if len(self._ended) == len(self._children):
                     return True
             elif self._stopped.is_set():
@@ -323,6 +334,8 @@ class Cluster:
             self._stopping.set()
             try:
                 with self._changing:
+                    if self._table is not None:     # from here on the last broker removes the region
+                        self._table.locks.release(SUPERVISOR)
                     self._stop_processes()
             finally:
                 self._stopped.set()
@@ -350,9 +363,13 @@ class Cluster:
         self._logs.clear()
         if self._claim is None:
             return
-        remove_region(self.name, self._former | {child.pid for child in self._children.values()})
-        self._claim.release()
-        self._claim = None
+        pids = self._former | {child.pid for child in self._children.values()}
+        if remove_region(self.config, self._table.locks if self._table else None, pids):
+            self._claim.release()
+        else:                               # who runs there needs the folder
+            self._note(f"the region of cluster {self.name!r} is kept: a broker that was started by hand runs there")
+            self._claim.give_back()
+        self._claim = self._table = None
         self._addresses.clear()
 
     def __enter__(self) -> "Cluster":
@@ -360,10 +377,6 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
-
-
-def _how(code: int) -> str:
-    return f"by signal {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
 
 
 def _reported_error(log: str) -> CxlmqError | None:
@@ -378,191 +391,36 @@ def _error_from(report: dict[str, Any]) -> CxlmqError:
     return from_code(str(report["error"]), str(report["message"]), **dict(report.get("details") or {}))
 
 
-# ---- the name ----------------------------------------------------------------------------------------------------
-
-
-class Claim:
-    """Holds a cluster's name: a lock on the supervisor's pid file, which goes with its process."""
-
-    def __init__(self, folder: Path, descriptor: int) -> None:
-        self.folder = folder
-        self._descriptor = descriptor
-
-    def release(self) -> None:
-        """Remove the cluster's folder and free the name."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._descriptor)
-
-    def give_back(self) -> None:
-        """Free the name; the folder belongs to somebody else."""
-        with contextlib.suppress(OSError):
-            (self.folder / PID_FILE).unlink()
-        os.close(self._descriptor)
-
-
-def claim_name(config: ClusterConfig) -> Claim | None:
-    """Take a cluster's name for this process; None when it is taken. Raises `PermissionDenied`."""
-    deadline = time.monotonic() + _CLAIM_SECONDS
-    while time.monotonic() < deadline:
-        if _region_exists(config.name) or supervisor_of(config.folder):
-            return None
-        try:
-            folder = make_folder(config)
-            descriptor = _lock(folder / PID_FILE)
-        except PermissionDenied:
-            if config.folder.parent.is_dir() and config.folder.exists():
-                return None                 # another user has this name; an unusable parent is an error
-            raise
-        if descriptor is None:              # somebody starts with this name, or removes what is left of it
-            time.sleep(_POLL_SECONDS)
-            continue
-        claim = Claim(folder, descriptor)
-        if _region_exists(config.name):
-            claim.give_back()
-            return None
-        text = json.dumps({"pid": os.getpid(), "start_time": files.process_start_time(),
-                           "boot_id": files.host_identity()})
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, text.encode(), 0)
-        return claim
-    return None
-
-
-def _lock(path: Path) -> int | None:
-    """Create and lock a file; None when it is locked, or has gone while we took it."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-            return descriptor
-    except OSError as error:
-        if error.errno not in (errno.EWOULDBLOCK, errno.ENOENT):
-            raise
-    os.close(descriptor)
-    return None
-
-
-def _region_exists(name: str) -> bool:
-    try:
-        files.region_file(files.REGION_PREFIX + name)
-    except files.RegionFileMissing:
-        return False
-    return True
-
-
-class Supervisor(NamedTuple):
-    """The process that looks after a cluster."""
-
-    pid: int
-    start_time: int
-    boot_id: str
-
-    @property
-    def alive(self) -> bool:
-        """Whether this very process still runs."""
-        return files.process_alive(self.pid, self.start_time, self.boot_id)
-
-
-def supervisor_of(folder: Path) -> Supervisor | None:
-    """The living supervisor of the cluster with this folder; None when there is none."""
-    try:
-        values = json.loads((folder / PID_FILE).read_text())
-        supervisor = Supervisor(int(values["pid"]), int(values["start_time"]), str(values["boot_id"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return supervisor if supervisor.alive else None
-
-
-# ---- leftovers ---------------------------------------------------------------------------------------------------
-
-
-def collect_leftovers(folder_root: Path | None = None, dry_run: bool = False) -> list[str]:
-    """Remove the regions and folders of clusters whose processes are all dead; return their names."""
-    root = folder_root or runtime_root()
-    names: list[str] = []
-    if any(_may_be_dead(file) for file in files.list_region_files()):
-        from broker.region import collect_garbage  # slow to import, and seldom needed
-
-        names = [each.name for each in collect_garbage(dry_run, root)]
-    return sorted({*names, *_collect_folders(root, dry_run)})
-
-
-def _may_be_dead(file: files.RegionFile) -> bool:
-    """Whether a closer look is worth it: its creator is gone, or unknown."""
-    try:
-        mapping = files.map_region_file(file.file_name, writable=False)
-    except files.RegionFileError:
-        return file.user_id == os.geteuid()
-    if len(mapping) < record_bytes("Superblock"):
-        return True
-    superblock = unpack("Superblock", MappedMemory(mapping).read_bytes(0, record_bytes("Superblock")))
-    return not files.process_alive(superblock["owner_pid"], superblock["owner_start"], superblock["boot_id"])
-
-
-def _collect_folders(root: Path, dry_run: bool) -> list[str]:
-    """Remove folders of supervisors that died before there was a region, or after it had gone."""
-    found = []
-    for folder in root.glob(f"{FOLDER_PREFIX}*") if root.is_dir() else ():
-        name = folder.name.removeprefix(FOLDER_PREFIX)
-        pid_file = folder / PID_FILE
-        if folder.is_symlink() or not pid_file.is_file() or folder.stat().st_uid != os.geteuid():
-            continue
-        if _region_exists(name) or (descriptor := _lock(pid_file)) is None:
-            continue
-        try:
-            if not _region_exists(name):
-                found.append(name)
-                if not dry_run:
-                    shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(descriptor)
-    return found
-
-
-def remove_region(name: str, owner_pids: set[int]) -> bool:
-    """Remove a region whose creator was one of these processes (all dead now), or which nobody finished."""
-    file_name = files.REGION_PREFIX + name
-    with files.locked_region_file(file_name) as same:
-        if not same:
-            return False
-        with contextlib.suppress(files.RegionFileError):
-            memory = MappedMemory(files.map_region_file(file_name, writable=False))
-            owner = unpack("Superblock", memory.read_bytes(0, record_bytes("Superblock")))["owner_pid"]
-            if owner and owner not in owner_pids:
-                return False
-        from broker.region import semaphore_name_of  # slow to import, and seldom needed: brokers tidy up
-
-        files.remove_semaphore(semaphore_name_of(name))
-        return files.remove_region_file(file_name)
-
-
 # ---- ready -------------------------------------------------------------------------------------------------------
 
 
 class BrokerTable:
     """The broker table of a region that is being filled in, read without the tools of broker.region."""
 
-    def __init__(self, config: ClusterConfig, memory: MappedMemory) -> None:
+    def __init__(self, config: ClusterConfig, mapping: files.RegionMapping, run_id: int) -> None:
         self._layout = layout_of(config)
-        self._memory = memory
+        self._memory = MappedMemory(mapping)
+        self.run_id = run_id
+        self.locks = mapping.locks
 
     @classmethod
-    def open(cls, config: ClusterConfig, owner_pid: int | None) -> "BrokerTable | None":
-        """The table of the region that this very process created (None: whoever did); None while there is none."""
+    def open(cls, config: ClusterConfig, owner_pid: int) -> "BrokerTable | None":
+        """The table of the region that this very process created; None while there is none.
+
+        Holds the supervisor's lock on it. Raises `RegionForeign` when somebody else does.
+        """
         try:
             mapping = files.map_region_file(files.REGION_PREFIX + config.name, writable=False)
         except files.RegionFileError:
             return None
         if len(mapping) < record_bytes("Superblock"):
             return None
-        memory = MappedMemory(mapping)
-        if not memory.load_word(0):
+        superblock = unpack("Superblock", MappedMemory(mapping).read_bytes(0, record_bytes("Superblock")))
+        if superblock["owner_pid"] != owner_pid:
             return None
-        superblock = unpack("Superblock", memory.read_bytes(0, record_bytes("Superblock")))
-        return cls(config, memory) if owner_pid in (None, superblock["owner_pid"]) else None
+        if not mapping.locks.take(SUPERVISOR):
+            raise RegionForeign(region=config.name, reason="another supervisor looks after it")
+        return cls(config, mapping, superblock["run_id"])
 
     def ready(self, broker: int, pid: int) -> Addresses | None:
         """Where a broker listens, once this process has announced itself there as ready."""
@@ -673,7 +531,8 @@ def start_detached(config: ClusterConfig, exact_name: bool | None = None,
     Stop it with `stop_cluster(name)`. Raises what `Cluster.start` raises.
     """
     request = json.dumps({"config": json.loads(config.to_json()), "exact_name": exact_name,
-                          "recover": recover and os.path.abspath(recover)})
+                          "recover": recover and resolved(recover, "recover")})
+    _fill_standard_streams()
     with subprocess.Popen([sys.executable, "-m", "client.cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, cwd=_CODE_FOLDER, start_new_session=True) as supervisor:
         assert supervisor.stdin
@@ -697,6 +556,15 @@ def start_detached(config: ClusterConfig, exact_name: bool | None = None,
             raise _error_from(values)
         supervisor.returncode = 0           # it goes on without us: there is nothing to wait for
     return values
+
+
+def _fill_standard_streams() -> None:
+    """Open what is closed of the first three descriptors: a pipe that took such a number would be taken for it."""
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        os.set_inheritable(descriptor, True)
+        descriptor = os.open(os.devnull, os.O_RDWR)
+    os.close(descriptor)
 
 
 def supervise() -> int:
@@ -729,11 +597,16 @@ def _leave_terminal(log: Path) -> None:
 def stop_cluster(folder: Path, timeout: float = DOWN_SECONDS) -> bool:
     """Stop the supervisor of the cluster with this folder; False when none runs. It stops its brokers.
 
-    A supervisor that does not end in time is killed; its brokers then end by themselves.
+    A supervisor that does not end in time is killed; its brokers then end by themselves. Raises `RegionForeign` when
+    its process cannot be reached from here.
     """
     supervisor = supervisor_of(folder)
     if supervisor is None:
         return False
+    if supervisor.boot_id != files.host_identity():     # its process id means another process here
+        raise RegionForeign(f"the supervisor of the cluster in {folder} runs in another process-id namespace "
+                            "(a container): stop the cluster there, or stop the container", region=folder.name,
+                            reason="supervised elsewhere")
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.kill(supervisor.pid, number)

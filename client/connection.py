@@ -19,16 +19,17 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
-from broker.config import load_config
+from broker.config import check_socket, load_config
 from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, Unauthenticated, from_metadata
 from broker.grpc_options import channel_options
 from broker.layout import BrokerState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
-from broker.region import attach_region
+from broker.region import attach_region, presence_at_region
 from broker.security import Security
 from client.fork import is_child, note_use, parents_client, refuse_in_child
-from sim.cxl.region import host_identity, process_alive
+from sim.cxl.locks import Presence
+from sim.cxl.region import memory_identity
 
 T = TypeVar("T")
 Identity = tuple[grpc.ChannelCredentials, tuple[tuple[str, str], ...]]
@@ -176,14 +177,13 @@ def addresses_of_region(cluster: str) -> tuple[list[BrokerAddress], int]:
 
     Raises `RegionMissing`.
     """
-    boot = host_identity()
     with attach_region(cluster, writable=False) as region:
         memory, layout = region.memory(), region.layout
         found = []
         broker_count = layout.numbers["broker_count"]
         for broker in range(broker_count):
             line = unpack("BrokerLine", memory.read_line_bytes(layout.offset_of("broker", broker)))
-            if line["state"] != BrokerState.BROKER_READY or not process_alive(line["pid"], line["start_time"], boot):
+            if line["state"] != BrokerState.BROKER_READY or not region.broker_lives(broker):
                 continue
             address = unpack("BrokerAddress", memory.read_bytes(layout.offset_of("broker_address", broker), 256))
             found.append(BrokerAddress(broker, address["unix_address"] or address["tcp_address"]))
@@ -219,8 +219,13 @@ class Connection:
         return self
 
     def channel(self, target: str) -> Any:
-        """The channel to an address. With security, TLS for all but unix sockets: a token goes nowhere in the clear."""
+        """The channel to an address. With security, TLS for all but unix sockets: a token goes nowhere in the clear.
+
+        Raises `PermissionDenied` for a socket that is another user's: he would get our token, and our messages.
+        """
         if target not in self._channels:
+            if target.startswith("unix:"):
+                check_socket(target)
             options = channel_options(MESSAGE_LIMIT)
             if self._identity is None:
                 channel: Any = grpc.aio.insecure_channel(target, options=options)
@@ -251,7 +256,7 @@ class Connection:
         else:
             raise error or BrokerUnavailable(address=self.bootstrap)
         self.broker_count = len(self.description.brokers)
-        here = self.description.host == host_identity()
+        here = self.description.host == memory_identity()
         return [BrokerAddress(each.id, each.unix_address if here and _reachable(each.unix_address)
                               and not self._wants_tcp() else self._as_reached(each.tcp_address))
                 for each in self.description.brokers if each.state == "ready"]
@@ -262,9 +267,15 @@ class Connection:
             return                          # found by its region
         await self.brokers()
         assert self.description is not None
-        if self.description.host != host_identity():
+        if self.description.host != memory_identity():
             raise RegionMissing(f"the region of the cluster at {self.bootstrap} is on another machine: attaching is "
                                 'for clients beside it; use transport="grpc"', region=self.bootstrap)
+
+    async def presence(self) -> Presence:
+        """This process's lock on the cluster's region, to be held while attached. Raises `RegionMissing`."""
+        if self.bootstrap is not None and self.description is None:
+            await self.brokers()
+        return presence_at_region((self.cluster or "default") if self.description is None else self.description.name)
 
     def _wants_tcp(self) -> bool:
         return self.bootstrap is not None and not self.bootstrap.startswith("unix:")

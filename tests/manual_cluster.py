@@ -177,7 +177,7 @@ class ManualBroker:
         self.sessions = SessionTable(door(number, Role.ROLE_BROKER), layout, number,
                                      lambda: cluster.bump(number, SESSIONS_WORD))
         self.cursors = CursorTable(door(number, Role.ROLE_DELIVERY), layout, number,
-                                   lambda: cluster.bump(number, CURSORS_WORD))
+                                   lambda: cluster.bump(number, CURSORS_WORD), lambda presence: False)
 
     def resume(self) -> bool:
         """One look at what an earlier process left, as `broker.node` has it; whether all of it is known."""

@@ -265,24 +265,24 @@ class CloseSessionResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class AttachPublisherRequest(_message.Message):
-    __slots__ = ("open", "pid", "start_time")
+    __slots__ = ("open", "pid", "presence")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
     open: PublishOpen
     pid: int
-    start_time: int
-    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
+    presence: int
+    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., pid: _Optional[int] = ..., presence: _Optional[int] = ...) -> None: ...
 
 class AttachSubscriberRequest(_message.Message):
-    __slots__ = ("subscribe", "pid", "start_time")
+    __slots__ = ("subscribe", "pid", "presence")
     SUBSCRIBE_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
-    START_TIME_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_FIELD_NUMBER: _ClassVar[int]
     subscribe: SubscribeRequest
     pid: int
-    start_time: int
-    def __init__(self, subscribe: _Optional[_Union[SubscribeRequest, _Mapping]] = ..., pid: _Optional[int] = ..., start_time: _Optional[int] = ...) -> None: ...
+    presence: int
+    def __init__(self, subscribe: _Optional[_Union[SubscribeRequest, _Mapping]] = ..., pid: _Optional[int] = ..., presence: _Optional[int] = ...) -> None: ...
 
 class Attachment(_message.Message):
     __slots__ = ("slot", "generation", "region", "run_id", "topic_number", "topic_generation", "index", "first_position", "end_position", "doorbell", "position", "created_ns")

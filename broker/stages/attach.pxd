@@ -64,6 +64,6 @@ cdef class AttachStage(Stage):
     cdef bint fence_session(self, AttachSlot* slot) noexcept nogil
     cdef void write_line(self, uint64_t i) noexcept nogil
     cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil
-    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t start_time)
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence)
     cdef void publish_slot(self, uint64_t i) noexcept nogil
     cdef int64_t finish(self, uint64_t i) noexcept nogil

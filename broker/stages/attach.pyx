@@ -377,9 +377,9 @@ cdef class AttachStage(Stage):
     # ---- for the service ----------------------------------------------------------------------------------------------
 
     def open(self, uint64_t topic, uint64_t topic_generation, uint64_t session_slot, uint64_t session_epoch,
-             uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t start_time):
+             uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t presence):
         """Hand out a slot; (its number in the region, its generation). None when all are taken."""
-        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, start_time), stream
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence), stream
         cdef AttachSlot* slot
         if i < 0:
             return None
@@ -398,9 +398,9 @@ cdef class AttachStage(Stage):
         return self.first + i, slot.generation
 
     def open_subscriber(self, uint64_t topic, uint64_t topic_generation, uint64_t cursor, uint64_t index,
-                        uint64_t pid, uint64_t start_time):
+                        uint64_t pid, uint64_t presence):
         """Hand out a subscriber's slot, whose cursor stands at `index`; as `open`."""
-        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, start_time)
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence)
         if i < 0:
             return None
         self.slots[i].subscriber = cursor + 1
@@ -410,7 +410,7 @@ cdef class AttachStage(Stage):
         self.publish_slot(i)
         return self.first + i, self.slots[i].generation
 
-    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t start_time):
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence):
         """A free slot of ours, its client line wiped and named; -1 when all are taken."""
         cdef uint64_t i, at, offset
         cdef AttachSlot* slot
@@ -427,7 +427,7 @@ cdef class AttachStage(Stage):
             for offset in range(0, 128, 8):
                 self.memory.store(at + offset, 0)
             self.memory.store(at + 48, pid)
-            self.memory.store(at + 56, start_time)
+            self.memory.store(at + 56, presence)
             self.memory.flush(at, 128)
             return <int64_t>i
         return -1
@@ -460,7 +460,7 @@ cdef class AttachStage(Stage):
         return slot.generation == generation and cxl_load_acquire(&slot.state) != ATTACH_FREE
 
     def open_slots(self) -> list[dict]:
-        """Slots in use: number, generation, pid, start_time, whether its client is gone or reads, state, descriptors taken, leases held."""
+        """Slots in use: number, generation, pid, presence, whether its client is gone or reads, state, descriptors taken, leases held."""
         cdef uint64_t i, at
         out = []
         for i in range(self.limit):
@@ -471,7 +471,7 @@ cdef class AttachStage(Stage):
             # Fenced first, then still without a beat: its client never got our answer, and will see the fence if it does.
             unheard = self.slots[i].state == ATTACH_FENCED and self.memory.load(at) == 0
             out.append({"number": self.first + i, "generation": self.slots[i].generation,
-                        "pid": self.memory.load(at + 48), "start_time": self.memory.load(at + 56),
+                        "pid": self.memory.load(at + 48), "presence": self.memory.load(at + 56),
                         "left": unheard or self.memory.load(at + 32) != 0,
                         "state": self.slots[i].state, "reads": self.slots[i].client_id == 0,
                         "subscriber": bool(self.slots[i].subscriber),

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from broker.errors import CxlmqError, RegionMissing
+from broker.errors import CxlmqError, RegionForeign, RegionMissing
 from client.cli import common
 from client.cli.common import (
     EXIT_FAILED,
@@ -213,11 +213,13 @@ def _signal_brokers(name: str, number: int = signal.SIGTERM) -> bool:
 
     try:
         with attach_region(name, writable=False) as region:
-            if region.superblock["boot_id"] != host_identity():
-                return False                # pids of another machine or container mean nothing here
             pids = [each["pid"] for each in inspect_region(region)["brokers"] if each["pid"] and each["alive"]]
+            here = region.superblock["boot_id"] == host_identity()
     except CxlmqError:
         return False
+    if pids and not here:                   # they mean other processes here
+        raise RegionForeign(f"the brokers of cluster {name!r} run in another process-id namespace (a container): stop "
+                            "them there, or stop the container", region=name, reason="runs elsewhere")
     for pid in pids:
         try:
             os.kill(pid, number)

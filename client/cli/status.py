@@ -10,7 +10,9 @@ import psutil
 from broker.region import Region, attach_region, inspect_region, region_statistics
 from broker.replica_watch import replaced_replicas
 from client.cli import common
+from client.restarts import endings_in
 from sim.cxl.clock import SystemClock
+from sim.cxl.region import host_identity
 
 _SAMPLE_SECONDS = 0.2
 
@@ -23,11 +25,15 @@ class Sampler:
         self._clock = SystemClock()
         self._before: dict[str, Any] | None = None
         self._taken = 0.0
+        # Process ids of another container mean other processes here, or none.
+        self._knows_processes = region.superblock["boot_id"] == host_identity()
+        self._endings: dict[int, dict[str, Any]] = {}
 
     def sample(self) -> dict[str, Any]:
         """The cluster now, as JSON values; rates are None in the first look."""
         now = time.monotonic()
         inspected, statistics = inspect_region(self._region), region_statistics(self._region)
+        self._endings = endings_in(self._region.folder)
         seconds = now - self._taken
         values = {
             "name": self._region.name, "epoch": inspected["control"]["epoch"],
@@ -51,11 +57,19 @@ class Sampler:
             "tcp_address": line["tcp_address"], "unix_address": line["unix_address"],
             "messages_received": counters["messages_received"], "bytes_received": counters["bytes_received"],
             "bytes_delivered": counters["bytes_delivered"],
-            **(_process(line["pid"]) if line["alive"] else _NO_PROCESS),
+            **(_process(line["pid"]) if line["alive"] and self._knows_processes else _NO_PROCESS),
+            **_ending(self._endings.get(line["broker"])),
         }
 
 
 _NO_PROCESS = {"rss_bytes": None, "private_bytes": None, "cpu_seconds": None}
+
+
+def _ending(found: dict[str, Any] | None) -> dict[str, Any]:
+    """How often a broker's process ended and was started anew, how it ended last, and whether it was given up."""
+    found = found or {}
+    return {"endings": found.get("endings", 0), "last_ending": found.get("how"), "in_a_row": found.get("row", 0),
+            "given_up": bool(found.get("given_up"))}
 
 
 def _process(pid: int) -> dict[str, Any]:
@@ -181,11 +195,19 @@ def _render(values: dict[str, Any]) -> Any:
         f"{values['readers']} readers",
         (">broker", "state", ">pid", ">heartbeat", ">CPU", ">memory", ">messages in", "address"),
         [_broker_row(each) for each in values["brokers"]])
+    ended = [_ending_text(each) for each in values["brokers"] if each["endings"]]
     topics = common.make_table(
         "topics", ("name", ">order", ">ack", ">RF", ">first", ">end", ">bytes", ">messages/s", ">MB/s", "held by"),
         [_topic_row(each) for each in values["topics"]]) if values["topics"] else "no topics"
     notes = [f"topic {each['name']}: {note}" for each in values["topics"] for note in each["notes"]]
-    return Group(brokers, topics, *notes)
+    return Group(brokers, *ended, topics, *notes)
+
+
+def _ending_text(broker: dict[str, Any]) -> str:
+    times = "once" if broker["endings"] == 1 else f"{broker['endings']} times"
+    row = f", {broker['in_a_row']} times in a row like this" if broker["in_a_row"] > 1 else ""
+    then = "; it is not started any more: see its log" if broker["given_up"] else ""
+    return f"broker {broker['id']} has ended {times}, last {broker['last_ending']}{row}{then}"
 
 
 def _broker_row(broker: dict[str, Any]) -> tuple[object, ...]:

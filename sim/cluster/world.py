@@ -106,7 +106,8 @@ class Host:
         self.acks = AckStage(self.door(Role.ROLE_ACK), self.log, self.notifier)
         self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
         self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
-        self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD))
+        self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD),
+                                   lambda presence: False)
         self.disk_bells, self.head_units = disk_bells, list[int]()
         stages = dict(self._stages())
         self.units = [world.schedule.add(f"{name}", stage, self.control, world.weights.choice(WEIGHTS))

@@ -1,12 +1,16 @@
-"""A region is attached to only when it is the right one, and removed only when all its owners are dead."""
+"""A region is attached to only when it is the right one, and removed only when nobody holds a lock on it."""
 
+import errno
+import gc
 import os
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +38,13 @@ from broker.region import (
     create_region,
     find_regions,
     inspect_region,
+    presence_at_region,
     region_statistics,
 )
+from sim.cxl import locks
 from sim.cxl import region as files
 from sim.cxl.memory import MemoryAccessError, Role
+from tests.end_to_end.library_support import eventually
 
 SHARED = Path("/dev/shm")
 DEAD_PID = 1 << 22      # above the largest pid that Linux gives out
@@ -78,11 +85,6 @@ def put(config: ClusterConfig, field: str, value: int) -> None:
 def register_broker(region: Region, broker: int, pid: int, start_time: int) -> None:
     line = struct.pack("<8Q", BrokerState.BROKER_READY, pid, start_time, 0, 0, 0, 0, 1)
     region.memory(Role.ROLE_BROKER).write_line_bytes(region.layout.offset_of("broker", broker), line)
-
-
-def bury_creator(config: ClusterConfig) -> None:
-    """Make the region look as if its creator were dead."""
-    put(config, "owner_pid", DEAD_PID)
 
 
 def summary_of(config: ClusterConfig) -> regions.RegionSummary:
@@ -226,7 +228,6 @@ def test_what_other_regions_have_not_touched_yet_is_not_free(config: ClusterConf
 
 def test_a_dead_cluster_gives_its_room_to_a_new_one(config: ClusterConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     create_region(config).close()
-    bury_creator(config)
     room = [0, 1 << 40]
     monkeypatch.setattr(files, "tmpfs_free_bytes", lambda: room.pop(0))
     other = load_config(environment={}, name=config.name + "-b", region_bytes="16MiB",
@@ -275,7 +276,7 @@ def test_the_name_of_a_live_region_is_taken(config: ClusterConfig) -> None:
 def test_a_leftover_makes_way_for_a_new_region(config: ClusterConfig) -> None:
     first = create_region(config)
     (config.folder / "old").write_text("")
-    bury_creator(config)
+    first.close()
     second = create_region(config)
     assert second.run_id != first.run_id
     assert config.folder.is_dir()
@@ -284,7 +285,7 @@ def test_a_leftover_makes_way_for_a_new_region(config: ClusterConfig) -> None:
 
 def test_an_old_run_does_not_unlink_a_new_one(config: ClusterConfig) -> None:
     first = create_region(config)
-    bury_creator(config)
+    first.close()
     second = create_region(config)
     assert first.unlink() is False
     assert path_of(config).exists()
@@ -300,18 +301,123 @@ def test_whoever_leaves_last_removes_everything(config: ClusterConfig) -> None:
     assert not config.folder.exists()
 
 
-def test_a_broker_keeps_its_region_when_the_creator_is_gone(config: ClusterConfig) -> None:
-    region = create_region(config)
-    register_broker(region, 2, os.getpid(), files.process_start_time())
-    bury_creator(config)
+def test_whoever_lives_in_a_region_keeps_it(config: ClusterConfig) -> None:
+    create_region(config).close()
+    assert not summary_of(config).live
+    broker = attach_region(config.name)
+    broker.hold_broker(2)
+    register_broker(broker, 2, os.getpid(), files.process_start_time())
+    register_broker(broker, 3, os.getpid(), files.process_start_time())     # the pid was given out again
     assert summary_of(config).live
-    assert (summary_of(config).brokers_alive, summary_of(config).brokers_dead) == (1, 0)
-    assert not collect(config)
-    with pytest.raises(RegionForeign):
-        create_region(config)
-    register_broker(region, 2, os.getpid(), files.process_start_time() + 1)     # the pid was given out again
+    assert (summary_of(config).brokers_alive, summary_of(config).brokers_dead) == (1, 1)
+    presence, supervisor = files.presence_of(path_of(config).name), files.locks_of(path_of(config).name)
+    assert supervisor.take(locks.SUPERVISOR)
+    for who, leave in (("1 brokers run", broker.close), ("supervisor", supervisor.close), ("clients", presence.leave)):
+        assert who in summary_of(config).reason
+        assert not collect(config)
+        with pytest.raises(RegionForeign):
+            create_region(config)
+        assert path_of(config).exists()
+        leave()
     assert not summary_of(config).live
     assert collect(config)
+
+
+def test_a_broker_number_is_given_once(config: ClusterConfig) -> None:
+    with create_region(config) as region, attach_region(config.name) as other:
+        region.hold_broker(1)
+        assert region.broker_lives(1) and other.broker_lives(1) and not other.broker_lives(0)
+        with pytest.raises(RegionForeign, match="choose another --id"):
+            other.hold_broker(1)
+        other.hold_broker(0)
+        assert region.broker_lives(0)
+    with attach_region(config.name) as later:
+        later.hold_broker(1)
+
+
+def test_a_broker_does_not_come_to_life_in_a_region_that_was_removed(config: ClusterConfig) -> None:
+    create_region(config).close()
+    with attach_region(config.name) as late:
+        assert collect(config)
+        with pytest.raises(RegionMissing, match="start the cluster"):
+            late.hold_broker(0)
+
+
+@pytest.mark.parametrize("last", [0, 1])
+def test_the_last_broker_removes_the_region_and_nobody_else(config: ClusterConfig, last: int) -> None:
+    create_region(config).close()
+    root = config.folder.parent
+    brokers = [attach_region(config.name, folder_root=root) for _ in range(2)]
+    for number, each in enumerate(brokers):
+        each.hold_broker(number)
+    assert not brokers[1 - last].leave()
+    assert path_of(config).exists()
+    with files.locks_of(path_of(config).name) as supervisor:
+        assert supervisor.take(locks.SUPERVISOR)
+        assert not brokers[last].leave(), "its supervisor will start it anew"
+        assert path_of(config).exists()
+    brokers[last].hold_broker(last)
+    assert brokers[last].leave()
+    assert not path_of(config).exists()
+    assert not config.folder.exists()
+
+
+def test_locks_are_not_inherited_and_go_with_their_process(config: ClusterConfig) -> None:
+    region = create_region(config)
+    region.hold_broker(0)
+    presence = files.presence_of(path_of(config).name)
+    said, say = os.pipe()
+    wait, go = os.pipe()
+    child = os.fork()
+    if child == 0:                          # lives on when its parent has left
+        try:
+            mine = files.presence_of(path_of(config).name)
+            os.write(say, b"held" if mine.number != presence.number and region.client_lives(mine.number) else b"none")
+            os.read(wait, 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+        finally:
+            os._exit(1)
+    assert os.read(said, 4) == b"held"
+    region.close()
+    presence.leave()
+    seen = files.locks_of(path_of(config).name)
+    assert not seen.held(*locks.OWNERS), "the child holds nothing of its parent's"
+    assert seen.held(*locks.EVERYBODY), "the child is a client of its own"
+    os.write(go, b"x")
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)     # still a zombie
+    assert not seen.held(*locks.EVERYBODY)
+    os.waitpid(child, 0)
+    for each in (said, say, wait, go):
+        os.close(each)
+
+
+def test_a_presence_lasts_as_long_as_anything_that_is_viewed(config: ClusterConfig) -> None:
+    with create_region(config) as region:
+        name = path_of(config).name
+        presence = files.presence_of(name)
+        number = presence.number
+        assert files.presence_of(name) is presence, "one for all clients of a process"
+        attached = attach_region(config.name)
+        attached.mapping.presence = presence
+        view = memoryview(attached.mapping)
+        attached.close()
+        del attached, presence
+        assert region.client_lives(number)
+        del view
+        gc.collect()
+        assert not region.client_lives(number)
+        assert not region.client_lives(0) and not region.client_lives(1 << 63)
+
+
+def test_judges_wait_for_each_other(config: ClusterConfig) -> None:
+    create_region(config).close()
+    with files.locks_of(path_of(config).name) as judge, ThreadPoolExecutor() as pool:
+        assert judge.take(*locks.EVERYBODY)
+        starting = pool.submit(create_region, config)
+        time.sleep(0.1)
+        assert not starting.done(), "it is not refused: nobody lives there"
+        judge.close()
+        starting.result(10.0).close()
 
 
 # ---- garbage -----------------------------------------------------------------------------------------------------
@@ -322,7 +428,7 @@ def test_only_dead_regions_are_collected(config: ClusterConfig) -> None:
                        runtime_directory=config.runtime_directory)
     live_region, dead_region = create_region(config), create_region(dead)
     register_broker(dead_region, 0, DEAD_PID, 5)
-    bury_creator(dead)
+    dead_region.close()
     assert collect(dead, dry_run=True)
     assert path_of(dead).exists()
     assert [each.name for each in collect_garbage(folder_root=config.folder.parent)] == [dead.name]
@@ -347,15 +453,120 @@ def test_a_killed_creator_leaves_garbage(config: ClusterConfig) -> None:
     assert collect(config)
 
 
-def test_a_region_of_another_boot_is_dead_and_of_another_container_is_not(config: ClusterConfig) -> None:
-    create_region(config).close()
-    bury_creator(config)
+def test_process_ids_of_a_region_decide_nothing(config: ClusterConfig) -> None:
+    with create_region(config) as region:
+        register_broker(region, 1, DEAD_PID, 1)
+        put(config, "owner_pid", DEAD_PID)
+        assert summary_of(config).live
+    put(config, "owner_pid", os.getpid())
+    put(config, "owner_start", files.process_start_time())
     boot, namespace = files.host_identity().split(":")
-    at = superblock_offset("boot_id")
-    overwrite(config, at, f"{boot}:{int(namespace) + 1}".encode().ljust(64, b"\0"))
-    assert summary_of(config).live
-    overwrite(config, at, f"{boot[::-1]}:{namespace}".encode().ljust(64, b"\0"))
+    overwrite(config, superblock_offset("boot_id"), f"{boot}:{int(namespace) + 1}".encode().ljust(64, b"\0"))
     assert not summary_of(config).live
+
+
+def test_a_process_of_another_namespace_is_seen(config: ClusterConfig) -> None:
+    code = ("import sys; from broker.config import ClusterConfig; from broker.region import create_region\n"
+            "region = create_region(ClusterConfig.from_json(sys.argv[1])); region.hold_broker(0); print(1, flush=True)\n"
+            "sys.stdin.read()")
+    with subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", code, config.to_json()],
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as box:
+        assert box.stdin and box.stdout and box.stderr
+        if not box.stdout.readline():
+            pytest.skip(f"no process-id namespace here: {box.stderr.read().decode()[-200:]}")
+        assert summary_of(config).live
+        with attach_region(config.name, writable=False) as region:
+            assert region.broker_lives(0)
+        with pytest.raises(RegionForeign):
+            create_region(config)
+        box.kill()
+    with attach_region(config.name, writable=False) as region:
+        assert eventually(lambda: not region.broker_lives(0), 10.0)
+    assert not summary_of(config).live
+    create_region(config).close()
+
+
+# ---- who may be trusted ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [0o666, 0o620, 0o602, 0o644, 0o640, 0o604])
+def test_a_region_that_others_can_open_is_refused(config: ClusterConfig, mode: int) -> None:
+    with create_region(config):
+        path_of(config).chmod(mode)
+        for writable in (False, True):
+            with pytest.raises(PermissionDenied, match="chmod 600"):
+                attach_region(config.name, writable)
+        path_of(config).chmod(0o600)
+        attach_region(config.name).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_a_region_of_another_user_is_refused_by_root_too(config: ClusterConfig) -> None:
+    with create_region(config):
+        os.chown(path_of(config), 65534, 65534)
+        for attempt in (lambda: attach_region(config.name, writable=False), lambda: attach_region(config.name),
+                        lambda: presence_at_region(config.name)):
+            with pytest.raises(PermissionDenied, match="65534"):
+                attempt()
+        assert find_regions() == []
+        with pytest.raises(RegionForeign):
+            create_region(config)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_refused_and_not_waited_for(config: ClusterConfig, make: Callable[[Path], None]) -> None:
+    make(path_of(config))
+    try:
+        with pytest.raises((PermissionDenied, RegionForeign)):
+            attach_region(config.name, writable=False)
+        with pytest.raises((PermissionDenied, RegionForeign)):
+            create_region(config)
+    finally:
+        path_of(config).unlink() if make is os.mkfifo else path_of(config).rmdir()
+
+
+# ---- memory is reserved ------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_region_is_reserved(config: ClusterConfig) -> None:
+    with create_region(config) as region:
+        assert path_of(config).stat().st_blocks * 512 >= region.layout.numbers["region_bytes"]
+
+
+@pytest.mark.parametrize("memory", ["noncoherent", "checked"])
+def test_files_beside_a_region_are_reserved(config: ClusterConfig, memory: str) -> None:
+    simulated = msgspec.structs.replace(config, memory=memory)
+    with create_region(simulated) as region:
+        beside = [path for path in SHARED.glob(f"cxlmq?*-{config.name}") if path != path_of(config)]
+        assert len(beside) == (2 if memory == "checked" else 1)
+        for path in beside:
+            assert path.stat().st_blocks * 512 >= path.stat().st_size > 0
+        assert region.unlink()
+
+
+@pytest.mark.parametrize(("memory", "file"), [("mapped", "region"), ("checked", "region"), ("checked", "side")])
+def test_a_shared_memory_that_fills_up_meanwhile_is_refused(
+        config: ClusterConfig, monkeypatch: pytest.MonkeyPatch, memory: str, file: str) -> None:
+    """What was free when we looked is taken by others when we reserve it."""
+    reserve = files.reserve
+
+    def full(descriptor: int, nbytes: int) -> None:
+        if file == "region" or nbytes != layout_of(config).numbers["region_bytes"]:
+            raise OSError(errno.ENOSPC, "full")
+        reserve(descriptor, nbytes)
+
+    monkeypatch.setattr(files, "reserve", full)
+    with pytest.raises(TmpfsTooSmall, match="region_bytes") as refused:
+        create_region(msgspec.structs.replace(config, memory=memory))
+    assert refused.value.details["wanted_bytes"] > 0
+    assert not list(SHARED.glob(f"*{config.name}*"))
+
+
+def test_a_creator_that_is_killed_while_it_reserves_leaves_nothing(config: ClusterConfig) -> None:
+    code = ("import os, sys; from sim.cxl import region as files\n"
+            "files._name = lambda *_: os.kill(os.getpid(), 9)\nfiles.create_region_file(sys.argv[1], 1 << 20)")
+    assert subprocess.run([sys.executable, "-c", code, path_of(config).name], check=False).returncode == -9
+    assert not path_of(config).exists()
 
 
 @pytest.mark.parametrize("content", [b"somebody else's", b"x" * 10_000, bytes(512) + b"data", bytes(5000) + b"data"])
@@ -411,7 +622,6 @@ def test_only_our_own_folder_is_removed(config: ClusterConfig, tmp_path: Path) -
         foreign.mkdir(parents=True)
         (foreign / "precious").write_text("")
         overwrite(config, at, str(foreign).encode().ljust(128, b"\0"))
-        bury_creator(config)
         assert collect(config)
         assert (foreign / "precious").exists()
         create_region(config).close()
@@ -441,7 +651,6 @@ def test_a_dead_region_can_be_read(config: ClusterConfig) -> None:
                             struct.pack("<8Q", 4 << 8 | SessionState.SESSION_OPEN, 77, 1, 9 << 16 | 3, 1, 0, 1, 0))
     memory.write_line_bytes(layout.offset_of("cursor", 6),
                             struct.pack("<8Q", 2 << 8 | CursorState.CURSOR_LIVE, 9 << 16 | 3, 11, 12, 0, 0, 0, 0))
-    bury_creator(config)
     seen = inspect_region(attach_region(config.name, writable=False))
     assert seen["brokers"][1] == {**seen["brokers"][1], "broker": 1, "state": "ready", "alive": False,
                                   "tcp_address": "127.0.0.1:4000", "unix_address": "/run/b1"}

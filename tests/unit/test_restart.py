@@ -185,4 +185,4 @@ def test_what_an_attached_reader_views_outlives_its_topic(pool: str, restart: bo
 def drive_open(cluster: ManualCluster, key: int) -> tuple[int, int]:
     from tests.manual_cluster import drive
 
-    return drive(cluster.brokers[0].cursors.open(key, 0, os.getpid(), start_time=1))
+    return drive(cluster.brokers[0].cursors.open(key, 0, os.getpid(), presence=1))
