@@ -229,7 +229,7 @@ def _create_file(config: ClusterConfig, nbytes: int, content: bytes) -> Any:
     name, collected = config.name, False
     while True:
         try:
-            if not _remove_leftover(file_name_of(name), config.folder.parent):
+            if not make_way(name, config.folder.parent):
                 raise RegionForeign(region=name, reason="a cluster that runs, or another user, has this name")
             return files.create_region_file(file_name_of(name), nbytes, content)
         except files.RegionFileExists:
@@ -438,20 +438,29 @@ def collect_garbage(dry_run: bool = False, folder_root: Path | None = None) -> l
     return removed
 
 
-def _remove_leftover(file_name: str, folder_root: Path | None = None) -> bool:
-    """Remove a region unless somebody holds it; True when the name is free now.
+def make_way(name: str, folder_root: Path | None = None) -> bool:
+    """Remove what a dead cluster left under a name that is wanted; True when the name is free now.
 
-    Everybody's locks are ours while we judge and remove: nobody can come to life in it, or remove a new one of that
-    name because he has judged this one.
+    Attached clients do not keep a name from those who want it: what they have mapped stays theirs without it, and
+    they may be waiting for just this cluster to come back.
+    """
+    return _remove_leftover(file_name_of(name), folder_root, keepers=locks.OWNERS)
+
+
+def _remove_leftover(file_name: str, folder_root: Path | None, keepers: tuple[int, int] = locks.EVERYBODY) -> bool:
+    """Remove a region unless one of its keepers lives; True when the name is free now.
+
+    Their locks are ours while we judge and remove: nobody can come to life in it, or remove a new one of that name
+    because he has judged this one.
     """
     try:
         with files.locks_of(file_name) as judge:
-            if not judge.take(*locks.EVERYBODY):
+            if not judge.take(*keepers):
                 return False
             if not judge.is_named():
                 return True
             file = files.region_file(file_name)
-            if file.user_id != os.geteuid() or _judge(file, judge).live:
+            if file.user_id != os.geteuid() or _judge(file, judge, keepers).live:
                 return False
             _remove(file_name, _superblock_of(file_name), folder_root or runtime_root())
     except files.RegionFileMissing:
@@ -497,7 +506,8 @@ def _save_report(file_name: str, superblock: dict[str, Any], folder_root: Path) 
         Hardware(name, mapping, layout_from(superblock), superblock, True).save_report(folder_root)
 
 
-def _judge(file: files.RegionFile, seen: locks.FileLocks) -> RegionSummary:
+def _judge(file: files.RegionFile, seen: locks.FileLocks,
+           keepers: tuple[int, int] = locks.EVERYBODY) -> RegionSummary:
     """Say whether a region is in use. In doubt it is. What `seen` itself holds is no sign of life."""
     age = file.age_seconds
     superblock = _superblock_of(file.file_name)
@@ -512,7 +522,7 @@ def _judge(file: files.RegionFile, seen: locks.FileLocks) -> RegionSummary:
     for (first, end), who in ((_BROKER_PLACES, f"{max(alive, 1)} brokers run"), (_SUPERVISOR, "its supervisor runs"),
                               (_CREATOR, "its creator runs"), (_CLIENT_PLACES, "clients are attached"),
                               (_JUDGE, "somebody judges it just now")):
-        if seen.held_by_others(first, end):
+        if end <= keepers[1] and seen.held_by_others(first, end):
             return summary(True, who)
     if _is_blank(superblock):
         if not _is_unwritten(file):

@@ -460,6 +460,7 @@ class AttachedEngine(Engine):
             self.core.pages.end()
         self.core = None
         if self.region is not None:
+            self.region.mapping.presence = None
             self.region.close()
             self.region = self.presence = None
 

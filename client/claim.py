@@ -47,7 +47,7 @@ def claim_name(config: ClusterConfig) -> Claim | None:
     """Take a cluster's name for this process; None when it is taken. Raises `PermissionDenied`."""
     deadline = time.monotonic() + _CLAIM_SECONDS
     while time.monotonic() < deadline:
-        if _region_exists(config.name) or supervisor_of(config.folder):
+        if supervisor_of(config.folder) or not name_is_free(config.name, config.folder.parent):
             return None
         try:
             folder = make_folder(config)
@@ -84,6 +84,15 @@ def _lock(path: Path) -> FileLocks | None:
         return lock
     lock.close()
     return None
+
+
+def name_is_free(name: str, folder_root: Path) -> bool:
+    """Whether no region has this name, once what a dead cluster left under it is removed."""
+    if not _region_exists(name):
+        return True
+    from broker.region import make_way  # slow to import, and seldom needed
+
+    return make_way(name, folder_root)
 
 
 def _region_exists(name: str) -> bool:

@@ -176,12 +176,14 @@ def down(name: str | None, every: bool) -> None:
 
 def _stop(name: str) -> str:
     """Stop one cluster; say how it went. Raises `RegionMissing` when there is none."""
+    from client.claim import name_is_free
     from client.cluster import collect_leftovers, stop_cluster
 
     folder = _folder_of(name)
     supervised = stop_cluster(folder)
     if not supervised and not _signal_brokers(name):
-        if name in collect_leftovers(folder.parent):
+        was_there = not _wait_until_gone(name, 0.0)
+        if name in collect_leftovers(folder.parent) or (was_there and name_is_free(name, folder.parent)):
             return "was dead already; its leftovers are removed"
         raise RegionMissing(f"there is no cluster {name!r} to stop", region=name)
     if _wait_until_gone(name, _DOWN_SECONDS):
