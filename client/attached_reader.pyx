@@ -9,7 +9,7 @@ from cpython.buffer cimport PyBuffer_FillInfo
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from broker.layout cimport ATTACH_OPEN, Layout, OrderEntry
-from broker.reader cimport OrderReader, READ_NOTHING, READ_OK
+from broker.reader cimport OrderReader, READ_CLOSED, READ_NOTHING, READ_OK
 from client.received cimport ReceivedBatch
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_now_ns, cxl_yield
@@ -131,6 +131,14 @@ cdef class AttachedReader:
         """Whether the broker still serves this slot."""
         self.memory.invalidate(self.layout.attach_line(self.slot), 64)
         return self.memory.load(self.layout.attach_line(self.slot)) == (self.generation << 8 | ATTACH_OPEN)
+
+    def is_intact(self) -> bool:
+        """Whether what we view is what it was: the broker protects our place, and the topic is there.
+
+        Segments are given back after either ends: asked after a copy was made, it says what was copied.
+        """
+        cdef OrderEntry entry
+        return self.is_open() and self.reader.peek(self.next_index, &entry) != READ_CLOSED
 
     def wait(self, double seconds) -> bool:
         """Wait for the next entry: yield for a while, then sleep on our doorbell. False when there is none yet.

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from broker.errors import CxlmqError, DamagedData, PositionLost, RangeLost
 from broker.proto import cxlmq_pb2 as pb
@@ -16,7 +16,7 @@ from client.attached_reader import AttachedReader
 from client.buffer import BatchBuffer
 from client.connection import BrokerAddress
 from client.reading import REACH_SECONDS, ReadingEngine, T, Take, left_until
-from client.received import ReceivedBatch
+from client.received import Message, ReceivedBatch
 from client.start import Start
 from sim.cxl.memory import MappedMemory, Memory, Role
 from sim.cxl.region import map_region_part
@@ -141,6 +141,9 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         async with self.changing:
             if self.closed or self.slot is not before or before is None:
                 return                      # it went elsewhere meanwhile
+            with self.lock:
+                if not before.reader.is_intact() and self.buffer:
+                    self._rewind(self.buffer.position())
             try:
                 place = await self._come_back()
             except CxlmqError as error:
@@ -174,6 +177,13 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             if reader is not None:
                 reader.after_fork()
 
+    def _rewind(self, position: int | None) -> None:
+        """What is in the buffer may be something else by now: it is read again. The lock is held."""
+        handed = self.buffer.handed
+        self.buffer.clear()
+        self.buffer.handed = handed
+        self.next_position = self.wanted = position
+
     # ---- taking -----------------------------------------------------------------------------------------------------
 
     def taken(self, take: Take[T], deadline: float | None) -> list[T]:
@@ -196,6 +206,22 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             if found or left == 0:
                 return found
             await asyncio.to_thread(self._wait, SLEEP_SECONDS if left is None else min(SLEEP_SECONDS, left))
+
+    def _take_now(self, take: Take[T]) -> list[T]:
+        handed = self.buffer.handed
+        found = super()._take_now(take)
+        if found and self.slot is not None and not self.slot.reader.is_intact():
+            self.buffer.handed = handed
+            self._rewind(cast(Message, found[0]).position)
+            self._end()
+            return []
+        return found
+
+    def _end(self) -> None:
+        """A broker says what became of the topic, or of our place in it."""
+        if not self.ended:
+            self.ended, self.next_check = True, 0.0
+            self._look()
 
     def _wait(self, seconds: float) -> None:
         """Until there is more, or the time is over."""
@@ -220,9 +246,7 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             except ReadError as error:
                 if error.status != ReadStatus.READ_CLOSED:
                     raise self._typed(slot, error) from None
-                if not self.ended:          # a broker says what became of the topic
-                    self.ended, self.next_check = True, 0.0
-                    self._look()
+                self._end()
                 return
             if not batches:
                 return
