@@ -9,7 +9,7 @@
 CXLMQ_ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 CXLMQ_PYTHON="$CXLMQ_ROOT/.venv/bin/python"
 # What was asked for once stays: the scripts ask for different extras, and share one environment.
-CXLMQ_EXTRAS="$({ echo "${CXLMQ_EXTRAS:-plots}"; cat "$CXLMQ_ROOT/.venv/cxlmq-extras" 2>/dev/null; } |
+CXLMQ_EXTRAS="$({ echo "${CXLMQ_EXTRAS:-plots}"; cat "$CXLMQ_ROOT/.venv/cxlmq-extras" 2>/dev/null || true; } |
     tr , '\n' | LC_ALL=C sort -u | paste -sd ,)"
 
 CXLMQ_PYTHON_CHECK='
