@@ -128,6 +128,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "cursor_count_max": (1, 1 << 20), "group_count_max": (1, 65536), "attach_slot_count": (0, 4096),
     "heartbeat_ms": (1, 60_000), "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
     "eviction_period": (0, 1 << 40), "coherent_bytes": (0, 1 << 40), "memory_seed": (0, 1 << 50),
+    "counters_start": (0, 1 << 62),
 }
 _POWERS_OF_TWO = ("ring_slot_count", "order_entry_count", "segment_bytes")
 
@@ -168,6 +169,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     etcd_endpoints: str = ""                # HOST:PORT,... for membership "etcd"
     restart: bool = True                    # the supervisor starts brokers that ended anew
     crash_points: str = ""                  # for tests: BROKER:POINT:VISIT[:stop],... (broker/crash.pyx)
+    counters_start: int = 0                 # for tests: where positions, indexes and ring slots of new topics begin
     data_directory: str | None = None       # replicas; None: in the cluster's folder, and gone with it
     replica_file_bytes: int = 64 * MIB      # a replica's file is followed by the next one at this size
     listen_host: str = "127.0.0.1"

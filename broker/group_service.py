@@ -58,10 +58,11 @@ class GroupService:
     def __init__(self, server: "BrokerServer", forward: Callable[..., Any]) -> None:
         node = server.node
         self._server, self._node, self._forward = server, node, forward
-        self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid)
+        self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid,
+                                node.bank)
         node.groups = self.table
         if node.leadership.term is not None:
-            self.table.lead(node.leadership.term.order.layout, node.group_lease_ns)
+            self.table.begin_term(node.group_lease_ns)
         self._files = GroupFiles(node.config.replica_folder(node.broker))
         self._lease_ns = node.group_lease_ns
         self._files_failed = False

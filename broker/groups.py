@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy
 
+from broker.bank import Bank
 from broker.errors import (
     BrokerUnavailable,
     CommitRefused,
@@ -25,7 +26,7 @@ from broker.errors import (
 )
 from broker.group_files import GroupRecord, read_group_files
 from broker.head import HeadView, head_of
-from broker.layout import ControlBits, GroupState, Layout, record_dtypes
+from broker.layout import GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
 from broker.sessions import CursorTable
@@ -76,9 +77,9 @@ class GroupTable:
     """
 
     def __init__(self, memory: Memory, layout: Layout, now: Callable[[], int], wall: Callable[[], int],
-                 cursors: CursorTable, pid: int) -> None:
+                 cursors: CursorTable, pid: int, bank: Bank | None = None) -> None:
         self._memory, self._layout, self._now, self._wall = memory, layout, now, wall
-        self._bank = layout.numbers["bank"]
+        self._bank = bank or Bank(memory, layout)
         self._head = HeadView(memory, layout)
         self._cursors, self._pid = cursors, pid
         self._count = layout.numbers["group_count_max"]
@@ -88,7 +89,11 @@ class GroupTable:
 
     def lead(self, layout: Layout, lease_ns: int = LEASE_NS) -> None:
         """This broker is head from now on, and writes the bank of `layout`."""
-        self._layout, self._bank = layout, layout.numbers["bank"]
+        self._bank.lead(layout)
+        self.begin_term(lease_ns)
+
+    def begin_term(self, lease_ns: int = LEASE_NS) -> None:
+        """From now on leases are counted from when we began."""
         self._lead = self._now(), lease_ns
         self._leases.clear()
 
@@ -305,12 +310,11 @@ class GroupTable:
         return int(free[0])
 
     def _free(self, number: int) -> None:
-        control = self._head.control
-        at = self._layout.offset_of("group", number)
-        self._memory.store_word(at, self._memory.load_word(at) >> 8 << 8 | GroupState.GROUP_FREE)
-        self._memory.flush_range(at, 8)
-        self._memory.store_fence()
-        self._require_head(control)
+        with self._bank.writing() as layout:
+            at = layout.offset_of("group", number)
+            self._memory.store_word(at, self._memory.load_word(at) >> 8 << 8 | GroupState.GROUP_FREE)
+            self._memory.flush_range(at, 8)
+            self._memory.store_fence()
 
     def _write(self, group: Group, above: int = 0, **changed: Any) -> Group:
         """Change a group's line. Who the member is, is written before the line that makes it one.
@@ -320,33 +324,25 @@ class GroupTable:
         """
         moved = group.version == 0 or not changed.keys() <= {"member", "holder", "lease_until_ns"}
         version = max(above, int((self._states() >> 8).max())) + 1 if moved else group.version
-        control = self._head.control
         fresh = Group(**{**group.__dict__, **changed, "version": version})
-        at = self._layout.offset_of("group", fresh.number)
-        if group.version == 0:
-            self._memory.write_line_bytes(at + 64, pack("GroupName", text=fresh.name))
-        if fresh.holder != group.holder:
-            text = fresh.holder.encode()[:record_bytes("GroupHolder") - 1]
-            self._memory.write_line_bytes(at + 128, pack("GroupHolder", text=text.decode(errors="ignore")))
-        self._memory.flush_range(at + 64, 128)
-        self._memory.store_fence()
-        state = GroupState.GROUP_PROTECTED if fresh.protected else GroupState.GROUP_OPEN
-        self._memory.write_line_bytes(at, pack(
-            "GroupLine", state=version << 8 | state, topic=fresh.topic, position=fresh.position, index=fresh.index,
-            member=fresh.member, member_epoch=fresh.member_epoch, lease_until_ns=fresh.lease_until_ns,
-            committed_wall_ns=fresh.committed_wall_ns))
-        self._memory.flush_range(at, 64)
-        self._memory.store_fence()
-        self._require_head(control)
+        with self._bank.writing() as layout:
+            at = layout.offset_of("group", fresh.number)
+            # Whoever asked may have waited since it read the group: for a grant, and under another head.
+            if self._memory.load_word(at) & 0xFF if group.version == 0 else self._read(group.number) != group:
+                raise BrokerUnavailable(f"group {group.name} was changed meanwhile: try again", address="head")
+            if group.version == 0:
+                self._memory.write_line_bytes(at + 64, pack("GroupName", text=fresh.name))
+            if fresh.holder != group.holder:
+                text = fresh.holder.encode()[:record_bytes("GroupHolder") - 1]
+                self._memory.write_line_bytes(at + 128, pack("GroupHolder", text=text.decode(errors="ignore")))
+            self._memory.flush_range(at + 64, 128)
+            self._memory.store_fence()
+            state = GroupState.GROUP_PROTECTED if fresh.protected else GroupState.GROUP_OPEN
+            self._memory.write_line_bytes(at, pack(
+                "GroupLine", state=version << 8 | state, topic=fresh.topic, position=fresh.position, index=fresh.index,
+                member=fresh.member, member_epoch=fresh.member_epoch, lease_until_ns=fresh.lease_until_ns,
+                committed_wall_ns=fresh.committed_wall_ns))
+            self._memory.flush_range(at, 64)
+            self._memory.store_fence()
         self._leases[fresh.number] = fresh.member_epoch, fresh.lease_until_ns
         return fresh
-
-    def _require_head(self, control: int) -> None:
-        """Raise `BrokerUnavailable` when another head began while we wrote: it may not have seen that.
-
-        A compare-and-swap that changes nothing is a look that is not made before our store is visible. The next head
-        raises the epoch first and reads our bank then: either we see the one, or it sees the other.
-        """
-        ours = control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF == self._bank
-        if not ours or not self._memory.compare_and_swap_word(self._layout.offset_of("control"), control, control):
-            raise BrokerUnavailable("a new head is taking over: try again", address="head")

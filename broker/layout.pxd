@@ -9,7 +9,9 @@ and after (`broker/head.pyx`). So a head that was replaced may store whatever it
 
 Every record is made of whole 64-byte lines (results: four to a line) with one writer role each; word 0 of a line is its
 commit word, stored last. Words that many hosts change lie in the coherent area and nowhere else.
-A tag is `(generation << 48) | (sequence + 1)`: leftovers of another lap or of a deleted topic never match.
+A tag is `(generation << 48) | (sequence + 1) % 2^48`: leftovers of another lap or of a deleted topic never match. A result's
+tag has the low 40 bits alone, with its status above them. Sequences that agree in those are 2^40 slots apart, and the ring
+was written over many times in between.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -527,4 +529,7 @@ cdef class Layout:
     cdef uint64_t sequencer_counters(self) noexcept nogil
 
 cdef inline uint64_t make_tag(uint64_t generation, uint64_t sequence) noexcept nogil:
-    return (generation << 48) | (sequence + 1)
+    return generation << 48 | ((sequence + 1) & <uint64_t>0xFFFFFFFFFFFF)
+
+cdef inline uint64_t result_tag(uint64_t generation, uint64_t sequence) noexcept nogil:
+    return generation << 48 | ((sequence + 1) & <uint64_t>0xFFFFFFFFFF)

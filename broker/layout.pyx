@@ -9,7 +9,7 @@ from sim.cxl.memory cimport LINE_BYTES, ROLE_COUNT, AccessStatistics
 from sim.cxl.primitives cimport cxl_mutex_bytes
 
 LAYOUT_MAGIC = 0x514D4C5843  # "CXLMQ"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 BANKS_MAX = 3                   # one serves, one is being filled, one may belong to a head that stopped and may wake up
 POOL_STRATEGIES = ("atomic", "partitioned", "leader")
 SEGMENT_ALIGNMENT = 2 << 20

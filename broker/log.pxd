@@ -76,6 +76,7 @@ cdef class BrokerLog:
     cdef uint64_t lock_words[16]
     cdef uint64_t pressure_sent
     cdef readonly uint64_t pressure_bytes
+    cdef public uint64_t first_slot     # where the slots of a new topic's ring are counted from: 0 but in tests
     cdef uint64_t orphan_count          # segments that wait for proof that nobody needs them
 
     cdef void lock(self) noexcept nogil

@@ -86,7 +86,8 @@ cdef class BrokerLog:
             log.held = <uint64_t*>calloc(self.held_words, 8)
             if log.slots == NULL or log.held == NULL:
                 raise MemoryError
-        log.head = log.tail = log.delegated = log.written = log.written_bytes = 0
+        log.head = log.tail = log.delegated = self.first_slot
+        log.written = log.written_bytes = 0
         log.cursor = log.end = 0
         log.order = line.order
         log.replication_factor = line.replication_factor
@@ -94,9 +95,10 @@ cdef class BrokerLog:
         log.ends_known = 1
         if self.still_serves(topic, generation):
             return self.resume_topic(topic, line)
-        self.wipe_ring(topic, 0, self.layout.g.ring_slot_count)
+        self.wipe_ring(topic, self.first_slot, self.first_slot + self.layout.g.ring_slot_count)
         # The whole line: our cache may still have it with the frontiers of an earlier topic.
         memset(&offset, 0, sizeof(offset))
+        offset.delegated = offset.reclaimed = self.first_slot
         offset.headers_start = self.layout.ring(topic, self.broker, 0)
         self.memory.write_line(at, &offset)
         self.memory.flush(at, 64)

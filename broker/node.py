@@ -39,6 +39,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from broker.bank import Bank
 from broker.config import ClusterConfig, make_folder
 from broker.crash import arm, parse_crash_points
 from broker.doorbell import Doorbell
@@ -112,6 +113,7 @@ class BrokerNode:
         self.receiver_door = self._door(Role.ROLE_RECEIVER)
         self.log = BrokerLog(self.receiver_door, self.layout,
                              make_pool(self.receiver_door, self.layout, broker), broker)
+        self.log.first_slot = config.counters_start
         self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
         self.attach = AttachStage(self.receiver_door, self.log, self.acks, self.clock,
                                   int(config.session_lease_seconds * 1e9))
@@ -120,7 +122,10 @@ class BrokerNode:
         self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.doorbells[broker], self.head_bell)
         self.delivery_door = self._door(Role.ROLE_DELIVERY)
         self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
-        self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all)
+        self.bank = Bank(self._door(Role.ROLE_ADMIN), self.layout)      # for topics and groups, while we are head
+        self.bank.resign()
+        self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all, self.bank,
+                                 config.counters_start)
         self.pool_leader: PoolLeader | None = None
         self.replica_watch: ReplicaWatch | None = None
         self.groups: GroupTable | None = None           # the server's; it writes where we are head
@@ -229,11 +234,12 @@ class BrokerNode:
         self.replica_watch = ReplicaWatch(self._door(Role.ROLE_SEQUENCER), order.layout, self.clock,
                                           int(grace_seconds * 1e9))
         if self.groups is not None:
-            self.groups.lead(order.layout, self.group_lease_ns)
+            self.groups.begin_term(self.group_lease_ns)
         self.ring_all()
         return [*scanners, Reclaim(self._door(Role.ROLE_RECLAIM), order, self.doorbells, self.pool_leader)]
 
     def _stand_up(self) -> None:
+        self.bank.resign()
         self.directory.lead(None, [])
         self.pool_leader = self.replica_watch = None
 

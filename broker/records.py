@@ -51,3 +51,8 @@ def unpack(record: str, data: bytes) -> dict[str, Any]:
         else:
             values[name] = [next(flat) for _ in range(count)]
     return values
+
+
+def tag_of(generation: int, sequence: int) -> int:
+    """The commit word of a header, or an order entry (`make_tag` in broker/layout.pxd)."""
+    return generation << 48 | (sequence + 1) % (1 << 48)

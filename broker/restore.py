@@ -15,7 +15,7 @@ from typing import Any
 from broker.errors import RecoveryError
 from broker.layout import LOST_BROKER_NUMBER, SessionState, TopicState
 from broker.placement import live_brokers, replica_brokers
-from broker.records import pack
+from broker.records import pack, tag_of
 from broker.recovery import Range, RecoveredBatch, RecoveredTopic, RecoveryPlan, write_manifest
 from broker.region import Region
 from broker.replica_files import path_descriptor
@@ -174,7 +174,7 @@ class Restorer:
         def write(**fields: int) -> None:
             nonlocal index
             at = self._layout.offset_of("order_entry", number, index)
-            self._memory.write_line_bytes(at, pack("OrderEntry", commit=generation << 48 | index + 1, **fields))
+            self._memory.write_line_bytes(at, pack("OrderEntry", commit=tag_of(generation, index), **fields))
             self._memory.flush_range(at, LINE_BYTES)
             index += 1
 

@@ -20,7 +20,7 @@ from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_fetch_and, cxl_fet
 cdef enum:
     RESERVE_SHARE = 16              # of the segments that should be free
     ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
-    GRANTEE_SHIFT = 40              # of a segment's word: broker + 1 above, how many it had been granted before below
+    GRANTEE_SHIFT = 56              # of a segment's word: broker + 1 above, how many it had been granted before below
 
 GRANTEE_BITS = GRANTEE_SHIFT
 cdef uint64_t GRANT_NUMBER = (<uint64_t>1 << GRANTEE_SHIFT) - 1

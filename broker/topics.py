@@ -1,12 +1,14 @@
 """The topic table: topics are created and deleted by the head, looked up by everyone."""
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from broker.bank import Bank
 from broker.config import TopicConfig, check_topic_name
 from broker.errors import (
     BrokerUnavailable,
@@ -50,9 +52,12 @@ class TopicTable:
     `announce` wakes all brokers after a change. Names are resolved from memory each time the table's version changed.
     """
 
-    def __init__(self, memory: Memory, layout: Layout, announce: Callable[[], None]) -> None:
+    def __init__(self, memory: Memory, layout: Layout, announce: Callable[[], None], bank: Bank | None = None,
+                 counters_start: int = 0) -> None:
         self._memory = memory
-        self._layout = layout               # its bank is ours when we are head (`lead`)
+        self._layout = layout
+        self._bank = bank or Bank(memory, layout)
+        self._counters_start = counters_start   # where a new topic's positions and order indexes begin; 0 but in tests
         self._head = HeadView(memory, layout)
         self._control = 0
         self._announce = announce
@@ -109,8 +114,12 @@ class TopicTable:
 
     def lead(self, layout: Layout) -> None:
         """This broker is head from now on, and writes the bank of `layout`."""
-        self._layout = layout
-        self._unfinished = True             # the former head may have left some
+        self._bank.lead(layout)
+        self.begin_term()
+
+    def begin_term(self) -> None:
+        """What the former head began to delete may be left."""
+        self._unfinished = True
 
     def version(self) -> int:
         """Changes whenever a topic appears or goes. Raises `BrokerUnavailable` while no head serves, as `find` does."""
@@ -192,21 +201,23 @@ class TopicTable:
                 raise DuplicateTopic(topic=config.name)
             self.finish_deletions(live_brokers())
             number = self._free_number()
-            generation = self._next_generation()
-            self._wipe(number)
-            self._memory.write_bytes(self._layout.offset_of("topic_name", number), pack("TopicName", text=config.name))
-            line = pack(
-                "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=config.order, ack=config.ack,
-                replication_factor=config.replication_factor,
-                retention_bytes=KEEP_FOREVER if config.retention_bytes < 0 else config.retention_bytes,
-                created_wall_ns=time.time_ns(), message_bytes_max=self._numbers["message_bytes_max"],
-                lease_ns=lease_ns)
-            self._memory.store_fence()
-            self._publish(self._layout.offset_of("topic", number), line)
+            with self._bank.writing() as layout:
+                generation = self._next_generation(layout, number)
+                self._wipe(layout, number)
+                self._memory.write_bytes(layout.offset_of("topic_name", number), pack("TopicName", text=config.name))
+                line = pack(
+                    "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=config.order, ack=config.ack,
+                    replication_factor=config.replication_factor,
+                    retention_bytes=KEEP_FOREVER if config.retention_bytes < 0 else config.retention_bytes,
+                    created_wall_ns=time.time_ns(), message_bytes_max=self._numbers["message_bytes_max"],
+                    lease_ns=lease_ns)
+                self._memory.store_fence()
+                self._publish(layout, number, line)
             try:
                 await self._every_broker(live_brokers, number, generation)
             except BaseException:           # also when the caller goes away meanwhile
-                self._set_state(number, TopicState.TOPIC_DELETING)
+                with contextlib.suppress(BrokerUnavailable):    # of another head's bank it is for that one to say
+                    self._set_state(number, generation, TopicState.TOPIC_DELETING)
                 raise
             return self.find(config.name)
 
@@ -218,12 +229,12 @@ class TopicTable:
         """
         async with self._lock:
             entry = self.find(name)
-            self._set_state(entry.number, TopicState.TOPIC_DELETING)
+            self._set_state(entry.number, entry.generation, TopicState.TOPIC_DELETING)
             try:
                 await self._every_broker(live_brokers, entry.number, 0, DELETE_SECONDS)
             except BrokerUnavailable:
                 return
-            self._set_state(entry.number, TopicState.TOPIC_FREE)
+            self._set_state(entry.number, entry.generation, TopicState.TOPIC_FREE)
 
     async def complete_deletions(self, live_brokers: Callable[[], list[int]]) -> None:
         """Free what was deleted while some broker stood still (at the head)."""
@@ -231,21 +242,27 @@ class TopicTable:
             async with self._lock:
                 self._unfinished = self.finish_deletions(live_brokers())
 
-    def _set_state(self, number: int, state: TopicState) -> None:
+    def _set_state(self, number: int, generation: int, state: TopicState) -> None:
+        """Change a topic's state, if the number still has that topic. Raises `BrokerUnavailable` if we are not head."""
         self._unfinished |= state == TopicState.TOPIC_DELETING
-        at = self._layout.offset_of("topic", number)
-        line = unpack("TopicLine", self._memory.read_line_bytes(at))
-        line["state"] = line["state"] >> 8 << 8 | state
-        self._publish(at, pack("TopicLine", **line))
+        with self._bank.writing() as layout:
+            line = unpack("TopicLine", self._memory.read_line_bytes(layout.offset_of("topic", number)))
+            if line["state"] >> 8 == generation:
+                line["state"] = generation << 8 | state
+                self._publish(layout, number, pack("TopicLine", **line))
 
     def finish_deletions(self, live_brokers: list[int]) -> bool:
         """Free the numbers of topics whose deletion was left before every broker had stopped; whether some remain."""
-        deleting = [number for number in range(self._numbers["topic_count_max"])
-                    if self._state(number)[1] == TopicState.TOPIC_DELETING]
-        served = [number for number in deleting if any(self._generation_at(number, broker) for broker in live_brokers)]
-        for number in set(deleting) - set(served):
-            self._set_state(number, TopicState.TOPIC_FREE)
-        return bool(served)
+        deleting = [(number, self._state(number)) for number in range(self._numbers["topic_count_max"])]
+        remain = False
+        for number, (generation, state) in deleting:
+            if state != TopicState.TOPIC_DELETING:
+                continue
+            if any(self._generation_at(number, broker) for broker in live_brokers):
+                remain = True
+            else:
+                self._set_state(number, generation, TopicState.TOPIC_FREE)
+        return remain
 
     def _free_number(self) -> int:
         for number in range(self._numbers["topic_count_max"]):
@@ -253,22 +270,37 @@ class TopicTable:
                 return number
         raise TopicTableFull(topic_count_max=self._numbers["topic_count_max"])
 
-    def _next_generation(self) -> int:
-        """Generations are 16 bits of every tag: they come round after 65,535 topics."""
-        at = self._layout.offset_of("directory") + 8
+    def _next_generation(self, layout: Layout, number: int) -> int:
+        """Generations are 16 bits of every tag: they come round after 65,535 topics. One that a line of a broker which
+        was away since then still names is passed over: it would take the new topic for the one that it knew."""
+        at = layout.offset_of("directory") + 8
+        brokers, named = range(self._numbers["broker_count"]), set[int]()
+        for broker in brokers:
+            named.add(self._generation_at(number, broker))
+            named |= {self._read("ReplicaLine", layout.offset_of("replica", number, broker, each))["generation"]
+                      for each in brokers}
         generation = self._memory.load_word(at) % 0xFFFF + 1
+        while generation in named:
+            generation = generation % 0xFFFF + 1
         self._memory.store_word(at, generation)
         self._memory.flush_range(at, 8)
         return generation
 
-    def _wipe(self, number: int) -> None:
+    def _wipe(self, layout: Layout, number: int) -> None:
         """Clear what the head writes of the topic. The brokers wipe their rings themselves, when they open it."""
         brokers = self._numbers["broker_count"]
         slots, entries = self._numbers["ring_slot_count"], self._numbers["order_entry_count"]
-        first = self._layout.offset_of("topic_order", number)
-        self._zero(first, self._layout.offset_of("offset_sequencer", number, brokers - 1) + 64 - first)
-        self._zero(self._layout.offset_of("result", number, 0, 0), brokers * slots * record_bytes("BatchResult"))
-        self._zero(self._layout.offset_of("order_entry", number, 0), entries * record_bytes("OrderEntry"))
+        first = layout.offset_of("topic_order", number)
+        self._zero(first, layout.offset_of("offset_sequencer", number, brokers - 1) + 64 - first)
+        self._zero(layout.offset_of("result", number, 0, 0), brokers * slots * record_bytes("BatchResult"))
+        self._zero(layout.offset_of("order_entry", number, 0), entries * record_bytes("OrderEntry"))
+        if start := self._counters_start:
+            self._memory.write_line_bytes(
+                first, pack("TopicOrderLine", committed_index=start, committed_position=start))
+            at = layout.offset_of("topic_reclaim", number)
+            self._memory.write_line_bytes(at, pack("TopicReclaimLine", reclaimed_index=start, reclaimed_position=start))
+            self._memory.flush_range(first, 64)
+            self._memory.flush_range(at, 64)
         self._memory.store_fence()
 
     def _zero(self, offset: int, count: int) -> None:
@@ -276,11 +308,12 @@ class TopicTable:
         for at in range(offset, offset + count, WIPE_BYTES):
             self._memory.write_bytes(at, zeroes[:min(WIPE_BYTES, offset + count - at)])
 
-    def _publish(self, at: int, line: bytes) -> None:
+    def _publish(self, layout: Layout, number: int, line: bytes) -> None:
+        at = layout.offset_of("topic", number)
         self._memory.write_line_bytes(at, line)
         self._memory.flush_range(at, 64)
         self._memory.store_fence()
-        directory = self._layout.offset_of("directory")
+        directory = layout.offset_of("directory")
         self._memory.store_word(directory, self._memory.load_word(directory) + 1)
         self._memory.flush_range(directory, 8)
         self._memory.store_fence()

@@ -27,7 +27,7 @@ from broker.layout import (
     SessionState,
     TopicState,
 )
-from broker.records import record_bytes, unpack
+from broker.records import record_bytes, tag_of, unpack
 from broker.recovery import make_plan
 from broker.region import layout_from, read_superblock, with_head_bank
 from broker.wire import payload_status
@@ -35,7 +35,7 @@ from sim.cxl.memory import MappedMemory, Memory, MemoryAccessError
 
 SETTLE_SECONDS = 0.1
 TRIES = 3
-POSITION_MAX = 1 << 48
+POSITION_MAX = 1 << 63               # none gets so far
 _TEXT = re.compile(r"[\x20-\x7e]*")
 
 
@@ -286,7 +286,7 @@ class RegionChecks:
                        position: int | None) -> tuple[str, str]:
         """(field, what is wrong with it), two empty texts for an entry that is well."""
         numbers, offset, nbytes = self._numbers, entry["payload_offset"], entry["payload_bytes"]
-        if entry["commit"] != topic["generation"] << 48 | index + 1:
+        if entry["commit"] != tag_of(topic["generation"], index):
             return "commit", f"its tag is {entry['commit']:#x}: torn, stale or damaged"
         if position is not None and entry["position"] != position:
             return "position", f"it is {entry['position']}, the entry before ends at {position}"
@@ -329,7 +329,7 @@ class RegionChecks:
         for slot in range(line["reclaimed"], line["delegated"]) if well else ():
             header, at = self._read("BatchHeader", "ring", topic["number"], broker, slot)
             self._expect("BatchHeader", at, {**header, "_topic": topic["name"], "_broker": broker}, complete=(
-                header["complete"] == topic["generation"] << 48 | slot + 1, f"the tag of slot {slot}"))
+                header["complete"] == tag_of(topic["generation"], slot), f"the tag of slot {slot}"))
 
     def _replicas(self, topic: dict[str, Any], source: int) -> None:
         for replica in range(self._numbers["broker_count"]):

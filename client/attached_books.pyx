@@ -16,7 +16,7 @@ from libc.string cimport memset
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
     ATTACH_OPEN, ATTACH_RING, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED,
-    RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
+    RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag, result_tag,
 )
 from client.batch cimport (
     OUTCOME_COMMITTED, OUTCOME_DUPLICATE, OUTCOME_FAILED, OUTCOME_SENT, OUTCOME_UNDURABLE, Batch, Outcome, PyObject, tell,
@@ -221,7 +221,7 @@ cdef class AttachedBooks:
             if channel.completed < channel.submitted:
                 at = self.layout.attach_completion(channel.slot, channel.completed)
                 self.memory.invalidate(at, 16)
-                if self.memory.load(at) & ~STATUS_MASK == make_tag(channel.generation, channel.completed):
+                if self.memory.load(at) & ~STATUS_MASK == result_tag(channel.generation, channel.completed):
                     return True
             at = self.layout.attach_line(channel.slot)
             self.memory.invalidate(at, 64)
@@ -358,7 +358,7 @@ cdef class AttachedBooks:
         cdef Sent* sent
         self.memory.invalidate(at, 16)
         state = self.memory.load(at)
-        if state & ~STATUS_MASK != make_tag(channel.generation, channel.completed):
+        if state & ~STATUS_MASK != result_tag(channel.generation, channel.completed):
             return False
         status = state >> 40 & 0xFF
         sent = &self.sent[channel.sequences[channel.completed % ATTACH_RING] % SENT_RING]

@@ -164,6 +164,7 @@ class ManualBroker:
         self.notifier = Notifier()
         receiver_door = door(number, Role.ROLE_RECEIVER)
         self.log = BrokerLog(receiver_door, layout, make_pool(receiver_door, layout, number), number)
+        self.log.first_slot = cluster.counters_start
         self.acks = AckStage(door(number, Role.ROLE_ACK), self.log, self.notifier)
         self.watch = Watch(door(number, Role.ROLE_DELIVERY), layout, self.notifier)
         self.receiver = Receiver(receiver_door, self.log, self.acks, cluster.doorbells[number], cluster.doorbells[0])
@@ -205,12 +206,13 @@ class ManualCluster:
 
     def __init__(self, brokers: int = 2, scanners: int = 1, lock: str = "atomic", pool: str = "atomic",
                  folder: Path | None = None, semaphore: str | None = None, mapping: Any = None,
-                 replica_file_bytes: int = 64 * MIB, **numbers: int) -> None:
+                 replica_file_bytes: int = 64 * MIB, counters_start: int = 0, **numbers: int) -> None:
         self.layout = Layout.compute(broker_count=brokers, pool_strategy=pool, **{**TINY, **numbers})
         self.mapping = private_mapping(self.layout.numbers["region_bytes"]) if mapping is None else mapping
         self.count = brokers
         self.folder = folder
         self.replica_file_bytes = replica_file_bytes
+        self.counters_start = counters_start
         self.clock = ManualClock(SECOND)
         self.memory = MappedMemory(self.mapping)
         self.doorbells = [self._bell(b, 0) for b in range(brokers)]
@@ -219,7 +221,7 @@ class ManualCluster:
         self.term = self._term(OrderState(self.door(0, Role.ROLE_SEQUENCER), self.layout, 0, self._lock, scanners,
                                           semaphore_name=semaphore))
         self.brokers = [ManualBroker(self, number) for number in range(brokers)]
-        self.table = TopicTable(self.door(0, Role.ROLE_ADMIN), self.layout, self.step)
+        self.table = TopicTable(self.door(0, Role.ROLE_ADMIN), self.layout, self.step, counters_start=counters_start)
         self.dead: set[int] = set()         # brokers that run no longer
         self.watch: ReplicaWatch | None = None
         self.replaced: list[Term] = []      # heads that were; nothing steps them

@@ -12,7 +12,7 @@ from libc.stdlib cimport calloc, free
 
 from broker.crash cimport CRASH_BEFORE_ACK, crash_point
 from broker.head cimport HeadView
-from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, result_tag
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
 from broker.placement cimport live_brokers, replicas_of
@@ -96,7 +96,7 @@ cdef class AckStage(Stage):
         cdef uint64_t at = self.layout.attach_completion(stream.slot_and_one - 1, stream.acks_head)
         cdef uint64_t line = at & ~<uint64_t>63
         self.memory.store(at + 8, ack.position)
-        self.memory.store(at, make_tag(stream.slot_generation, stream.acks_head) | ack.status << 40)
+        self.memory.store(at, result_tag(stream.slot_generation, stream.acks_head) | ack.status << 40)
         if self.completion_line and self.completion_line != line:
             self.memory.flush(self.completion_line, 64)
         self.completion_line = line
@@ -140,7 +140,7 @@ cdef class AckStage(Stage):
                 at = self.layout.result(stream.topic, self.broker, waiting.slot)
                 self.memory.invalidate(at, 16)
                 state = self.memory.load(at)
-                if state & ~STATUS_MASK != make_tag(stream.generation, waiting.slot):
+                if state & ~STATUS_MASK != result_tag(stream.generation, waiting.slot):
                     break
                 status = state >> 40 & 0xFF
                 position = self.memory.load(at + 8)

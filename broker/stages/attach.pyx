@@ -140,6 +140,9 @@ cdef class AttachStage(Stage):
         cdef AttachSlot* slot = &self.slots[i]
         cdef uint64_t order, at = self.layout.attach_client(self.first + i)
         cdef uint64_t committed, released
+        # What it released is read before what is committed: nobody releases what was not committed before.
+        self.memory.invalidate(at, 64)
+        released = self.memory.load(at + 40)
         if not self.head.begin():
             return 0
         order = self.head.layout.topic_order(slot.topic)
@@ -147,8 +150,6 @@ cdef class AttachStage(Stage):
         committed = self.memory.load(order)
         if not self.head.same():
             return 0
-        self.memory.invalidate(at, 64)
-        released = self.memory.load(at + 40)
         if released < slot.released or released > committed:
             slot.state = ATTACH_FENCED          # a cursor never goes back and never passes the tail
             self.write_line(i)

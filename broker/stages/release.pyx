@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from broker.head cimport HeadView
-from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, make_tag
+from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, result_tag
 from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
 from broker.planted cimport PLANT_HELD_FREED, PLANT_RESULT_NOT_AWAITED, PLANT_SEGMENT_EARLY, planted
 from broker.stages.stage cimport Stage
@@ -73,7 +73,7 @@ cdef class Release(Stage):
             at = self.layout.result(topic, self.broker, tail)
             self.memory.invalidate(at, 16)
             state = self.memory.load(at)
-            if state & ~STATUS_MASK != make_tag(log.opened, tail) and not (
+            if state & ~STATUS_MASK != result_tag(log.opened, tail) and not (
                     planted(PLANT_HELD_FREED)
                     and tail < self.memory.load(self.layout.offset_sequencer(topic, self.broker))):
                 break

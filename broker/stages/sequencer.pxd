@@ -8,7 +8,7 @@ from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
 
 cdef enum:
-    POSITION_BITS = 48          # of a word that has an index above and a position below
+    POSITION_BITS = 48          # an index is counted from here on in the word that has index and position
     WINDOW = 256                # batches a session may have in flight beyond the one expected next
 
 cdef struct Held:
@@ -47,7 +47,7 @@ cdef struct TopicOrder:
     uint64_t order
     int64_t lease_ns
     uint64_t replicated
-    uint64_t assigned           # index << 48 | position: both move with one fetch-add
+    uint64_t assigned           # (index << 48) + position, modulo 2^64: both move with one fetch-add (`place_of`)
     uint64_t committed_index
     uint64_t committed_position
     uint64_t committed_bytes
@@ -70,6 +70,7 @@ cdef struct Ordered:
     uint64_t address
 
 cdef bint in_log(Session* session, uint64_t sequence) noexcept nogil
+cdef uint64_t place_of(uint64_t word, uint64_t committed_position, uint64_t committed_index, uint64_t* index) noexcept nogil
 cdef void note_in_log(Session* session, uint64_t sequence) noexcept nogil
 
 cdef class OrderState:
@@ -97,6 +98,7 @@ cdef class OrderState:
     cdef void close_topic(self, uint64_t topic) noexcept nogil
     cdef void count_activity(self, Memory memory, uint64_t topic) noexcept nogil
     cdef void add(self, uint64_t* counter, uint64_t value) noexcept nogil
+    cdef uint64_t end_position(self, TopicOrder* order) noexcept nogil
     cdef bint has_room(self, TopicOrder* order) noexcept nogil
     cdef void write_ordered(self, Memory memory, uint64_t topic, uint64_t broker) noexcept nogil
     cdef void write_window(self, Memory memory, uint64_t number) noexcept nogil

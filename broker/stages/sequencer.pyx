@@ -20,6 +20,7 @@ from broker.layout cimport (
     BATCH_FENCE, BATCH_VOID, BatchHeader, CONTROL_SERVING, Layout, OrderEntry, RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED,
     RESULT_REFUSED, RESULT_VOID, SESSION_CLOSED, SESSION_CLOSING, SESSION_FENCED, SESSION_FREE, SESSION_OPEN,
     OffsetSequencerLine, SequencerCounters, SessionLine, SessionProgressLine, SessionWindowLine, TopicLine, make_tag,
+    result_tag,
 )
 from broker.order_lock cimport LOCK_ATOMIC, OrderLock
 from broker.placement cimport live_brokers
@@ -45,6 +46,17 @@ SESSION_WINDOW = WINDOW             # for Python
 
 cdef uint64_t RESULT_STATUS = <uint64_t>0xFF << 40
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
+
+
+cdef uint64_t place_of(uint64_t word, uint64_t committed_position, uint64_t committed_index, uint64_t* index) noexcept nogil:
+    """The position that an assigned word stands for, and its index: each is counted from a committed one before it.
+
+    A word is a plain sum, so its low bits are those of the position, and what the position has above them is added to the
+    index. What is assigned and not committed is at most 32,768 entries of less than 2^32 messages: 2^47.
+    """
+    cdef uint64_t position = committed_position + ((word - committed_position) & POSITION_MASK)
+    index[0] = committed_index + <uint16_t>((word >> POSITION_BITS) - (position >> POSITION_BITS) - committed_index)
+    return position
 
 
 cdef bint in_log(Session* session, uint64_t sequence) noexcept nogil:
@@ -150,7 +162,7 @@ cdef class OrderState:
         order.committed_index = self.memory.load(self.layout.topic_order(topic))
         order.committed_position = self.memory.load(self.layout.topic_order(topic) + 8)
         order.committed_bytes = self.memory.load(self.layout.topic_order(topic) + 24)
-        order.assigned = order.committed_index << POSITION_BITS | order.committed_position
+        order.assigned = (order.committed_index << POSITION_BITS) + order.committed_position
         order.reclaimed_index = self.memory.load(self.layout.topic_reclaim(topic))
         order.advancing = order.stalled = order.news = 0
         memset(&self.ordered[topic * self.layout.g.broker_count], 0, self.layout.g.broker_count * sizeof(Ordered))
@@ -182,9 +194,16 @@ cdef class OrderState:
 
     cdef bint has_room(self, TopicOrder* order) noexcept nogil:
         # Each scanner may be between this check and its fetch-add: leave a place for every one of them.
-        cdef uint64_t low = cxl_load_relaxed(&order.assigned) >> POSITION_BITS
-        cdef uint64_t used = <uint16_t>(low - <uint16_t>cxl_load_acquire(&order.reclaimed_index))
+        cdef uint64_t index, position = cxl_load_acquire(&order.committed_position)     # before the word: never beyond it
+        cdef uint64_t reclaimed = cxl_load_acquire(&order.reclaimed_index), used
+        place_of(cxl_load_acquire(&order.assigned), position, reclaimed, &index)
+        used = index - reclaimed
         return used + self.scanners < self.layout.g.order_entry_count or planted(PLANT_INDEX_OVERRUN)
+
+    cdef uint64_t end_position(self, TopicOrder* order) noexcept nogil:
+        """The position behind all that has a number."""
+        cdef uint64_t index, position = cxl_load_acquire(&order.committed_position)
+        return place_of(cxl_load_acquire(&order.assigned), position, 0, &index)
 
     cdef void write_ordered(self, Memory memory, uint64_t topic, uint64_t broker) noexcept nogil:
         """Write how much of this broker is below the committed frontier. One store: none of it is newer than the rest."""
@@ -372,12 +391,16 @@ cdef class Scanner(Stage):
 
     cdef bint is_answered(self, uint64_t topic, uint64_t broker, uint64_t slot, uint64_t generation) noexcept nogil:
         """Whether the takeover found a result that stands."""
-        return self.memory.load(self.layout.result(topic, broker, slot)) & ~RESULT_STATUS == make_tag(generation, slot)
+        return self.memory.load(self.layout.result(topic, broker, slot)) & ~RESULT_STATUS == result_tag(generation, slot)
 
     cdef void open_place(self, uint64_t topic, uint64_t broker, uint64_t generation) noexcept nogil:
         cdef ScanPlace* place = &self.places[topic * self.layout.g.broker_count + broker]
         memset(place, 0, sizeof(ScanPlace))
         place.generation = generation
+        # Zero, unless tests let the topic's counters begin elsewhere.
+        self.memory.invalidate(self.layout.offset_broker(topic, broker), 64)
+        if self.memory.load(self.layout.offset_broker(topic, broker) + 48) == generation:
+            place.scanned = place.rescan_to = self.memory.load(self.layout.offset_broker(topic, broker) + 56)
 
     # ---- classification ----------------------------------------------------------------------------------------------
 
@@ -427,7 +450,7 @@ cdef class Scanner(Stage):
             if planted(PLANT_SKIPPED_NUMBERED):
                 cxl_fetch_add(&order.assigned, (<uint64_t>1 << POSITION_BITS) + header.message_count)
             self.state.add(&self.state.counters.duplicates, 1)
-            self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
+            self.answer(topic, broker, slot, RESULT_DUPLICATE, self.state.end_position(order))
             return True
         if state != SESSION_OPEN:
             self.state.add(&self.state.counters.refused, 1)
@@ -445,7 +468,7 @@ cdef class Scanner(Stage):
             return True
         if order.order != 5 and in_log(session, sequence):
             self.state.add(&self.state.counters.duplicates, 1)
-            self.answer(topic, broker, slot, RESULT_DUPLICATE, cxl_load_acquire(&order.assigned) & POSITION_MASK)
+            self.answer(topic, broker, slot, RESULT_DUPLICATE, self.state.end_position(order))
             return True
         if order.order == 5 and sequence > session.expected and not planted(PLANT_GAP_SKIPPED):
             held.sequence_and_one = sequence + 1
@@ -495,7 +518,7 @@ cdef class Scanner(Stage):
     cdef bint commit(self, TopicOrder* order, uint64_t topic, uint64_t broker, uint64_t slot,
                      BatchHeader* header, Session* session) noexcept nogil:
         """Take an order number and write the entry and the result; False when the index is full."""
-        cdef uint64_t taken, index, base, at
+        cdef uint64_t taken, index = 0, position, at
         cdef OrderEntry entry
         cdef Done* done
         if self.fresh_count >= 65536 or not self.state.has_room(order):
@@ -508,11 +531,12 @@ cdef class Scanner(Stage):
         else:
             order.assigned += taken
             taken = order.assigned - taken
-        # Only 16 bits of the index travel in the word; the committed one is at most 32,768 behind.
-        base = cxl_load_acquire(&order.committed_index)
-        index = base + <uint16_t>((taken >> POSITION_BITS) - <uint16_t>base)
+        # Both committed ones are of an entry before ours, and need not be of the same: only 16 bits of the index travel in
+        # the word, and it is at most 32,768 ahead.
+        position = place_of(taken, cxl_load_acquire(&order.committed_position), cxl_load_acquire(&order.committed_index),
+                            &index)
         entry.commit = make_tag(order.generation, index)
-        entry.position = taken & POSITION_MASK
+        entry.position = position
         entry.payload_offset = header.payload_offset
         entry.payload_bytes = header.payload_bytes
         entry.message_count = header.message_count
@@ -552,7 +576,7 @@ cdef class Scanner(Stage):
         cdef uint64_t at = self.layout.result(topic, broker, slot), line = at & ~<uint64_t>63
         cdef uint64_t generation = self.state.topics[topic].generation
         self.memory.store(at + 8, position)
-        self.memory.store(at, make_tag(generation, slot) | status << 40)
+        self.memory.store(at, result_tag(generation, slot) | status << 40)
         if self.result_line and self.result_line != line:
             self.memory.flush(self.result_line, 64)
         self.result_line = line
@@ -647,7 +671,7 @@ cdef class Scanner(Stage):
             start = index = order.committed_index
             done = &order.done[index & mask]
             while cxl_load_acquire(&done.index_and_one) == index + 1:
-                order.committed_position += done.messages
+                cxl_store_release(&order.committed_position, order.committed_position + done.messages)
                 order.committed_bytes += done.nbytes
                 ordered = &self.state.ordered[topic * self.layout.g.broker_count + done.broker]
                 ordered.messages = done.messages + (0 if planted(PLANT_ORDERED_OVERWRITTEN) else ordered.messages)
@@ -725,7 +749,8 @@ cdef class Scanner(Stage):
         cdef Session* session = &self.state.sessions[number]
         cdef Session* other
         cdef SessionLine line
-        cdef uint64_t i
+        cdef uint64_t i, epoch
+        cdef bint same, is_open
         self.memory.read_line(self.layout.session(number), &line)
         if line.topic & 0xFFFF >= self.layout.g.topic_count_max:
             line.topic = 0                      # damaged: a session of no topic
@@ -744,17 +769,26 @@ cdef class Scanner(Stage):
         session.client_id = line.client_id
         session.state = state
         self.unclaim(session)
+        # Another scanner may open one of the same client just now. Each says that it is there before it looks for the other,
+        # and no processor may turn that round: one of the two sees the other, complete.
+        cxl_full_fence()
         for i in range(self.layout.g.session_count_max):
             other = &self.state.sessions[i]
             if i == number or other.client_id != line.client_id or other.topic != line.topic:
                 continue
-            if other.epoch >= line.session_epoch and other.state & 0xFF == SESSION_OPEN:
+            self.claim(other)                   # what is being opened is read as a whole
+            same = other.client_id == line.client_id and other.topic == line.topic
+            epoch, is_open = other.epoch, other.state & 0xFF == SESSION_OPEN
+            self.unclaim(other)
+            if not same:
+                continue
+            if epoch >= line.session_epoch and is_open:
                 session.state = (state & ~<uint64_t>0xFF) | SESSION_FENCED     # an old epoch comes late
-            elif other.epoch < line.session_epoch:
-                if other.state & 0xFF == SESSION_OPEN:
+            elif epoch < line.session_epoch:
+                if is_open:
                     self.fence_session(i, SESSION_FENCED)
-                if other.epoch >= session.predecessor_epoch:
-                    session.predecessor_epoch = other.epoch
+                if epoch >= session.predecessor_epoch:
+                    session.predecessor_epoch = epoch
                     session.predecessor_expected = other.expected
         self.memory.fence()
         self.write_progress(number)

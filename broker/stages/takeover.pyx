@@ -17,7 +17,7 @@ from broker.head cimport make_control
 from broker.layout cimport (
     BatchHeader, BatchResult, CONTROL_BANK_SHIFT, CONTROL_EPOCH_SHIFT, CONTROL_SERVING, CONTROL_SOURCE_SHIFT, HeadLine, Layout,
     OffsetSequencerLine, OrderEntry, RESULT_COMMITTED, RESULT_DUPLICATE, SESSION_CLOSED, SESSION_OPEN, SessionLine,
-    SessionProgressLine, SessionWindowLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag,
+    SessionProgressLine, SessionWindowLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag, result_tag,
 )
 from broker.stages.sequencer cimport (
     Held, OrderState, Ordered, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, note_in_log,
@@ -56,6 +56,7 @@ cdef class Takeover(Stage):
     cdef readonly uint64_t adopted
     cdef object make_order
     cdef uint64_t source_epoch
+    cdef uint64_t bank_epoch        # of the head that wrote our bank last
     cdef uint64_t topic_count       # for __dealloc__
     cdef int phase
     cdef uint64_t next_topic
@@ -114,6 +115,8 @@ cdef class Takeover(Stage):
             return False
         crash_point(CRASH_EPOCH_RAISED)
         self.layout.use_bank(bank)
+        self.memory.invalidate(self.layout.head_line(), 64)
+        self.bank_epoch = self.memory.load(self.layout.head_line())
         if source:
             self.source = self.layout.with_bank(source - 1)
             self.memory.invalidate(self.source.head_line(), 64)
@@ -133,6 +136,7 @@ cdef class Takeover(Stage):
                 self.read_sessions()
             else:
                 self.wipe_tables()
+            self.forget_old_entries()
             self.phase = TAKE_TOPICS
         elif self.phase == TAKE_TOPICS:
             if self.source is None or self.next_topic == self.topic_count:
@@ -168,6 +172,15 @@ cdef class Takeover(Stage):
         for i in range(0, nbytes, 64):
             self.memory.write_line(target + i, line)
         self.memory.flush(target, nbytes)
+
+    cdef void forget_old_entries(self) noexcept nogil:
+        """Entries have the low 16 bits of their epoch: what a head left here in an earlier round of them must not be taken for
+        what the last one wrote. So a bank holds entries of one round alone."""
+        cdef uint64_t t
+        if self.bank_epoch >> 16 != (self.control >> CONTROL_EPOCH_SHIFT) >> 16:
+            for t in range(self.topic_count):
+                self.zero(self.layout.order_entry(t, 0), self.layout.g.order_entry_count * sizeof(OrderEntry))
+            self.memory.fence()
 
     cdef void wipe_tables(self) noexcept nogil:
         """A new region: nothing was there before us, but a head that died before it served."""
@@ -309,7 +322,7 @@ cdef class Takeover(Stage):
         for b in range(self.layout.g.broker_count):
             self.take_ordered(topic, b)
         self.adopt(topic)
-        order.assigned = order.committed_index << POSITION_BITS | order.committed_position
+        order.assigned = (order.committed_index << POSITION_BITS) + order.committed_position
         for b in range(self.layout.g.broker_count):
             self.take_results(topic, b)
             self.order.write_ordered(self.memory, topic, b)
@@ -477,7 +490,7 @@ cdef class Takeover(Stage):
                        BatchResult* result) noexcept nogil:
         """Whether the source's result of a slot stands, or follows from what was adopted."""
         cdef TopicOrder* order = &self.order.topics[topic]
-        cdef uint64_t at = self.source.result(topic, broker, slot), tag = make_tag(order.generation, slot), status
+        cdef uint64_t at = self.source.result(topic, broker, slot), tag = result_tag(order.generation, slot), status
         self.memory.invalidate(at, 16)
         result.state = self.memory.load(at)
         result.position = self.memory.load(at + 8)

@@ -284,13 +284,13 @@ def test_a_commit_in_the_middle_of_which_another_head_begins_is_not_acknowledged
         monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting()
     group = setting.commit(setting.join(), 5)
-    whole = setting.table._require_head
+    whole = setting.table._bank._require_same
 
     def replaced(control: int) -> None:
         setting.cluster.take_over(1)        # after the line was written, before the answer
         whole(control)
 
-    monkeypatch.setattr(setting.table, "_require_head", replaced)
+    monkeypatch.setattr(setting.table._bank, "_require_same", replaced)
     with pytest.raises(BrokerUnavailable):
         setting.commit(group, 8)
     assert table_of(setting, 1).find(setting.topic, "g").position == 8, "not acknowledged, and taken over all the same"
