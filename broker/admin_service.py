@@ -93,30 +93,44 @@ class AdminService:
 
     def _describe(self, entry: TopicEntry) -> pb.Topic:
         frontiers = self._node.topics.frontiers(entry)
+        durable, failed_from, failed = self._node.topics.durability(entry)
         return pb.Topic(
+            run_id=self._node.region.run_id, durable_position=min(durable, frontiers["end_position"]),
+            failed_position=failed_from, failed_replica=failed,
             name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
             retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
             created_ns=entry.created_ns, holder=self._server.holder(),
             degraded=self._node.topics.degraded(entry), **frontiers)
 
     async def open_session(self, request: Any, context: Any) -> pb.Session:
-        entry = self._node.topics.find(request.topic)
+        entry = self._server.topic_seen(request)
         self._server.check_ack(entry, request.ack)
         opened = await self._server.sessions.open(
             request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
+        try:
+            return await self._session(entry, request, opened)
+        except BaseException:               # also when the publisher goes away while it is looked for
+            self._server.sessions.give_up(opened["slot"])
+            raise
+
+    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> pb.Session:
         numbers = self._node.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
             topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
             message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
             high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
-            lease_ms=int(self._node.config.session_lease_seconds * 1000))
+            lease_ms=int(self._node.config.session_lease_seconds * 1000),
+            topic=pb.TopicIdentity(run_id=self._node.region.run_id, created_ns=entry.created_ns))
         if request.resume_epoch:
-            session.high_water, positions = self._resumed(entry, request, opened)
+            session.high_water, positions = await self._resumed(entry, request, opened)
             session.positions.extend(positions)
+            bound = self._server.sessions.resumed_position(
+                request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
+            session.resumed_position = self._node.topics.frontiers(entry)["end_position"] if bound is None else bound
         return session
 
-    def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
+    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
         """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
         key = entry.generation << 16 | entry.number
         high_water: int | None = opened["predecessor_expected"]
@@ -127,8 +141,8 @@ class AdminService:
         end = request.resume_from + SESSION_WINDOW
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
-        positions = self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
-                                                    range(request.resume_from, end))
+        positions = await self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
+                                                          range(request.resume_from, end))
         while positions and positions[-1] == UNKNOWN_POSITION:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions
@@ -145,7 +159,7 @@ class AdminService:
 
     async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
         opened, node = request.open, self._node
-        entry = node.topics.find(opened.topic)
+        entry = self._server.topic_seen(opened)
         self._server.check_ack(entry, opened.ack)
         self._server.check_session(entry, opened)
         found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,

@@ -35,7 +35,7 @@ class CxlmqError(Exception):
     code: ClassVar[str] = "internal"
     status: ClassVar[str] = "INTERNAL"
     template: ClassVar[str] = "internal error"
-    comes_back: ClassVar[bool] = False
+    comes_back: ClassVar[bool] = False      # an outage: who was open waits and tries again; else it is for the user
 
     def __init__(self, message: str | None = None, /, **details: object) -> None:
         self.details: dict[str, object] = details
@@ -514,9 +514,12 @@ def _all_errors(base: type[CxlmqError]) -> list[type[CxlmqError]]:
 
 ERRORS: dict[str, type[CxlmqError]] = {each.code: each for each in _all_errors(CxlmqError)}
 
-# What a bare gRPC status means when no trailers came: gRPC itself raised it, or something between.
+# What a bare gRPC status means when no trailers came: gRPC itself raised it, or something between. A broker that dies
+# in the middle of an answer leaves any of the first three.
 STATUS_ERRORS: dict[str, type[CxlmqError]] = {
-    "CANCELLED": ClosedError,
+    "CANCELLED": BrokerUnavailable,
+    "UNKNOWN": BrokerUnavailable,
+    "INTERNAL": BrokerUnavailable,
     "INVALID_ARGUMENT": BadBatch,
     "DEADLINE_EXCEEDED": DeliveryTimeout,
     "NOT_FOUND": UnknownTopic,

@@ -166,24 +166,27 @@ cdef class OrderReader:
             at += 1
         return end
 
-    def find_batch(self, uint64_t client, uint64_t session_epoch, uint64_t sequence):
-        """(position, index) of a client's batch among the kept entries, searched from the end; None when not there."""
-        frontiers = self.frontiers()
-        cdef uint64_t low = frontiers["reclaimed_index"], at = frontiers["committed_index"]
+    def find_batches(self, uint64_t client, uint64_t session_epoch, uint64_t first, uint64_t end, uint64_t at,
+                     uint64_t entries_max, dict found) -> int:
+        """Look for a client's batches from `first` to `end` in up to `entries_max` kept entries below index `at`, the last
+        first; put sequence: position into `found`. The index to go on below; 0 when there is no more to look at."""
         cdef OrderEntry entry
-        cdef bint found = False
-        cdef int status = READ_OK
-        with nogil:
-            while at > low and status != READ_NOTHING:
-                at -= 1
-                status = self.peek(at, &entry)
-                if (status == READ_OK and entry.client_id == client
-                        and entry.session_epoch == session_epoch and entry.batch_sequence == sequence):
-                    found = True
-                    break
-        if status == READ_NOTHING:
-            raise self.error(status)            # it may be there: nobody serves now
-        return (entry.position, at) if found else None
+        cdef dict frontiers = self.frontiers()
+        cdef uint64_t low = frontiers["reclaimed_index"]
+        cdef int status
+        at = min(at, <uint64_t>frontiers["committed_index"])
+        while at > low and entries_max:
+            at -= 1
+            entries_max -= 1
+            status = self.peek(at, &entry)
+            if status == READ_NOTHING:
+                raise self.error(status)        # it may be there: nobody serves now
+            if (status == READ_OK and entry.client_id == client and entry.session_epoch == session_epoch
+                    and first <= entry.batch_sequence < end):
+                found[entry.batch_sequence] = entry.position
+                if <uint64_t>len(found) == end - first:
+                    return 0
+        return at if at > low else 0
 
     def read_frame(self, uint64_t bytes_max):
         """The next batches as an encoded SubscribeResponse of about `bytes_max`, at least one; b"" when none is there.

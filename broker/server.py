@@ -21,6 +21,7 @@ from broker.config import TopicConfig, host_and_port
 from broker.errors import (
     BadBatch,
     BrokerUnavailable,
+    CxlmqError,
     MessageTooBig,
     PoolFull,
     PortTaken,
@@ -28,7 +29,6 @@ from broker.errors import (
     SessionFenced,
     SessionUnknown,
     StreamTableFull,
-    UnknownTopic,
 )
 from broker.group_service import GroupService, start_index
 from broker.groups import topic_key
@@ -109,7 +109,7 @@ class PublishStream:
             return
         opened, payload = self._parse_open(first)
         CALLER.get().require(PUBLISH, opened.topic)
-        entry = self._node.topics.find(opened.topic)
+        entry = self._server.topic_seen(opened)
         self._server.check_ack(entry, opened.ack)
         self._server.check_session(entry, opened)
         try:
@@ -187,7 +187,7 @@ class PublishStream:
                     f"a message or the batch is too big: at most {numbers['message_bytes_max']} bytes a message and "
                     f"{numbers['batch_bytes_max']} a batch", message_bytes_max=numbers["message_bytes_max"])
             if status == receiving.TOPIC_CLOSED:
-                raise UnknownTopic(topic=entry.name)
+                raise self._why_gone(entry)
             now = time.monotonic()
             self._full_since = self._full_since or now
             if now > self._full_since + PUSH_BACK_SECONDS:
@@ -195,6 +195,12 @@ class PublishStream:
                 return
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.01)
+
+    def _why_gone(self, entry: TopicEntry) -> CxlmqError:
+        """Why its topic is not served here. Raises `BrokerUnavailable` while no head serves."""
+        if self._node.topics.is_open(entry):
+            return BrokerUnavailable(f"this broker does not serve topic {entry.name} yet: try again", address="")
+        return self._node.topics.gone(entry.name, entry.created_ns)
 
     def _refuse(self, frame: bytes, status: int) -> None:
         what = {receiving.RING_FULL: "the batch-header ring", receiving.WINDOW_FULL: "the stream's window"}.get(status)
@@ -216,7 +222,8 @@ class PublishStream:
                 self._linger = None
             await self._send_acks()
             if self._gone:
-                raise UnknownTopic(topic=self.entry.name if self.entry else "")
+                assert self.entry is not None
+                raise self._why_gone(self.entry)
             if self._broken or (self._ended and not self._acks.waiting_count(self._number)
                                 and not self._acks.has_acks(self._number)):
                 return

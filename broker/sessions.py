@@ -1,6 +1,7 @@
 """Sessions and cursors of one broker: slots of its own part of two tables, opened here, answered by the head."""
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
+ENTRIES_AT_ONCE = 2048                  # a tenth of a millisecond
 
 
 async def _until(answered: Callable[[], bool], what: str) -> None:
@@ -55,6 +57,7 @@ class SessionTable:
         self._first, self._count = broker * share, share
         self._lines: dict[int, dict[str, int]] = {}
         self._idle_since: dict[int, float] = {}
+        self._claimed: set[int] = set()             # slots that are being opened: each for one caller
         self._streams: dict[int, int] = {}          # open streams of a session at this broker
         for slot in range(self._first, self._first + self._count):
             if (line := self.line(slot))["state"] & 0xFF == SessionState.SESSION_OPEN:
@@ -66,7 +69,13 @@ class SessionTable:
 
         `topic` is generation << 16 | number. Raises `SessionTableFull`, `SessionFenced` (an epoch that is too old).
         """
-        slot = await self._free_slot()
+        slot = await self._claim_slot()
+        try:
+            return await self._open_at(slot, client_id, epoch, topic, ack)
+        finally:
+            self._claimed.discard(slot)
+
+    async def _open_at(self, slot: int, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
         old = self._read("SessionLine", self._layout.offset_of("session", slot))
         generation = (old["state"] >> 8) + 1
         line = {"state": generation << 8 | SessionState.SESSION_OPEN, "client_id": client_id, "session_epoch": epoch,
@@ -74,24 +83,36 @@ class SessionTable:
         self._lines[slot] = line
         self._idle_since[slot] = self._now()
         self._write(slot, line)
-        await _until(lambda: self.progress(slot)["state"] >> 8 == generation, "a new session")
-        progress = self.progress(slot)
-        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
-            await self.close(slot)
-            raise SessionFenced(reason="another publisher with this client id is open", committed=progress["expected"],
-                                newest_epoch=self._newest_epoch(client_id, topic))
+        try:
+            await _until(lambda: self.progress(slot)["state"] >> 8 == generation, "a new session")
+            progress = self.progress(slot)
+            if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
+                await self.close(slot)
+                raise SessionFenced(reason="another publisher with this client id is open",
+                                    committed=progress["expected"], newest_epoch=self._newest_epoch(client_id, topic))
+        except BaseException:               # also when its publisher goes away while it waits
+            self.give_up(slot)
+            raise
         return {**progress, "slot": slot}
 
-    async def _free_slot(self) -> int:
+    async def _claim_slot(self) -> int:
+        """A slot that is free, or has been freed, and that no other opening gets meanwhile."""
         for slot in range(self._first, self._first + self._count):
-            if slot not in self._lines:
+            if slot not in self._lines and slot not in self._claimed:
+                self._claimed.add(slot)
                 return slot
-        ended = [slot for slot in self._idle_since if self.progress(slot)["state"] & 0xFF != SessionState.SESSION_OPEN]
-        oldest = min(ended or self._idle_since, key=lambda slot: self._idle_since[slot], default=None)
-        if oldest is None or (not ended and self._now() - self._idle_since[oldest] < ANSWER_SECONDS):
+        idle = {slot: since for slot, since in self._idle_since.items() if slot not in self._claimed}
+        ended = [slot for slot in idle if self.progress(slot)["state"] & 0xFF != SessionState.SESSION_OPEN]
+        oldest = min(ended or idle, key=lambda slot: idle[slot], default=None)
+        if oldest is None or (not ended and self._now() - idle[oldest] < ANSWER_SECONDS):
             raise SessionTableFull(broker=self._broker, session_count=self._count)
-        await self.close(oldest)
-        return await self._free_slot()
+        self._claimed.add(oldest)
+        try:
+            await self.close(oldest)
+        except BaseException:
+            self._claimed.discard(oldest)
+            raise
+        return oldest
 
     def _every(self, record: str, place: str) -> Any:
         """That record of all sessions of all brokers, as a numpy table."""
@@ -121,18 +142,32 @@ class SessionTable:
         slot = self._slot_of(client_id, topic, epoch)
         return None if slot is None else int(self.progress(slot)["expected"])
 
-    def positions(self, reader: OrderReader, client_id: int, topic: int, epoch: int, sequences: range) -> list[int]:
+    def resumed_position(self, client_id: int, topic: int, epoch: int) -> int | None:
+        """What is in the log of an earlier session lies below this position; None when its slot has another by now."""
+        slot = self._slot_of(client_id, topic, epoch)
+        return None if slot is None else int(self.progress(slot)["committed_position"])
+
+    async def positions(self, reader: OrderReader, client_id: int, topic: int, epoch: int,
+                        sequences: range) -> list[int]:
         """Where batches of an earlier session are in the log: `UNKNOWN_POSITION` for those that are not, and
-        `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5)."""
+        `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5).
+
+        One pass over the kept entries, a piece at a time: others have their turn between two.
+        """
         window, slot = set[int](), self._slot_of(client_id, topic, epoch)
         if slot is not None:
             line = self._head.read("SessionWindowLine", "session_window", slot)
             first = line["base"] if line["generation"] == self.line(slot)["state"] >> 8 else sequences.stop
             window = {sequence for sequence in range(first, min(first + SESSION_WINDOW, sequences.stop))
                       if line["in_log"][sequence % SESSION_WINDOW // 64] >> sequence % 64 & 1}
-        found = {sequence: reader.find_batch(client_id, epoch, sequence) for sequence in sequences}
-        return [each[0] if each is not None else UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION
-                for sequence, each in found.items()]
+        found: dict[int, int] = {}
+        at = reader.frontiers()["committed_index"] if sequences else 0
+        while at:
+            at = reader.find_batches(client_id, epoch, sequences.start, sequences.stop, at, ENTRIES_AT_ONCE, found)
+            if at:
+                await asyncio.sleep(0)
+        return [found.get(sequence, UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION)
+                for sequence in sequences]
 
     def _write(self, slot: int, line: dict[str, int]) -> None:
         at = self._layout.offset_of("session", slot)
@@ -183,12 +218,23 @@ class SessionTable:
         if line is None:
             return
         generation = line["state"] >> 8
-        line["state"] = generation << 8 | SessionState.SESSION_CLOSING
-        self._write(slot, line)
+        self._end(slot, line)
         await _until(lambda: self.progress(slot)["state"] != generation << 8 | SessionState.SESSION_OPEN,
                      "a closing session")
-        self._lines.pop(slot, None)
-        self._idle_since.pop(slot, None)
+        if self._lines.get(slot) is line:   # somebody else who waited may have opened another one there
+            self._lines.pop(slot)
+            self._idle_since.pop(slot, None)
+
+    def give_up(self, slot: int) -> None:
+        """End a session whose publisher never heard of it, without waiting: its slot is the next to be used again."""
+        line = self._lines.get(slot)
+        if line is not None and slot not in self._streams:
+            self._end(slot, line)
+            self._idle_since[slot] = -math.inf
+
+    def _end(self, slot: int, line: dict[str, int]) -> None:
+        line["state"] = line["state"] >> 8 << 8 | SessionState.SESSION_CLOSING
+        self._write(slot, line)
 
 
 class CursorTable:

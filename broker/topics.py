@@ -21,6 +21,7 @@ from broker.errors import (
 )
 from broker.head import HeadView
 from broker.layout import HolderKind, Layout, TopicState
+from broker.placement import durable_frontier
 from broker.records import pack, record_bytes, unpack
 from broker.replica_watch import replaced_replicas
 from sim.cxl.memory import Memory
@@ -135,6 +136,18 @@ class TopicTable:
         reclaim = self._head.read("TopicReclaimLine", "topic_reclaim", entry.number)
         return {"first_position": reclaim["reclaimed_position"], "end_position": order["committed_position"],
                 "committed_batches": order["committed_index"], "committed_bytes": order["committed_bytes"]}
+
+    def durability(self, entry: TopicEntry) -> tuple[int, int, int]:
+        """How far a topic is durable now, from where on a failed replica lacks it, and that one (`placement`).
+
+        Raises `BrokerUnavailable` while no head serves.
+        """
+        while self._head.serving():
+            found = durable_frontier(self._memory, self._head.layout, entry.number, entry.generation,
+                                     entry.replication_factor)
+            if self._head.unchanged():
+                return found
+        raise BrokerUnavailable("a new head is taking over: try again", address="head")
 
     def degraded(self, entry: TopicEntry) -> list[str]:
         """The replicas of a topic whose disk failed, in words: acks of level 2 are refused until they have healed."""

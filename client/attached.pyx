@@ -119,6 +119,7 @@ cdef class AttachedCore(AttachedBooks):
     cdef uint64_t open_loans
     cdef list left                      # slots that we gave up, kept by open loans
     cdef list old_channels
+    cdef list old_places            # memory, layout, pages and bell of regions that were replaced
     cdef readonly uint64_t message_bytes_max
     cdef public uint64_t target
     cdef uint64_t target_min
@@ -154,6 +155,7 @@ cdef class AttachedCore(AttachedBooks):
         self.ring_limit = min(ring_limit, ATTACH_RING)
         self.timeout = timeout
         self.old_channels = []
+        self.old_places = []
         self.left = []
         self.memory = memory
         self.bell = Doorbell(memory, 0)
@@ -185,6 +187,28 @@ cdef class AttachedCore(AttachedBooks):
         self.epoch = epoch
         self.session += 1
         give_turn(&self.turn)
+
+    def move_to(self, Memory memory, Layout layout) -> None:
+        """Go on in another region: the cluster's is a new one. Only at the beginning of a session."""
+        take_turn(&self.turn)
+        while self.asleep:                  # they look at the old one, for milliseconds
+            give_turn(&self.turn)
+            time.sleep(0.0005)
+            take_turn(&self.turn)
+        assert self.channel_count == 0 and self.in_flight == 0 and not self.is_open
+        # Kept: loans may still be open there.
+        self.old_places.append((self.memory, self.layout, self.pages, self.bell))
+        self.left = []                      # nobody asks for slots of the old one any more
+        self.memory, self.layout = memory, layout
+        self.bell = Doorbell(memory, 0)
+        self.pages = Pages(memory, layout)
+        give_turn(&self.turn)
+
+    def end_pages(self) -> None:
+        """Stop touching pages ahead of use."""
+        for _, _, pages, _ in self.old_places:
+            (<Pages>pages).end()
+        self.pages.end()
 
     cdef bint open_for(self, uint64_t nbytes) noexcept nogil:
         """Have an open batch with room for a message of `nbytes`; False when no lease has any now. In our turn."""
@@ -230,6 +254,28 @@ cdef class AttachedCore(AttachedBooks):
         pass_by(PLACE_NO_ROOM)
         self.wait_for_news(<int64_t>(min(0.002, deadline[0] - now) * 1e9), True)
         return 0
+
+    def move_to(self, Memory memory, Layout layout) -> None:
+        """Go on in another region: the cluster's is a new one. Only at the beginning of a session."""
+        take_turn(&self.turn)
+        while self.asleep:                  # they look at the old one, for milliseconds
+            give_turn(&self.turn)
+            time.sleep(0.0005)
+            take_turn(&self.turn)
+        assert self.channel_count == 0 and self.in_flight == 0 and not self.is_open
+        # Kept: loans may still be open there.
+        self.old_places.append((self.memory, self.layout, self.pages, self.bell))
+        self.left = []                      # nobody asks for slots of the old one any more
+        self.memory, self.layout = memory, layout
+        self.bell = Doorbell(memory, 0)
+        self.pages = Pages(memory, layout)
+        give_turn(&self.turn)
+
+    def end_pages(self) -> None:
+        """Stop touching pages ahead of use."""
+        for _, _, pages, _ in self.old_places:
+            (<Pages>pages).end()
+        self.pages.end()
 
     cdef int pack(self, const uint8_t* source, uint64_t nbytes, uint64_t* rows, Delivery delivery) noexcept:
         """Pack as many of `rows` messages as one batch takes, and count them off; `delivery`, if any, is then that of the

@@ -89,6 +89,7 @@ cdef class AttachedBooks:
     cdef Outcome* first                 # outcomes that are not told yet
     cdef Outcome* last
     cdef unsigned long telling          # the thread that tells them, 0 none
+    cdef uint64_t asleep                # threads that wait without the GIL
     cdef readonly Pages pages
     cdef int64_t* latencies
     cdef uint64_t latency_count

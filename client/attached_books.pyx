@@ -245,6 +245,7 @@ cdef class AttachedBooks:
             time.sleep(0.001)
             return 0
         bell = self.layout.attach_doorbell(self.channels[channel % self.channel_count].slot)
+        self.asleep += 1
         with nogil:
             while not found and cxl_now_ns() < until:
                 found = self.news(leases)
@@ -257,6 +258,7 @@ cdef class AttachedBooks:
                 if not self.news(leases):
                     self.memory.wait(bell, seen, min(nanoseconds, 5000000))
                 self.memory.fetch_add(bell + 8, <uint64_t>-1)
+        self.asleep -= 1
         return 0
 
     cdef void submit_new(self, uint64_t c, uint64_t offset, uint64_t nbytes, uint64_t messages, uint64_t wall_ns,

@@ -20,6 +20,7 @@ from broker.errors import (
     DeliveryTimeout,
     PoolFull,
     SessionFenced,
+    SessionUnknown,
     UnknownTopic,
 )
 from broker.head import HeadView
@@ -63,6 +64,7 @@ class AttachedEngine(Engine):
         super().__init__(topic, **options)
         self.region: Region | None = None
         self.presence: Presence | None = None
+        self.old_regions: list[Region] = []         # of runs that ended: loans may be open there
         self.core: AttachedCore | None = None
         self.attachments: dict[int, tuple[BrokerAddress, pb.Attachment]] = {}
         self.attaching: dict[int, asyncio.Task[None]] = {}
@@ -112,40 +114,60 @@ class AttachedEngine(Engine):
     async def _attach(self, broker: BrokerAddress, epoch: int) -> None:
         """Get a slot at one broker; its answer may come when nobody wants it any more."""
         opened = pb.PublishOpen(topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
-                                session_epoch=epoch, ack=self.ack or 0)
+                                session_epoch=epoch, ack=self.ack or 0, seen=self.session.topic)
         try:
             self.presence = await self.connection.presence()
             request = pb.AttachPublisherRequest(open=opened, pid=os.getpid(), presence=self.presence.number)
             found = await self.connection.unary(broker.target, "Admin/AttachPublisher", request, pb.Attachment)
         except CxlmqError as error:
-            self.attach_error = error
+            self._not_attached(error, epoch)
             return
         if self.closed or epoch != self.epoch or self.reopening:
             await self._detach(broker, found)
             return
-        if self.core is None:
-            try:
-                self._map(found)
-            except CxlmqError as error:
-                self.attach_error = error
-                await self._detach(broker, found)
-                return
+        try:
+            self._map(found)
+        except CxlmqError as error:
+            self._not_attached(error, epoch)
+            await self._detach(broker, found)
+            return
         assert self.core is not None
         self.core.add_channel(found.slot, found.generation, found.doorbell)
         self.attachments[found.slot] = broker, found
 
+    def _not_attached(self, error: CxlmqError, epoch: int) -> None:
+        """There is no slot: a session that has ended, or is of another run, is opened anew; what does not come back is
+        final."""
+        self.attach_error = error
+        if self.ticker is None or self.closed or epoch != self.epoch:
+            return                          # it is being opened: `open` raises; or another session is under way
+        if isinstance(error, SessionFenced | SessionUnknown):
+            self._start_reopening(error)
+        elif not error.comes_back:
+            self._fail_everything(error)
+
     def _map(self, found: pb.Attachment) -> None:
-        """Map the region, when it is known which it is. Raises `RegionMissing` and its kin."""
+        """Map the region of the session's run, if it is not mapped. Raises `RegionMissing` and its kin."""
         assert self.packer is not None
         assert self.ack is not None
-        self.region = attach_region(found.region, run_id=found.run_id)
-        self.region.mapping.presence = self.presence        # as long as a loan of it is held
-        self.window = min(self.window, self.region.layout.numbers["region_bytes"] // REGION_SHARE)
-        self.core = AttachedCore(self, self.region.memory(Role.ROLE_CLIENT), self.region.layout, self.packer,
-                                 self.targets, self.window,
-                                 self.in_flight if self.when_full == "drop_oldest" else UNLIMITED, self.ack,
-                                 self.delivery_timeout)
-        self.core.begin_session(self.epoch)
+        if self.region is not None and self.region.run_id == found.run_id:
+            return
+        if found.run_id != self.session.topic.run_id:
+            raise SessionUnknown(session=self.session.session_slot)
+        region = attach_region(found.region, run_id=found.run_id)
+        region.mapping.presence = self.presence             # as long as a loan of it is held
+        window = min(self.window, region.layout.numbers["region_bytes"] // REGION_SHARE)
+        memory = region.memory(Role.ROLE_CLIENT)
+        if self.core is None:
+            self.core = AttachedCore(self, memory, region.layout, self.packer, self.targets, window,
+                                     self.in_flight if self.when_full == "drop_oldest" else UNLIMITED, self.ack,
+                                     self.delivery_timeout)
+            self.core.begin_session(self.epoch)
+        else:
+            self.core.move_to(memory, region.layout)
+            assert self.region is not None
+            self.old_regions.append(self.region)
+        self.region, self.window = region, window
 
     async def _detach(self, broker: BrokerAddress, found: pb.Attachment) -> None:
         request = pb.DetachRequest(slot=found.slot, generation=found.generation)
@@ -175,6 +197,8 @@ class AttachedEngine(Engine):
         pass                                # what is in flight is settled there, or taken from there
 
     async def _disconnect(self) -> None:
+        if self.attaching:                  # what is answered now gives its slot back
+            await asyncio.wait(list(self.attaching.values()), timeout=ATTACH_SECONDS)
         self._shut_down()
         self._leave(list(self.attachments))
         if self.detaching:
@@ -364,8 +388,8 @@ class AttachedEngine(Engine):
             state = HeadView(memory, layout).read("TopicLine", "topic", self.session.topic_number)["state"]
         except BrokerUnavailable:
             return                          # a new head is taking over, and the topic is what it was
-        if state != self.session.topic_generation << 8 | TopicState.TOPIC_ACTIVE and not self.closed:
-            self._fail_everything(UnknownTopic(topic=self.topic))
+        if state != self.session.topic_generation << 8 | TopicState.TOPIC_ACTIVE:
+            self._start_reopening(UnknownTopic(topic=self.topic))       # which tells deleted from made again
 
     def _pump(self) -> None:
         """Submit what spilled; when nothing is left, messages go straight into the segments again."""
@@ -457,12 +481,12 @@ class AttachedEngine(Engine):
         # Nothing of ours keeps the region mapped any longer; what was counted stays.
         self.final = self.statistics()
         if self.core is not None:
-            self.core.pages.end()
+            self.core.end_pages()
         self.core = None
-        if self.region is not None:
-            self.region.mapping.presence = None
-            self.region.close()
-            self.region = self.presence = None
+        for region in (*self.old_regions, *([self.region] if self.region is not None else [])):
+            region.mapping.presence = None
+            region.close()
+        self.old_regions, self.region, self.presence = [], None, None
 
 
 __all__ = ["AttachedEngine"]

@@ -3,6 +3,8 @@
 A batch that waits for room lies in private memory (`pending`); how batches in flight travel is the derived engine's:
 
     publish ─► Packer ─► pending ─► [ stamped with the session's sequence, on its way, acked ] ─► deliveries
+
+What an ended session has in the log is not settled by that: it is `awaited` until its level is reached (`levels`).
 """
 
 import asyncio
@@ -11,13 +13,13 @@ import itertools
 import logging
 import threading
 import time
-from abc import ABC, abstractmethod
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from broker.config import TopicConfig
 from broker.errors import (
+    BrokerUnavailable,
     BufferFull,
     ClosedError,
     ConfigError,
@@ -25,14 +27,17 @@ from broker.errors import (
     DeliveryTimeout,
     MessageTooBig,
     SessionFenced,
-    UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
 from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
+from client.arguments import as_seconds
 from client.batch import Batch, Delivery, Dropped, Packer
 from client.connection import BrokerAddress, ClientLoop, Connection
 from client.fork import parents_client
-from client.session import open_session
+from client.levels import Awaited, Outcome
+from client.session import answered, open_session
+from client.waiter import Waiter
+from client.ways import Ways
 
 _log = logging.getLogger("cxlmq")
 
@@ -43,12 +48,14 @@ FLUSH_GRACE_SECONDS = 5.0
 SILENT_SECONDS = 0.5                    # a broker that has batches and answers none is asked whether it is there
 ASK_SECONDS = 1.0
 LOOK_UP_SECONDS = 5.0
+LEARN_SECONDS = 0.1                     # between two looks at how far levels have come
 
 
-class Engine(ABC):
+class Engine(Ways):
     """A publisher's state. Its coroutines and callbacks run on the client loop; the rest may be called anywhere.
 
-    Invariant: a batch is in exactly one of: a packer, `pending` (no sequence yet), in flight (by sequence), settled.
+    Invariant: a batch is in exactly one of: a packer, `pending` (no sequence yet), in flight (by sequence), `awaited`,
+    settled.
     """
 
     BUFFER_BYTES = 16 << 20
@@ -78,6 +85,10 @@ class Engine(ABC):
         self.session_target = ""
         self.session_open = False
         self.epoch = 0
+        self.tried: set[int] = set()                # epochs that we asked for and may have got
+        self.awaited = Awaited()
+        self.learning: asyncio.Task[None] | None = None
+        self.next_learning = 0.0
         self.pending: deque[Batch] = deque()
         self.unsettled: dict[int, Batch] = {}       # what is in private memory, by number of sealing
         self.sealed = itertools.count()
@@ -94,6 +105,7 @@ class Engine(ABC):
         self.reopening = False
         self.closed = self.forked = False
         self.failure: CxlmqError | None = None
+        self.last_error: CxlmqError | None = None   # that a batch settled with
         self.ticker: asyncio.Task[None] | None = None
         self.reconnecting: asyncio.Task[None] | None = None
         self.next_reconnect = 0.0
@@ -102,64 +114,6 @@ class Engine(ABC):
         self.latencies = array("q")
         self.counts = dict.fromkeys(
             ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
-
-    # ---- how batches travel: for the derived engine -----------------------------------------------------------------
-
-    @abstractmethod
-    def _opened(self) -> None:
-        """The session is open, its limits are known."""
-
-    @abstractmethod
-    async def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
-        """Find a way to those brokers to which there is none."""
-
-    @abstractmethod
-    async def _disconnect(self) -> None:
-        """End all ways, after what is under way was finished."""
-
-    @abstractmethod
-    def _abandon(self) -> None:
-        """The session has ended: let go of its ways without waiting."""
-
-    @abstractmethod
-    def _connected(self) -> int:
-        """To how many live brokers there is a way."""
-
-    @abstractmethod
-    def _quiet_brokers(self) -> list[BrokerAddress]:
-        """Live brokers that have batches of ours and have answered none for `SILENT_SECONDS`."""
-
-    @abstractmethod
-    def _lose(self, broker: BrokerAddress) -> None:
-        """A broker stands still: what it has not answered goes to others, as if it had died."""
-
-    @abstractmethod
-    def _pump(self) -> None:
-        """Stamp pending batches and send them, as far as there is room. On the loop."""
-
-    @abstractmethod
-    def _resend_due(self) -> None:
-        """Send again what was refused or lost."""
-
-    @abstractmethod
-    def _expire_in_flight(self, now: float) -> bool:
-        """Settle what nobody answered in time; whether there was any."""
-
-    @abstractmethod
-    def _oldest(self) -> int:
-        """Every lower sequence is settled."""
-
-    @abstractmethod
-    def _take_in_flight(self) -> list[tuple[int, Batch]]:
-        """The session has ended: what was in flight, by sequence, as private batches. A new session counts from 0."""
-
-    @abstractmethod
-    def _is_saturated(self) -> bool:
-        """Whether a batch that is sent now would have to wait anyhow."""
-
-    @abstractmethod
-    def _why_not_sent(self) -> CxlmqError:
-        """What stops all batches now, or else that no broker took this one. Either way it is not in the log."""
 
     def _is_loaded(self) -> bool:
         """Whether so much is under way that larger batches pay."""
@@ -189,13 +143,25 @@ class Engine(ABC):
         self.ticker = self.loop.create_task(self._tick())
 
     async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
-        """Open the session's next epoch. Raises `SessionFenced` when a later publisher of this client id took over."""
+        """Open the session's next epoch.
+
+        Raises `SessionFenced` when a later publisher of this client id took over, `TopicRecreated`, `ClusterReplaced`.
+        """
         assert self.ack is not None
-        awake = [each for each in brokers if each.id not in self.silent]
-        self.session, self.session_target = await open_session(
-            self.connection, awake or brokers, self.topic, self.client_id, self.ack, self.epoch, resume_from)
+        request = pb.OpenSessionRequest(
+            topic=self.topic, client_id=self.client_id, ack=self.ack, resume_from=resume_from,
+            resume_epoch=self.epoch, seen=self.session.topic)
+        # Cancelled not before the answer: nobody else could close what it opened.
+        (self.session, self.session_target), cancelled = await answered(
+            open_session(self.connection, self._awake(brokers), request, self.tried))
         self.epoch = self.session.session_epoch
         self.session_open = True
+        if cancelled is not None:
+            raise cancelled
+
+    def _awake(self, brokers: Sequence[BrokerAddress]) -> Sequence[BrokerAddress]:
+        """Those that do not stand still, if there are any."""
+        return [each for each in brokers if each.id not in self.silent] or brokers
 
     # ---- from the packer (any thread) -------------------------------------------------------------------------------
 
@@ -216,6 +182,16 @@ class Engine(ABC):
         packer = self.packer
         return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
                 "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": self.buffered, **self.counts}
+
+    def undecided(self) -> int:
+        """Messages whose outcome is not known."""
+        counts = self.statistics()
+        return counts["messages"] - counts["acked"] - counts["failed"] - counts["dropped_oldest"]
+
+    def why_failed(self) -> str:
+        """Why what failed last failed, in words."""
+        error = self.failure or self.last_error or DeliveryTimeout(timeout_seconds=self.delivery_timeout)
+        return error.message
 
     def take_latencies(self) -> "array[int]":
         """Send-to-ack times since the last call, ns."""
@@ -363,17 +339,22 @@ class Engine(ABC):
         """Whether the caller is the library's own thread, in a callback: it must not wait."""
         return threading.current_thread() is self.client_loop.thread
 
-    def _waiting(self) -> "_Waiter":
+    def _waiting(self) -> Waiter:
         if self.is_on_loop():
             raise RuntimeError("a delivery callback cannot wait for other deliveries: it runs where they are settled")
-        return _Waiter(self)
+        return Waiter(self)
 
     def wait_for_batch(self, batch: Batch, timeout: float | None) -> None:
         """Wait until a batch is settled. Raises TimeoutError."""
+        limit = self.limit(timeout)
         self.urge(batch)
-        limit = self.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
         if not self._wait(lambda: batch.settled, limit):
             raise TimeoutError(f"the outcome is not known after {limit} s")
+
+    def limit(self, timeout: float | None) -> float:
+        """How long to wait, seconds: without a limit, until all must be settled. Raises `ConfigError`."""
+        seconds = as_seconds("timeout", timeout)
+        return self.delivery_timeout + FLUSH_GRACE_SECONDS if seconds is None else seconds
 
     def _wait(self, done: Callable[[], bool], limit: float) -> bool:
         with self._waiting():
@@ -386,8 +367,8 @@ class Engine(ABC):
         return lambda: all(batch.settled for batch in batches)
 
     def flush(self, timeout: float | None) -> None:
-        """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
-        limit = self.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
+        """Wait until everything published so far is settled. Raises `DeliveryTimeout`, `ConfigError`."""
+        limit = self.limit(timeout)
         if not self._wait(self.flushed(), limit):
             raise DeliveryTimeout(timeout_seconds=limit)
 
@@ -414,10 +395,6 @@ class Engine(ABC):
             age = 0.0
         self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
 
-    @abstractmethod
-    def _pause(self) -> float:
-        """Seconds until the next tick."""
-
     async def _tick(self) -> None:
         while not self.closed:
             await asyncio.sleep(self._pause())
@@ -437,6 +414,9 @@ class Engine(ABC):
                 self.reconnecting is None or self.reconnecting.done()):
             self.next_reconnect = now + RECONNECT_SECONDS
             self.reconnecting = self.loop.create_task(self._reconnect())
+        if self.awaited and now >= self.next_learning and (self.learning is None or self.learning.done()):
+            self.next_learning = now + LEARN_SECONDS
+            self.learning = self.loop.create_task(self._learn())
         if self.pending:
             self._pump()
 
@@ -476,6 +456,7 @@ class Engine(ABC):
         while (batch := self._overdue(now)) is not None:
             self._settle(batch, None, self._why_not_sent())
             expired = True
+        expired |= self._tell_outcomes(self.awaited.overdue(now, self.delivery_timeout))
         if self._expire_in_flight(now):
             # A sequence that was given up may never arrive: the session has to end, or everything behind it would
             # wait for ever.
@@ -495,6 +476,7 @@ class Engine(ABC):
                 duplicate: bool = False, outcome: str = "") -> None:
         """Let go of a batch; tell who published it, unless that was told when it was sent (level 0)."""
         batch.release()
+        self.last_error = error or self.last_error
         with self.account:
             if self.unsettled.pop(batch.number, None) is None:
                 return                      # another thread gave it up
@@ -534,10 +516,10 @@ class Engine(ABC):
                 brokers = await self.connection.brokers()
                 await self._open_session(brokers, resume_from)
                 break
-            except (UnknownTopic, SessionFenced) as error:
-                self._fail_everything(error)
-                return
-            except CxlmqError:
+            except CxlmqError as error:
+                if not error.comes_back:
+                    self._fail_everything(error)
+                    return
                 await asyncio.sleep(RECONNECT_SECONDS / 5)
                 self._expire()
         if self.closed:
@@ -549,20 +531,51 @@ class Engine(ABC):
             await self._connect(brokers)
         self._pump()
         self._notify()
+        self.next_learning = 0.0            # what is awaited has most often reached its level
         self._tell(reason)
 
     def _resume(self, resume_from: int) -> None:
-        """Settle what the ended session has in the log; the rest goes before everything that waits."""
+        """Keep for their level what the ended session has in the log; the rest goes before everything that waits."""
         high_water, positions = self.session.high_water, list(self.session.positions)
         left = []
         for sequence, batch in self._take_in_flight():
             at = sequence - resume_from
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
             if sequence < high_water or position != UNKNOWN_POSITION:
-                self._settle(batch, None if position >= UNPLACED_POSITION else position, None, duplicate=True)
+                self._await_level(batch, None if position >= UNPLACED_POSITION else position)
             else:
                 left.append(batch)
         self.pending.extendleft(reversed(left))
+
+    def _await_level(self, batch: Batch, position: int | None) -> None:
+        """A batch is in the log: at level 0 that is all there is to know."""
+        if batch.level == 0:
+            self._settle(batch, None, None, duplicate=True)
+            return
+        batch.release()
+        self.awaited.add(batch, position, self.session)
+
+    async def _learn(self) -> None:
+        """Settle what is awaited and has reached its level, or cannot."""
+        with contextlib.suppress(CxlmqError):       # come again; what ends the publisher is found on other ways
+            if self._tell_outcomes(self.awaited.decided(await self._describe())):
+                self._notify()
+
+    def _tell_outcomes(self, outcomes: list[Outcome]) -> bool:
+        for each in outcomes:
+            self._settle(each.batch, each.position, each.error, duplicate=each.error is None)
+        return bool(outcomes)
+
+    async def _describe(self) -> pb.Topic:
+        """The topic as it is now, from the first broker that answers."""
+        error: CxlmqError = BrokerUnavailable(address=f"the brokers of topic {self.topic}")
+        for broker in self._awake(await self.connection.brokers()):
+            try:
+                return await self.connection.unary(broker.target, "Admin/DescribeTopic",
+                                                   pb.DescribeTopicRequest(name=self.topic), pb.Topic, ASK_SECONDS)
+            except BrokerUnavailable as failed:
+                error = failed
+        raise error
 
     def _fail_everything(self, error: CxlmqError) -> None:
         """Nothing more can be published: everything settles with this error, and so does what comes later."""
@@ -590,6 +603,7 @@ class Engine(ABC):
             with self.account:
                 self.counts["failed"] += current.count
         self.pending.clear()
+        self.awaited.clear()
         with self.account:
             left = list(self.unsettled.values())
         for batch in left:
@@ -601,7 +615,7 @@ class Engine(ABC):
     async def close(self) -> None:
         """End all ways and the session. What is not settled is given up."""
         self.closed = True
-        for task in (self.ticker, self.reconnecting, *self.asking.values()):
+        for task in (self.ticker, self.reconnecting, self.learning, *self.asking.values()):
             if task is not None:
                 task.cancel()
         await self._disconnect()
@@ -618,18 +632,3 @@ class Engine(ABC):
         with contextlib.suppress(CxlmqError):       # a session without streams ends by itself
             await self.connection.unary(self.session_target, "Admin/CloseSession", request, pb.CloseSessionResponse,
                                         timeout=CLOSE_SESSION_SECONDS)
-
-
-class _Waiter:
-    """Holds the engine's condition and counts itself, so that the loop notifies only when somebody waits."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._engine.changed.acquire()
-        self._engine.waiters += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._engine.waiters -= 1
-        self._engine.changed.release()

@@ -12,12 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from broker.errors import (
+    BadBatch,
     BrokerUnavailable,
     CxlmqError,
+    DamagedData,
     DeliveryTimeout,
+    MessageTooBig,
     SessionFenced,
     SessionUnknown,
-    UnknownTopic,
     replica_failed,
 )
 from broker.grpc_options import RECOMMENDED_WINDOW_BYTES
@@ -36,6 +38,7 @@ SPAN_BYTES_MIN = 1 << 20
 SPAN_GROWTH_SECONDS = 1.0
 PUSHED_BACK_SECONDS = 0.2               # a batch for which there was no room is sent again so much later
 LATENCIES_KEPT = 1 << 20
+ABOUT_A_BATCH = BadBatch, MessageTooBig, DamagedData     # the others may be taken
 
 
 class PublisherEngine(Engine):
@@ -71,7 +74,7 @@ class PublisherEngine(Engine):
                 continue
             opened = pb.PublishOpen(
                 topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
-                session_epoch=self.session.session_epoch, ack=self.ack)
+                session_epoch=self.session.session_epoch, ack=self.ack, seen=self.session.topic)
             self.transports[broker.id] = PublishTransport(
                 broker, self.connection.channel(broker.target), opened, self.in_flight, RECOMMENDED_WINDOW_BYTES,
                 self._on_acks, self._on_broken, self.compression)
@@ -222,10 +225,10 @@ class PublisherEngine(Engine):
         self.transports.pop(transport.broker.id, None)
         if self.closed:
             return
-        if isinstance(error, UnknownTopic):
-            self._fail_everything(error)
-        elif isinstance(error, SessionFenced | SessionUnknown):
+        if isinstance(error, SessionFenced | SessionUnknown):
             self._start_reopening(error)
+        elif not error.comes_back and not isinstance(error, ABOUT_A_BATCH):
+            self._fail_everything(error)
         else:
             for sequence in transport.unanswered():
                 self.retry_at[sequence] = 0.0

@@ -1,40 +1,58 @@
 """Opening the session of a publisher, over whatever transport its batches then go."""
 
+import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
-from broker.errors import BrokerUnavailable, ConfigError, CxlmqError, SessionFenced, TopicError
+from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import BrokerAddress, Connection
 from client.transport import rendezvous
 
+T = TypeVar("T")
 OPEN_SECONDS = 5.0                      # a broker that has not opened it by then is left for another one
 
 
-async def open_session(connection: Connection, brokers: Sequence[BrokerAddress], topic: str, client_id: int, ack: int,
-                       epoch: int, resume_from: int) -> tuple[pb.Session, str]:
-    """Open the epoch after `epoch` (0: this publisher had none) at the first broker that takes it; and its address.
+async def answered(call: Coroutine[Any, Any, T]) -> tuple[T, asyncio.CancelledError | None]:
+    """A call's answer, also when we are cancelled before it comes; then the cancellation, which the caller raises."""
+    task, cancelled = asyncio.get_running_loop().create_task(call), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return task.result(), cancelled
+
+
+async def open_session(connection: Connection, brokers: Sequence[BrokerAddress], request: pb.OpenSessionRequest,
+                       tried: set[int]) -> tuple[pb.Session, str]:
+    """Open the epoch after `resume_epoch` (0: there was none) at the first broker that takes it; and its address.
 
     Every try has an epoch of its own: a session that was opened, but whose answer was lost, must not fence ours.
-    Raises `SessionFenced` when a later publisher of this client id has taken over.
+    `tried` has the epochs of such tries, also of earlier calls: who fences us under one of them is we ourselves. Raises
+    `SessionFenced` when a later publisher of this client id has taken over, and what does not come back.
     """
     error: CxlmqError = BrokerUnavailable(address="the cluster")
-    wanted, candidates = epoch, deque(rendezvous(brokers, client_id, epoch))
+    request.session_epoch = request.resume_epoch
+    candidates = deque(rendezvous(brokers, request.client_id, request.resume_epoch))
     while candidates:
-        wanted += 1
-        request = pb.OpenSessionRequest(topic=topic, client_id=client_id, session_epoch=wanted, ack=ack,
-                                        resume_from=resume_from, resume_epoch=epoch)
+        request.session_epoch += 1
+        tried.add(request.session_epoch)
         try:
             session = await connection.unary(candidates[0].target, "Admin/OpenSession", request, pb.Session,
                                              timeout=OPEN_SECONDS)
+            tried.clear()
             return session, candidates[0].target
         except SessionFenced as fenced:
-            if epoch:
+            tried.discard(request.session_epoch)
+            newest = int(str(fenced.details.get("newest_epoch", 0)))
+            if request.resume_epoch and newest not in tried:
                 raise
-            wanted = max(wanted, int(str(fenced.details.get("newest_epoch", 0))))   # we are the later one: fence it
-        except (TopicError, ConfigError):
-            raise
+            request.session_epoch = max(request.session_epoch, newest)     # we are the later one: fence it
         except CxlmqError as failed:
+            if not failed.comes_back:
+                raise
             error = failed
             candidates.popleft()
     raise error

@@ -27,18 +27,20 @@ DAMAGED: BatchStatus
 UNDURABLE: BatchStatus
 
 class PublishOpen(_message.Message):
-    __slots__ = ("topic", "client_id", "session_slot", "session_epoch", "ack")
+    __slots__ = ("topic", "client_id", "session_slot", "session_epoch", "ack", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     client_id: int
     session_slot: int
     session_epoch: int
     ack: int
-    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
     __slots__ = ("open", "batch_sequence", "message_count", "published_ns", "payload")
@@ -175,7 +177,7 @@ class DescribeTopicRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Topic(_message.Message):
-    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes", "number", "generation", "first_position", "end_position", "committed_batches", "committed_bytes", "created_ns", "degraded", "holder")
+    __slots__ = ("name", "order", "ack", "replication_factor", "retention_bytes", "number", "generation", "first_position", "end_position", "committed_batches", "committed_bytes", "created_ns", "degraded", "holder", "run_id", "durable_position", "failed_position", "failed_replica")
     NAME_FIELD_NUMBER: _ClassVar[int]
     ORDER_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
@@ -190,6 +192,10 @@ class Topic(_message.Message):
     CREATED_NS_FIELD_NUMBER: _ClassVar[int]
     DEGRADED_FIELD_NUMBER: _ClassVar[int]
     HOLDER_FIELD_NUMBER: _ClassVar[int]
+    RUN_ID_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_POSITION_FIELD_NUMBER: _ClassVar[int]
+    FAILED_POSITION_FIELD_NUMBER: _ClassVar[int]
+    FAILED_REPLICA_FIELD_NUMBER: _ClassVar[int]
     name: str
     order: int
     ack: int
@@ -204,26 +210,32 @@ class Topic(_message.Message):
     created_ns: int
     degraded: _containers.RepeatedScalarFieldContainer[str]
     holder: str
-    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., degraded: _Optional[_Iterable[str]] = ..., holder: _Optional[str] = ...) -> None: ...
+    run_id: int
+    durable_position: int
+    failed_position: int
+    failed_replica: int
+    def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., degraded: _Optional[_Iterable[str]] = ..., holder: _Optional[str] = ..., run_id: _Optional[int] = ..., durable_position: _Optional[int] = ..., failed_position: _Optional[int] = ..., failed_replica: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch")
+    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch", "seen")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     topic: str
     client_id: int
     session_epoch: int
     ack: int
     resume_from: int
     resume_epoch: int
-    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ..., resume_epoch: _Optional[int] = ...) -> None: ...
+    seen: TopicIdentity
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms")
+    __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms", "resumed_position", "topic")
     SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TOPIC_NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -236,6 +248,8 @@ class Session(_message.Message):
     POSITIONS_FIELD_NUMBER: _ClassVar[int]
     REPLICATION_FACTOR_FIELD_NUMBER: _ClassVar[int]
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
+    RESUMED_POSITION_FIELD_NUMBER: _ClassVar[int]
+    TOPIC_FIELD_NUMBER: _ClassVar[int]
     session_slot: int
     session_epoch: int
     topic_number: int
@@ -248,7 +262,9 @@ class Session(_message.Message):
     positions: _containers.RepeatedScalarFieldContainer[int]
     replication_factor: int
     lease_ms: int
-    def __init__(self, session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., order: _Optional[int] = ..., window: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., high_water: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., replication_factor: _Optional[int] = ..., lease_ms: _Optional[int] = ...) -> None: ...
+    resumed_position: int
+    topic: TopicIdentity
+    def __init__(self, session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., order: _Optional[int] = ..., window: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., high_water: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., replication_factor: _Optional[int] = ..., lease_ms: _Optional[int] = ..., resumed_position: _Optional[int] = ..., topic: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("client_id", "session_slot", "session_epoch")

@@ -15,13 +15,13 @@ from broker.head cimport HeadView
 from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, result_tag
 from broker.log cimport BrokerLog, TopicLog, dirty_add
 from broker.notifier cimport Notifier
-from broker.placement cimport live_brokers, replicas_of
+from broker.placement cimport Durable, durable_frontier
 from broker.planted cimport PLANT_ACK_EARLY, PLANT_LEVEL_IGNORED, PLANT_OLD_HEAD_ACKS, planted
 from broker.stages.stage cimport Stage
 from broker.wire cimport encode_acks
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport (
-    cxl_count, cxl_count_trailing_zeros, cxl_load_acquire, cxl_load_relaxed, cxl_popcount, cxl_store_release,
+    cxl_count, cxl_load_acquire, cxl_load_relaxed, cxl_store_release,
 )
 
 cdef enum:
@@ -187,32 +187,12 @@ cdef class AckStage(Stage):
         return failure != 0
 
     cdef bint is_durable(self, AckStream* stream, uint64_t end, uint64_t* failure) noexcept nogil:
-        """Whether everything below position `end`, whoever took it in, is on every disk that the topic wants.
-
-        All of it: after a loss of the memory the log then ends behind what was acknowledged, without a hole before.
-        `failure` is set to replica << 32 | errno when that has failed which it would take.
-        """
-        cdef uint64_t count = self.layout.g.broker_count, live = live_brokers(self.memory, self.layout)
-        cdef uint64_t source, chosen, r, at
-        cdef bint durable = True
-        failure[0] = 0
-        for source in range(count):
-            chosen = replicas_of(stream.topic, stream.generation, source, live, count, stream.replication_factor)
-            if cxl_popcount(chosen) < <int64_t>stream.replication_factor - 1:
-                durable = False                 # too few brokers live: wait for the others
-            while chosen:
-                r = cxl_count_trailing_zeros(chosen)
-                chosen &= chosen - 1
-                at = self.layout.replica(stream.topic, source, r)
-                self.memory.invalidate(at, 64)
-                # The generation first: its line is stored the other way round, with a fence between.
-                if self.memory.load(at + 24) != stream.generation:
-                    durable = False             # the line of an earlier topic of this number says nothing
-                elif self.memory.load(at + 8) < end:
-                    durable = False
-                    if self.memory.load(at + 32):
-                        failure[0] = r << 32 | self.memory.load(at + 32)
-        return durable
+        """Whether everything below position `end` is durable. `failure` is set to replica << 32 | errno when one has failed
+        which that would take."""
+        cdef Durable found = durable_frontier(self.memory, self.layout, stream.topic, stream.generation,
+                                              stream.replication_factor)
+        failure[0] = found.failure if found.failed_from < end else 0
+        return found.position >= end
 
     cdef uint64_t room(self, uint64_t number) noexcept nogil:
         """How many more batches the stream may have waiting."""

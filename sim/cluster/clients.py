@@ -211,7 +211,8 @@ class Publisher:
             end = self.resume_from + SPAN
             if high_water is not None and self.topic.order == 5:
                 end = min(end, high_water)
-            positions = host.sessions.positions(reader, self.client, key, self.epoch, range(self.resume_from, end))
+            positions = await host.sessions.positions(reader, self.client, key, self.epoch,
+                                                      range(self.resume_from, end))
             high_water = self.resume_from if high_water is None else high_water
         return {**opened, "high_water": high_water, "positions": positions}
 

@@ -108,7 +108,8 @@ class Subject:
         for topic in self.topics:
             reader = self.cluster.reader(topic)
             for step in (lambda reader=reader: self.cluster.read(reader), lambda reader=reader: reader.find(20),
-                         lambda reader=reader: reader.find_time(1), lambda reader=reader: reader.find_batch(7, 1, 5),
+                         lambda reader=reader: reader.find_time(1),
+                         lambda reader=reader: reader.find_batches(7, 1, 5, 6, 1 << 62, 1 << 16, {}),
                          lambda reader=reader: reader.frontiers()):
                 typed(step)
 

@@ -61,7 +61,7 @@ def test_a_bare_status_gives_an_error_of_that_status() -> None:
         error = from_status(status, "text")
         assert type(error) is kind
         assert error.message == "text"
-    assert type(from_status("UNKNOWN", "text")) is CxlmqError
+    assert type(from_status("UNIMPLEMENTED", "text")) is CxlmqError
     assert type(from_metadata("NOT_FOUND", "text", None)) is UnknownTopic
 
 

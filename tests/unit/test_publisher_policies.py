@@ -1,6 +1,7 @@
 """The gRPC publisher's engine without a cluster: policies, windows, retries, and sessions that end, step by step."""
 
 import asyncio
+import errno
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,15 @@ from broker.errors import (
     BrokerUnavailable,
     BufferFull,
     ClosedError,
+    ClusterReplaced,
     CxlmqError,
     DeliveryTimeout,
+    NotAllowed,
     PoolFull,
+    ReplicaFailed,
     SessionFenced,
+    TopicRecreated,
+    UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
 from client.batch import Batch, Delivery, Packer
@@ -64,7 +70,7 @@ class Engine(PublisherEngine):
 
     def __init__(self, brokers: int = 2, window: int = 4, **options: Any) -> None:
         super().__init__("t", **{**OPTIONS, **options})
-        self.session = pb.Session(session_slot=1, session_epoch=1, order=5, message_bytes_max=1000,
+        self.session = pb.Session(topic=pb.TopicIdentity(run_id=1), session_slot=1, session_epoch=1, order=5, message_bytes_max=1000,
                                   batch_bytes_max=1 << 20, window=256)
         self.epoch = 1
         self.packer = Packer(self, self.send_full, 96, 1000)
@@ -78,6 +84,14 @@ class Engine(PublisherEngine):
     def _start_reopening(self, reason: CxlmqError) -> None:
         self.reopening = True
         self.reopened.append(reason)
+
+    async def _describe(self) -> pb.Topic:
+        return self.topic_now               # what a broker would say
+
+    def learn(self, **frontiers: int) -> None:
+        """Have the engine look how far the levels are, in run 1 unless it is said otherwise."""
+        self.topic_now = pb.Topic(**{"run_id": 1, "failed_position": (1 << 64) - 1, **frontiers})
+        self.client_loop.run(self._learn())
 
     def publish(self, count: int = 1) -> list[Delivery]:
         """Messages that fill a batch each."""
@@ -262,6 +276,8 @@ def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: En
     engine.session.high_water = 2
     engine.session.positions.extend([70, 80, (1 << 64) - 1, 90])
     engine.on_loop(engine._resume, 0)
+    assert not any(each.done() for each in deliveries)      # in the log, and nobody said yet that it is committed
+    engine.learn(end_position=91)
     # Below the high-water mark, and beyond a gap where the order allows that: in the log. The others are not.
     assert [each.done() for each in deliveries] == [True, True, False, True, False, False]
     assert [each.result().position for each in (deliveries[0], deliveries[1], deliveries[3])] == [70, 80, 90]
@@ -272,6 +288,78 @@ def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: En
     sent = sorted(((each.sequence, each) for fake in engine.fakes for each in fake.sent), key=lambda pair: pair[0])
     assert [sequence for sequence, _ in sent] == [0, 1, 2]
     assert [each for _, each in sent] == [deliveries[2].batch, deliveries[4].batch, deliveries[5].batch]
+
+
+def resumed(level: int, **options: Any) -> tuple[Engine, list[Delivery]]:
+    """An engine whose session was opened anew: batches 0 and 1 lie at 70 and 71, batch 2 somewhere below 90."""
+    engine = Engine(ack=level, **options)
+    deliveries = engine.publish(3)
+    engine.on_loop(engine._pump)
+    engine.session.high_water, engine.session.resumed_position = 3, 90
+    engine.session.positions.extend([70, 71])
+    engine.on_loop(engine._resume, 0)
+    return engine, deliveries
+
+
+@pytest.mark.parametrize(("level", "frontier", "other"), [(1, "end_position", "durable_position"),
+                                                          (2, "durable_position", "end_position")])
+def test_a_session_that_was_opened_anew_settles_at_the_level_that_was_asked_for(
+        level: int, frontier: str, other: str) -> None:
+    engine, deliveries = resumed(level)
+    for reached, settled in ((70, []), (71, [0]), (72, [0, 1]), (89, [0, 1]), (90, [0, 1, 2])):
+        engine.learn(**{frontier: reached, other: 1000 if level == 2 else 0})
+        assert [number for number, each in enumerate(deliveries) if each.done()] == settled
+    assert [each.receipt().position for each in deliveries] == [70, 71, None]
+    assert {(each.receipt().level, each.receipt().duplicate) for each in deliveries} == {(level, True)}
+    assert (engine.buffered, bool(engine.awaited), engine.counts["acked"]) == (0, False, 3)
+
+
+def test_what_a_failed_disk_lacks_is_refused_after_reopening_as_before() -> None:
+    engine, deliveries = resumed(2)
+    engine.learn(end_position=100, durable_position=71, failed_position=71, failed_replica=3 << 32 | errno.ENOSPC)
+    assert deliveries[0].receipt().level == 2
+    for each in deliveries[1:]:
+        error = each.exception()
+        assert isinstance(error, ReplicaFailed)
+        assert error.replica == 3
+
+
+def test_a_level_that_is_not_reached_in_time_is_a_time_out() -> None:
+    engine, deliveries = resumed(2)
+    engine.learn(end_position=100, durable_position=71)
+    for batch in engine.unsettled.values():
+        batch.deadline = 0.0
+    engine.on_loop(engine._expire)
+    assert deliveries[0].receipt().position == 70
+    assert [type(each.exception()) for each in deliveries[1:]] == [DeliveryTimeout] * 2
+    assert "in the log" in str(deliveries[1].exception())
+    engine.learn(end_position=100, durable_position=100)    # too late: the first outcome counts
+    assert [type(each.exception()) for each in deliveries[1:]] == [DeliveryTimeout] * 2
+
+
+def test_the_frontier_of_another_run_says_nothing_about_what_the_first_had() -> None:
+    engine, deliveries = resumed(2)
+    engine.learn(run_id=2, end_position=1000, durable_position=1000)
+    assert {type(each.exception()) for each in deliveries} == {DeliveryTimeout}
+
+
+def test_closing_settles_what_is_awaited() -> None:
+    engine, deliveries = resumed(2)
+    engine.closed = True
+    engine.on_loop(engine._give_up)
+    assert {type(each.exception()) for each in deliveries} == {ClosedError}
+    assert not engine.awaited
+
+
+@pytest.mark.parametrize("error", [each(topic="t") for each in (UnknownTopic, TopicRecreated, ClusterReplaced, NotAllowed)],
+                         ids=lambda each: each.code)
+def test_what_does_not_come_back_ends_the_publisher(engine: Engine, error: CxlmqError) -> None:
+    (delivery,) = engine.publish()
+    engine.on_loop(engine._pump)
+    engine.on_loop(engine._on_broken, engine.fakes[0], error)
+    assert delivery.exception() is error
+    with pytest.raises(type(error)):
+        engine.publish(10)
 
 
 def test_level_0_is_settled_at_send_and_kept_until_a_broker_has_it(engine: Engine) -> None:

@@ -42,13 +42,22 @@ def test_a_time_is_found_at_the_first_batch_published_then_or_later() -> None:
     assert [reader.find_time(ns) for ns in (0, 1000, 1001, 3000, 6000, 6001)] == [0, 0, 1, 2, 5, 6]
 
 
-def test_a_batch_is_found_by_its_session_and_sequence() -> None:
+@pytest.mark.parametrize("entries_max", [1, 2, 4, 100])
+def test_batches_are_found_by_their_session_and_sequence_a_piece_at_a_time(entries_max: int) -> None:
     cluster, session = filled()
     reader = cluster.reader(session.topic)
-    assert [reader.find_batch(7, 1, sequence) for sequence in range(6)] == [
-        (STARTS[sequence], sequence) for sequence in range(6)]
-    assert reader.find_batch(7, 2, 0) is None
-    assert reader.find_batch(8, 1, 0) is None
+
+    def find(client: int, epoch: int, first: int, end: int) -> dict[int, int]:
+        found: dict[int, int] = {}
+        at = 1 << 40
+        for _ in range(len(SIZES) + 1):
+            if not (at := reader.find_batches(client, epoch, first, end, at, entries_max, found)):
+                return found
+        raise AssertionError("it never came to an end")
+
+    assert find(7, 1, 0, 100) == {sequence: STARTS[sequence] for sequence in range(6)}
+    assert find(7, 1, 2, 4) == {2: STARTS[2], 3: STARTS[3]}
+    assert find(7, 2, 0, 100) == find(8, 1, 0, 100) == {}
 
 
 @pytest.mark.parametrize("frame_bytes", [1, 60, 100, 150, 64 * KIB])

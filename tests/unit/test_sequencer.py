@@ -14,7 +14,7 @@ from broker.records import pack
 from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from broker.stages.receiver import RECEIVED, RING_FULL
 from sim.cxl import region as files
-from tests.manual_cluster import LEASE_NS, SECOND, ManualCluster, Session, payload_of
+from tests.manual_cluster import LEASE_NS, SECOND, ManualCluster, Session, drive, payload_of
 
 COMMITTED, DUPLICATE = ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE
 FENCED, REFUSED = ResultStatus.RESULT_FENCED, ResultStatus.RESULT_REFUSED
@@ -187,10 +187,10 @@ def test_what_lies_beyond_a_gap_is_known_to_be_in_the_log_also_when_it_was_recla
     key = session.topic.generation << 16 | session.topic.number
 
     def positions(reader: Any) -> list[int]:
-        return cluster.brokers[0].sessions.positions(reader, session.client, key, session.epoch, range(1, 5))
+        return drive(cluster.brokers[0].sessions.positions(reader, session.client, key, session.epoch, range(1, 5)))
 
     assert positions(cluster.reader(session.topic)) == [UNKNOWN_POSITION, 1, 2, UNKNOWN_POSITION]
-    reclaimed = SimpleNamespace(find_batch=lambda *_: None)
+    reclaimed = SimpleNamespace(frontiers=cluster.reader(session.topic).frontiers, find_batches=lambda *_: 0)
     assert positions(reclaimed) == [UNKNOWN_POSITION, UNPLACED_POSITION, UNPLACED_POSITION, UNKNOWN_POSITION]
 
 
