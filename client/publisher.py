@@ -1,6 +1,8 @@
 """Publishers, sync and async: one face over two engines, gRPC and attached."""
 
 import asyncio
+import inspect
+import numbers
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -11,49 +13,71 @@ from broker.config import check_topic_name
 from broker.errors import (
     AttachSlotsFull,
     BufferFull,
+    ClosedError,
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
     RegionError,
 )
+from client import unclosed
+from client.arguments import WAIT_SECONDS_MAX, as_count
 from client.attached import Loan
 from client.attached_publisher import AttachedEngine
 from client.batch import Delivery
-from client.engine import FLUSH_GRACE_SECONDS, Engine
+from client.engine import Engine
 from client.fork import ForkedEngine, end_in_child, keep
 from client.grpc_publisher import PublisherEngine
 
 POLICIES = ("block", "error", "drop_oldest", "drop_newest")
 TRANSPORTS = ("auto", "grpc", "attached")
+IN_FLIGHT_MAX = 128                     # batches
 FRAMING_BYTES_MAX = 16                  # around one message, with its padding
 
 
-def _check_options(when_full: str, transport: str, options: dict[str, Any]) -> None:
-    """Refuse wrong options before anything is opened."""
-    def refuse(setting: str, value: object, allowed: str) -> None:
-        raise ConfigError(setting=setting, value=repr(value), allowed=allowed)
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse wrong options before anything is opened; whole numbers of any kind become ints."""
+    def one_of(name: str, allowed: tuple[object, ...]) -> None:
+        if options[name] not in allowed:
+            raise ConfigError(setting=name, value=repr(options[name]), allowed=", ".join(map(str, allowed)))
 
-    if when_full not in POLICIES:
-        refuse("when_full", when_full, ", ".join(POLICIES))
-    if transport not in TRANSPORTS:
-        refuse("transport", transport, ", ".join(TRANSPORTS))
-    if options["ack"] not in (None, 0, 1, 2):
-        refuse("ack", options["ack"], "0, 1 or 2")
-    if options["compression"] not in (None, "gzip", "deflate"):
-        refuse("compression", options["compression"], "None, gzip or deflate")
-    for name in ("batch_bytes", "batch_bytes_min", "batch_bytes_max", "buffer_bytes", "in_flight"):
-        if options[name] is not None and (not isinstance(options[name], int) or options[name] < 1):
-            refuse(name, options[name], "a whole number above 0")
-    if not 1 <= options["in_flight"] <= 128:
-        refuse("in_flight", options["in_flight"], "1 to 128 batches")
+    def whole(name: str, least: int, most: int = (1 << 63) - 1) -> None:
+        if options[name] is not None:
+            options[name] = as_count(name, options[name], least, most)
+
+    def number(name: str, allowed: str, fits: Callable[[float], bool]) -> None:
+        value = options[name]
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not fits(float(value)):
+            raise ConfigError(setting=name, value=repr(value), allowed=allowed)
+        options[name] = float(value)
+
+    whole("ack", 0, 2)
+    for name in ("batch_bytes", "batch_bytes_min", "batch_bytes_max", "buffer_bytes"):
+        whole(name, 1)
+    whole("in_flight", 1, IN_FLIGHT_MAX)
+    whole("client_id", 1, (1 << 64) - 1)
+    one_of("when_full", POLICIES)
+    one_of("transport", TRANSPORTS)
+    one_of("compression", (None, "gzip", "deflate"))
     if options["batch_bytes"] is None and options["batch_bytes_min"] > options["batch_bytes_max"]:
-        refuse("batch_bytes_min", options["batch_bytes_min"], f"at most batch_bytes_max ({options['batch_bytes_max']})")
-    if options["client_id"] is not None and not 0 < options["client_id"] < 1 << 64:
-        refuse("client_id", options["client_id"], "1 to 2^64 - 1")
-    if not options["linger_ms"] >= 0:
-        refuse("linger_ms", options["linger_ms"], "0 or more")
-    if not options["delivery_timeout"] > 0:
-        refuse("delivery_timeout", options["delivery_timeout"], "more than 0 seconds")
+        raise ConfigError(setting="batch_bytes_min", value=options["batch_bytes_min"],
+                          allowed=f"at most batch_bytes_max ({options['batch_bytes_max']})")
+    number("linger_ms", "0 or more milliseconds", lambda value: 0 <= value <= WAIT_SECONDS_MAX)
+    number("delivery_timeout", f"more than 0 seconds, and at most {WAIT_SECONDS_MAX:.0f}: every delivery settles",
+           lambda value: 0 < value <= WAIT_SECONDS_MAX)
+    for name in ("on_delivery", "on_event"):
+        if options[name] is not None and (not callable(options[name]) or inspect.iscoroutinefunction(options[name])):
+            raise ConfigError(setting=name, value=repr(options[name]), allowed="None, or a function (no coroutine)")
+
+
+def _as_rows(rows: Any) -> Any:
+    """Rows of messages as they are packed: a 2-D uint8 array; one with gaps is copied. Raises `ConfigError`."""
+    import numpy
+
+    found = numpy.asarray(rows)
+    if found.dtype != numpy.uint8 or found.ndim != 2 or not len(found):
+        raise ConfigError(setting="rows", value=f"an array of {found.dtype} with shape {found.shape}",
+                          allowed="a 2-D array of uint8 with at least one row")
+    return numpy.ascontiguousarray(found)
 
 
 class _PublisherBase:
@@ -70,14 +94,16 @@ class _PublisherBase:
             "ack": ack, "client_id": client_id if client_id is not None else secrets.randbits(63) + 1,
             "batch_bytes": batch_bytes, "batch_bytes_min": batch_bytes_min,
             "batch_bytes_max": batch_bytes_max, "linger_ms": linger_ms, "in_flight": in_flight,
-            "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression}
+            "buffer_bytes": buffer_bytes, "delivery_timeout": delivery_timeout, "compression": compression,
+            "when_full": when_full, "on_delivery": on_delivery, "on_event": on_event, "transport": transport}
         check_topic_name(topic)
-        _check_options(when_full, transport, options)
-        options |= {"cluster": cluster, "bootstrap": bootstrap, "when_full": when_full, "on_delivery": on_delivery,
-                    "on_event": on_event}
+        _check_options(options)
+        del options["transport"]
+        options |= {"cluster": cluster, "bootstrap": bootstrap}
         self._topic, self._options, self._security, self._on_delivery = topic, options, security, on_delivery
         # What is compressed goes over a network anyhow.
         self._falls_back = transport == "auto" and compression is None
+        self._state = "new"                 # then open, then closed
         self._engine = self._new_engine(AttachedEngine if transport == "attached" or self._falls_back
                                         else PublisherEngine)
         end_in_child(self)
@@ -94,6 +120,16 @@ class _PublisherBase:
         engine.connection.secured(self._security)
         return engine
 
+    def _may_open(self) -> bool:
+        """Whether there is something to open; False when it is open. Raises `ClosedError` once it was closed."""
+        if isinstance(self._engine, ForkedEngine):
+            _ = self._engine.topic          # which says whose it is
+        if self._state == "closed":
+            raise ClosedError(what="the publisher")
+        if self._state == "new" and self._engine.closed:
+            self._engine = self._new_engine(type(self._engine))     # an earlier try failed
+        return self._state == "new"
+
     async def _open_engine(self) -> None:
         """On the client loop. Attaches when it can and may; what stands against it is an error only when asked for."""
         try:
@@ -105,6 +141,27 @@ class _PublisherBase:
             self._engine = self._new_engine(PublisherEngine)
             self._falls_back = False
             await self._open_engine()
+            return
+        self._state = "open"
+        unclosed.note(self._engine)
+
+    async def _undo_opening(self) -> None:
+        """On the client loop: whoever opened it did not wait for the end, which may have come all the same."""
+        if self._state == "open":
+            await self._close_engine()
+            self._state = "new"
+
+    async def _close_engine(self) -> None:
+        """On the client loop."""
+        self._state = "closed"
+        await self._engine.close()
+        unclosed.forget(self._engine)
+
+    def __del__(self) -> None:
+        # Not a ForkedEngine, and not what was never opened: those are not noted.
+        engine = self.__dict__.get("_engine")
+        if engine is not None:
+            unclosed.dropped(engine)
 
     @property
     def transport(self) -> str:
@@ -144,14 +201,22 @@ class Publisher(_PublisherBase):
     topic's). Batches grow from `batch_bytes_min` to `batch_bytes_max` under load (fixed by `batch_bytes`); a
     message waits at most `linger_ms` for company. At most `buffer_bytes` are kept unacknowledged (None: 16 MiB,
     attached 32 MiB); `when_full` says what then: "block", "error", "drop_oldest" or "drop_newest". Every delivery
-    settles within `delivery_timeout` seconds. `on_delivery` is called with each settled delivery (of `publish_many`
+    settles within `delivery_timeout` seconds. The end of the `with` block, also by an exception, waits so long for what
+    was published; a publisher that nobody closes is flushed when the program ends, with a ResourceWarning, and what was
+    not delivered is said on stderr. `on_delivery` is called with each settled delivery (of `publish_many`
     and `publish_array`, the last), `on_event` when the session was reopened or the publisher failed; both on the
     library's own thread, where nothing may wait. Raises the typed errors of `client.errors`.
     """
 
     def open(self) -> "Publisher":
-        """Connect and open the session; `with` does it."""
-        self._engine.client_loop.run(self._open_engine())
+        """Connect and open the session; `with` does it. An open one stays as it is, a closed one is `ClosedError`."""
+        if not self._may_open():
+            return self
+        try:
+            self._engine.client_loop.run(self._open_engine())
+        except BaseException:
+            self._engine.client_loop.submit(self._undo_opening())
+            raise
         if self._on_delivery is None:
             # The native method itself: this wrapper would cost as much as packing a small message.
             self.__dict__["publish"] = self._engine.front.append
@@ -168,7 +233,7 @@ class Publisher(_PublisherBase):
 
     def publish_array(self, rows: Any) -> Delivery:
         """Publish a 2-D uint8 array, one row a message; the delivery of the last."""
-        return self._noted(self._engine.front.append_array(rows))
+        return self._noted(self._engine.front.append_array(_as_rows(rows)))
 
     def loan(self, nbytes: int) -> "Loan":
         """A writable view of `nbytes` of a segment itself (attached transport only): `with publisher.loan(n) as view:`
@@ -197,24 +262,32 @@ class Publisher(_PublisherBase):
         if isinstance(self._engine, ForkedEngine):
             return
         self.__dict__.pop("publish", None)
-        self._engine.client_loop.run(self._engine.close())
+        self._engine.client_loop.run(self._close_engine())
 
     def __enter__(self) -> "Publisher":
         return self.open()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        # Also after an exception: what was published is sent, within its delivery time-out.
+        try:
             self.close()
-        else:
-            self._end()
+        except CxlmqError as late:
+            if error is None:
+                raise
+            error.add_note(f"what was published before was not all sent: {late}")
 
 
 class AsyncPublisher(_PublisherBase):
     """As `Publisher`, for coroutines: `async with AsyncPublisher("topic") as publisher: ...`"""
 
     async def open(self) -> "AsyncPublisher":
-        """Connect and open the session; `async with` does it."""
-        await self._engine.client_loop.call(self._open_engine())
+        """Connect and open the session; `async with` does it. See `Publisher.open`."""
+        if self._may_open():
+            try:
+                await self._engine.client_loop.call(self._open_engine())
+            except BaseException:
+                self._engine.client_loop.submit(self._undo_opening())
+                raise
         return self
 
     async def publish(self, data: Any) -> Delivery:
@@ -234,11 +307,7 @@ class AsyncPublisher(_PublisherBase):
 
     async def publish_array(self, rows: Any) -> Delivery:
         """Publish a 2-D uint8 array, one row a message, as room comes; the delivery of the last."""
-        import numpy
-
-        rows = numpy.ascontiguousarray(rows, numpy.uint8)
-        if rows.ndim != 2 or not len(rows):
-            raise ValueError("publish_array needs a 2-D array with at least one row")
+        rows = _as_rows(rows)
         count = max(1, self._engine.front.target // (rows.shape[1] + FRAMING_BYTES_MAX))
         for first in range(0, len(rows), count):
             await self._room(rows[first:first + count].nbytes)
@@ -258,9 +327,9 @@ class AsyncPublisher(_PublisherBase):
             await asyncio.sleep(0.001)
 
     async def flush(self, timeout: float | None = None) -> None:
-        """Wait until everything published so far is settled."""
+        """Wait until everything published so far is settled. Raises `DeliveryTimeout`, `ConfigError`."""
+        limit = self._engine.limit(timeout)
         done = self._engine.flushed()
-        limit = self._engine.delivery_timeout + FLUSH_GRACE_SECONDS if timeout is None else timeout
         deadline = time.monotonic() + limit
         while not done():
             if time.monotonic() > deadline:
@@ -275,16 +344,18 @@ class AsyncPublisher(_PublisherBase):
             if self._engine.packer is not None and not self._engine.closed:
                 await self.flush()
         finally:
-            await self._engine.client_loop.call(self._engine.close())
+            await self._engine.client_loop.call(self._close_engine())
 
     async def __aenter__(self) -> "AsyncPublisher":
         return await self.open()
 
-    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or isinstance(self._engine, ForkedEngine):
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
             await self.close()
-        else:
-            await self._engine.client_loop.call(self._engine.close())
+        except CxlmqError as late:
+            if error is None:
+                raise
+            error.add_note(f"what was published before was not all sent: {late}")
 
 
 __all__ = ["AsyncPublisher", "Publisher"]
