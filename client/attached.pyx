@@ -255,28 +255,6 @@ cdef class AttachedCore(AttachedBooks):
         self.wait_for_news(<int64_t>(min(0.002, deadline[0] - now) * 1e9), True)
         return 0
 
-    def move_to(self, Memory memory, Layout layout) -> None:
-        """Go on in another region: the cluster's is a new one. Only at the beginning of a session."""
-        take_turn(&self.turn)
-        while self.asleep:                  # they look at the old one, for milliseconds
-            give_turn(&self.turn)
-            time.sleep(0.0005)
-            take_turn(&self.turn)
-        assert self.channel_count == 0 and self.in_flight == 0 and not self.is_open
-        # Kept: loans may still be open there.
-        self.old_places.append((self.memory, self.layout, self.pages, self.bell))
-        self.left = []                      # nobody asks for slots of the old one any more
-        self.memory, self.layout = memory, layout
-        self.bell = Doorbell(memory, 0)
-        self.pages = Pages(memory, layout)
-        give_turn(&self.turn)
-
-    def end_pages(self) -> None:
-        """Stop touching pages ahead of use."""
-        for _, _, pages, _ in self.old_places:
-            (<Pages>pages).end()
-        self.pages.end()
-
     cdef int pack(self, const uint8_t* source, uint64_t nbytes, uint64_t* rows, Delivery delivery) noexcept:
         """Pack as many of `rows` messages as one batch takes, and count them off; `delivery`, if any, is then that of the
         last. One step for all other threads, but for the copy, during which the batch is ours."""
