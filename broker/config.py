@@ -449,19 +449,21 @@ def check_folder(folder: Path) -> None:
 def check_socket(address: str) -> None:
     """Check the socket behind "unix:/path" before a client talks to it; one that is not there is not looked at.
 
-    Raises `PermissionDenied` unless it is this user's, in a folder where only he may put one.
+    Raises `PermissionDenied` unless it is this user's, in a folder where nobody else can put one in its place.
     """
     path = Path(address.removeprefix("unix:"))
     try:
-        status, folder = path.lstat(), path.parent.lstat()
+        status, folder = path.lstat(), path.parent.stat()
     except OSError:
         return
-    for each, found in ((path, status), (path.parent, folder)):
-        if found.st_uid != os.geteuid():
+    for each, found, owners in ((path, status, (os.geteuid(),)), (path.parent, folder, (os.geteuid(), 0))):
+        if found.st_uid not in owners:
             raise PermissionDenied(f"{each} belongs to another user (number {found.st_uid}): nothing is sent there; "
                                    "talk to the cluster as the user who runs it, or over TCP", what=str(each))
-    if not stat.S_ISSOCK(status.st_mode) or folder.st_mode & 0o022:
-        raise PermissionDenied(f"{path} is no socket, or other users may write into its folder: nothing is sent there; "
+    if not stat.S_ISSOCK(status.st_mode):
+        raise PermissionDenied(f"{path} is no socket: nothing is sent there", what=str(path))
+    if folder.st_mode & 0o022 and not folder.st_mode & stat.S_ISVTX:
+        raise PermissionDenied(f"other users may put a socket of theirs into {path.parent}: nothing is sent there; "
                                f"`chmod go-w {path.parent}`", what=str(path))
 
 

@@ -142,6 +142,11 @@ cxlmq_bootstrap() {
     local stamp
     stamp="$(cxlmq_stamp)" || return 1
     cxlmq_is_ready "$stamp" && return 0
+    if [ ! -w "$CXLMQ_ROOT" ]; then
+        echo "cxlmq: $CXLMQ_ROOT is not set up, and cannot be written: copy it to a folder of yours and run it there, or let" \
+             "its owner run scripts/bootstrap.sh once." >&2
+        return 1
+    fi
     (
         # Two scripts started at once: the second waits, and then finds everything done.
         if command -v flock >/dev/null; then

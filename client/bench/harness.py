@@ -39,6 +39,7 @@ HEADER = struct.Struct("<QQ48x")
 ACK = struct.Struct("<Q")
 
 # Larger than the last-level cache of one core's share, small enough for four servers on a small machine.
+FULL = "no room: "                     # before the answer of a process that finds none for its mapping
 RING_BYTES = 64 << 20
 # After the last segment was touched, brokers map them for so long.
 MAPPED_SECONDS = 1.0
@@ -200,7 +201,7 @@ class Child:
             self._input.flush()
 
     def read_answer(self) -> str:
-        """The next line; raises `LimitError` when the process has ended instead, or hangs."""
+        """The next line. Raises `LimitError` when the process has ended or hangs, `TmpfsFull` when it says so."""
         watchdog = threading.Timer(self._seconds_max, self._process.kill)
         watchdog.daemon = True              # Ctrl-C may come before the `try`: it must not keep this process
         watchdog.start()
@@ -210,6 +211,10 @@ class Child:
             watchdog.cancel()
         if not line:
             raise LimitError(f"the {self._role} process ended with code {self._process.wait()}; see its standard error")
+        if line.startswith(FULL):
+            wanted, free = json.loads(line.removeprefix(FULL))
+            raise files.TmpfsFull(f"the {self._role} process needs {wanted} bytes of {files.SHARED_MEMORY_FOLDER}, "
+                                  f"which has {free} free", wanted, free)
         return line
 
     def cpu_seconds(self) -> float:
@@ -311,6 +316,9 @@ def run_child(role: Callable[[], None], address: str | None = None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         role()
+    except files.TmpfsFull as error:        # the one who started us says it, once
+        answer(FULL + json.dumps([error.wanted_bytes, error.free_bytes]))
+        sys.exit(1)
     finally:
         if address is not None and address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))

@@ -102,7 +102,9 @@ def measuring() -> Iterator[None]:
     except (LimitError, BenchError) as error:
         raise RunFailed(f"the measurement failed: {error}") from error
     except TmpfsFull as error:
-        raise TmpfsTooSmall(wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from error
+        raise TmpfsTooSmall(f"{error}: enlarge /dev/shm, or do without the limits (--no-limits) and with a smaller "
+                            "region (--region-bytes)", wanted_bytes=error.wanted_bytes,
+                            free_bytes=error.free_bytes) from None
 
 
 def finish(value: dict[str, Any], text: str, json_target: str | None, results: str | None, name: str,

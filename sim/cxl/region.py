@@ -326,6 +326,8 @@ def shared_file(file_name: str, nbytes: int) -> mmap.mmap:
                 create_region_file(file_name, nbytes).close()
             continue
         try:
+            if os.fstat(descriptor).st_size < nbytes:
+                raise RegionFileError(f"{file_name} is smaller than it should be: of another region, or damaged")
             return mmap.mmap(descriptor, nbytes)
         finally:
             os.close(descriptor)

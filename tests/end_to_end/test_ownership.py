@@ -1,5 +1,6 @@
 """A region is removed by those it belongs to, and by others only when nobody lives in it; who lives is seen from anywhere."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -14,7 +15,9 @@ import pytest
 
 from broker.config import ClusterConfig
 from broker.errors import CxlmqError, PermissionDenied, RegionForeign, RegionMissing
-from broker.region import find_regions
+from broker.layout import BrokerState
+from broker.node import BrokerNode, serve
+from broker.region import create_region, find_regions
 from client.admin import Admin
 from client.claim import supervisor_of
 from client.cluster import Cluster, collect_leftovers, start_detached, stop_cluster
@@ -22,7 +25,7 @@ from client.connection import addresses_of_region
 from client.publisher import Publisher
 from client.restarts import FAULTS_MAX, endings_in
 from client.subscriber import Subscriber
-from tests.end_to_end.conftest import SHARED, small_config, traces
+from tests.end_to_end.conftest import SHARED, small_config, traces, unique
 from tests.end_to_end.library_support import eventually, read_topic
 from tests.end_to_end.test_cluster_lifecycle import END_SECONDS, free_ports
 
@@ -202,6 +205,67 @@ def test_a_broker_that_dies_by_the_same_signal_again_and_again_is_given_up() -> 
         assert joined.wait(END_SECONDS) == 0
         joined.stderr.close()
     assert traces(running.name) == []
+
+
+def test_a_broker_says_that_it_has_stopped_when_nothing_of_it_runs() -> None:
+    config, states = small_config(brokers=1), []
+    with create_region(config) as region:
+        node = BrokerNode(config, 0, region, founder=True)
+        end_stages = node.stop
+
+        def stop() -> None:
+            states.append(node.broker_line(0)["state"])
+            end_stages()
+            states.append(node.broker_line(0)["state"])
+
+        async def run() -> None:
+            told = asyncio.Event()
+            serving = asyncio.create_task(serve(node, told))
+            while not node.was_ready:
+                await asyncio.wait([serving], timeout=0.01)
+            told.set()
+            await serving
+
+        node.stop = stop  # type: ignore[method-assign]
+        asyncio.run(run())
+        assert states == [BrokerState.BROKER_STOPPING] * 2
+        assert node.broker_line(0)["state"] == BrokerState.BROKER_STOPPED
+        node.notifier.close()
+        assert region.unlink()
+
+
+# ---- what a user sees --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", [
+    "from client.admin import Admin\nwith Admin(cluster={name!r}) as admin: admin.list_topics()",
+    "from client import Publisher\nwith Publisher('t', cluster={name!r}) as publisher: publisher.publish(b'x')",
+    "from client import Publisher\nwith Publisher('t', cluster={name!r}, transport='attached') as p: p.publish(b'x')",
+    "from client import Subscriber\nwith Subscriber('t', cluster={name!r}, transport='grpc') as s: s.fetch(1, 1)",
+    "from client import Subscriber\nwith Subscriber('t', cluster={name!r}, transport='attached') as s: s.fetch(1, 1)",
+])
+def test_a_cluster_that_is_not_up_is_one_error(program: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", program.format(name=unique("nowhere"))], cwd=ROOT,
+                           capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.count("Traceback") == 1, ended.stderr
+    assert "cxlmq cluster up" in ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", "<&-", ">&-", "2>&-", "<&- 2>&-"])
+def test_a_cluster_is_started_by_a_process_without_streams(closed: str) -> None:
+    config = small_config(brokers=1)
+    program = ("import os, sys; from broker.config import ClusterConfig; from client.cluster import start_detached\n"
+               "values = start_detached(ClusterConfig.from_json(sys.argv[1]))\n"
+               "os._exit(7 if values['brokers'] else 8)")
+    ended = subprocess.run(["bash", "-c", f'exec "$0" -c "$1" "$2" {closed}', sys.executable, program, config.to_json()],
+                           cwd=ROOT, check=False, timeout=120)
+    try:
+        assert ended.returncode == 7
+        assert len(addresses_of_region(config.name)[0]) == 1
+    finally:
+        assert stop_cluster(config.folder)
+    assert traces(config.name) == []
 
 
 # ---- across process-id namespaces --------------------------------------------------------------------------------

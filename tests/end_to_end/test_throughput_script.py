@@ -209,3 +209,35 @@ def test_repeated_runs_become_statistics_and_a_baseline(tmp_path: Path) -> None:
     done = script("measure_performance_simple.sh", *arguments, "--baseline", baseline, **variables)
     assert done.returncode in (0, 1)            # so tiny a run may well be slower
     assert "Against the baseline" in done.stdout
+
+
+# ---- machines that lack something ----------------------------------------------------------------------------------
+
+
+def on_a_machine(preparation: str, name: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script where `preparation` has changed what is mounted, for it alone."""
+    done = subprocess.run(["unshare", "--mount", "bash", "-c", f'{preparation} || exit 99; exec bash "$0" "$@"',
+                           str(ROOT / "scripts" / name), *arguments], capture_output=True, text=True, check=False,
+                          env={**os.environ, **variables}, timeout=900)
+    if done.returncode == 99 or "unshare" in done.stderr:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()[:200]}")
+    return done
+
+
+@pytest.mark.parametrize(("room", "arguments"), [
+    ("24m", ()), ("24m", ("--no-limits",)), ("100m", ()), ("300m", ()), ("300m", ("--no-limits",))])
+def test_a_shared_memory_that_is_too_small_is_one_error(room: str, arguments: tuple[str, ...]) -> None:
+    done = on_a_machine(f"mount -t tmpfs -o size={room} tmpfs /dev/shm", "run_throughput.sh", "--quiet", *arguments,
+                        NUM_BROKERS="2", TOTAL_MESSAGE_SIZE="20MiB", TRANSPORT="grpc")
+    assert done.returncode == 1
+    assert "tmpfs-too-small" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3, done.stderr
+
+
+def test_a_checkout_that_cannot_be_written_says_so() -> None:
+    readonly = f"mount --bind {ROOT} {ROOT} && mount -o remount,ro,bind {ROOT}"
+    done = on_a_machine(readonly, "run_throughput.sh", CXLMQ_EXTRAS="none-of-ours")
+    assert done.returncode == 1
+    assert "cannot be written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
