@@ -314,13 +314,15 @@ def run_child(role: Callable[[], None], address: str | None = None) -> None:
     """Be one server or publisher process; a server's unix socket is removed even when nobody else is left to do it."""
     # Ctrl-C reaches the whole process group, but the measuring process ends its children itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    begun = True
     try:
         role()
     except files.TmpfsFull as error:        # the one who started us says it, once
+        begun = False                       # the folder is for others, who may be about to listen there
         answer(FULL + json.dumps([error.wanted_bytes, error.free_bytes]))
         sys.exit(1)
     finally:
-        if address is not None and address.startswith("unix:"):
+        if begun and address is not None and address.startswith("unix:"):
             path = Path(address.removeprefix("unix:"))
             path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
