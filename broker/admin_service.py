@@ -79,8 +79,10 @@ class AdminService:
         self._node.topics.find(request.name)
         if not self._node.is_head:
             return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context)
-        await self._node.topics.delete(request.name, self._node.live_brokers)
-        await self._server.groups.forget_deleted()
+        try:
+            await self._node.topics.delete(request.name, self._node.live_brokers)
+        finally:                            # also when the caller goes away
+            await self._server.groups.forget_deleted()
         return pb.DeleteTopicResponse()
 
     async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:

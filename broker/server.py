@@ -255,6 +255,7 @@ class BrokerServer:
         self.attached_sessions: dict[int, int] = {}
         self.attached_by: dict[int, str] = {}                        # principals
         self._commit_events: dict[int, set[asyncio.Event]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
         self._health = HealthServicer()
@@ -405,8 +406,13 @@ class BrokerServer:
             self.sessions.detach(self.attached_sessions.pop(slot))
         if slot not in self.attached_cursors:
             return
-        cursor = self.attached_cursors.pop(slot)
-        # The stage moves the cursor as long as the slot is open: only then may somebody else have it.
+        closing = asyncio.create_task(self._close_cursor(self.attached_cursors.pop(slot), slot, generation))
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        await asyncio.shield(closing)       # done to its end, also when the caller goes away
+
+    async def _close_cursor(self, cursor: int, slot: int, generation: int) -> None:
+        """The stage moves the cursor as long as the slot is open: only then may somebody else have it."""
         while self.node.attach.is_taken(slot, generation):
             await asyncio.sleep(0.001)
         self.cursors.close(cursor)

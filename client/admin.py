@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from broker.config import TopicConfig, check_group_name, check_topic_name
+from broker.errors import DuplicateTopic, UnknownGroup, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import ClientLoop, Connection
 from client.fork import is_child
@@ -56,13 +57,22 @@ class AsyncAdmin:
         request = pb.CreateTopicRequest(name=config.name, order=config.order, ack=config.ack,
                                         replication_factor=config.replication_factor,
                                         retention_bytes=config.retention_bytes)
-        return _topic_dict(await self._loop.call(self._connection.any("Admin/CreateTopic", request, pb.Topic)))
+        made = await self._loop.call(
+            self._connection.any("Admin/CreateTopic", request, pb.Topic, done=(DuplicateTopic,)))
+        if made.name:
+            return _topic_dict(made)
+        found = await self.describe_topic(name)             # a try of ours whose answer was lost has made it
+        if any(found[option] != getattr(config, option) for option in (
+                "order", "ack", "replication_factor", "retention_bytes")):
+            raise DuplicateTopic(topic=name)
+        return found
 
     async def delete_topic(self, name: str) -> None:
         """Delete a topic and everything in it; its readers and publishers get `UnknownTopic`."""
         check_topic_name(name)
         await self._loop.call(
-            self._connection.any("Admin/DeleteTopic", pb.DeleteTopicRequest(name=name), pb.DeleteTopicResponse))
+            self._connection.any("Admin/DeleteTopic", pb.DeleteTopicRequest(name=name), pb.DeleteTopicResponse,
+                                 done=(UnknownTopic,)))
 
     async def list_topics(self) -> list[dict[str, Any]]:
         """All topics."""
@@ -102,7 +112,8 @@ class AsyncAdmin:
     async def delete_group(self, topic: str, group: str) -> None:
         """Forget a group that nobody reads, and keep nothing for it."""
         await self._loop.call(self._connection.any(
-            "Groups/Delete", pb.DeleteGroupRequest(topic=topic, group=group), pb.DeleteGroupResponse))
+            "Groups/Delete", pb.DeleteGroupRequest(topic=topic, group=group), pb.DeleteGroupResponse,
+            done=(UnknownGroup,)))
 
     async def describe_cluster(self) -> dict[str, Any]:
         """The cluster: its brokers, addresses, limits."""

@@ -297,7 +297,10 @@ class Connection:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise BrokerUnavailable(f"{target} did not answer {method} within {timeout:g} s: is it stopped or "
                                         "overloaded (`cxlmq cluster status`)?", address=target, silent=True) from None
-            raise translated(error, target) from None
+            failure = translated(error, target)
+            if "failed to connect" in (error.details() or ""):
+                failure.details["unsent"] = True
+            raise failure from None
 
     async def is_silent(self, target: str, seconds: float) -> bool:
         """Whether a broker says nothing at all: its process stands still. One that is gone is not silent."""
@@ -313,8 +316,8 @@ class Connection:
                   done: tuple[type[CxlmqError], ...] = ()) -> Any:
         """Call a method at any broker that answers.
 
-        `done` are errors that say, when a broker was asked before that did not answer, that it has done it all the
-        same: the reply is empty then.
+        `done` are errors that say, when a broker was asked before and its answer did not come, that it has done it all
+        the same: the reply is empty then.
         """
         error: CxlmqError = BrokerUnavailable(address=self.bootstrap or f"cluster {self.cluster}")
         asked = False
@@ -322,7 +325,7 @@ class Connection:
             try:
                 return await self.unary(broker.target, method, request, reply, timeout)
             except BrokerUnavailable as failed:
-                error, asked = failed, True
+                error, asked = failed, asked or "unsent" not in failed.details
             except done:
                 if not asked:
                     raise
