@@ -19,11 +19,14 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.security import CALLER, RIGHTS
 from broker.topics import TopicEntry
+from broker.unread import lost_from
 
 if TYPE_CHECKING:
     from broker.server import BrokerServer
 
 _log = logging.getLogger("cxlmq")
+
+RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
 
 
 def start_index(request: Any, reader: OrderReader) -> int:
@@ -66,6 +69,7 @@ class GroupService:
         self._files = GroupFiles(node.config.replica_folder(node.broker))
         self._lease_ns = node.group_lease_ns
         self._files_failed = False
+        self._report_file = node.config.folder / RECOVERY_FILE
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Methods of cxlmq.v1.Groups."""
@@ -149,10 +153,14 @@ class GroupService:
     def _describe(self, topic: TopicEntry, group: Group) -> pb.Group:
         frontiers = self._node.topics.frontiers(topic)
         left = self.table.lease_left_ns(group) // 1_000_000
+        # Only a recovery leaves lost ranges behind.
+        entries = self._node.topics.order_entries(topic) if self._report_file.exists() else None
+        lost = lost_from(group.position, frontiers["first_position"], frontiers["end_position"], entries,
+                         topic.generation)
         return pb.Group(topic=topic.name, name=group.name, position=group.position,
                         first_position=frontiers["first_position"], end_position=frontiers["end_position"],
                         protected=group.protected, holder=group.holder if left > 0 else "", lease_left_ms=max(0, left),
-                        member_epoch=group.member_epoch, committed_unix_ns=group.committed_wall_ns)
+                        member_epoch=group.member_epoch, committed_unix_ns=group.committed_wall_ns, lost_count=lost)
 
     async def reset(self, request: Any, context: Any) -> pb.Group:
         topic, reader = self._opened(request)

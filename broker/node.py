@@ -419,9 +419,9 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
 
 def _recover(config: ClusterConfig, region: Region) -> None:
     """Fill the new region from the replicas in the data directory, before anybody else attaches to it."""
+    from broker.group_service import RECOVERY_FILE
     from broker.recovery import make_plan
     from broker.restore import restore
-    from broker.server import RECOVERY_FILE
 
     assert config.data_directory
     plan = make_plan(Path(config.data_directory))

@@ -40,6 +40,7 @@ from broker.layout import (
     TopicState,
     record_dtypes,
 )
+from broker.unread import lost_from
 from sim.cxl import locks
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory, Memory, Role
@@ -776,9 +777,17 @@ def _inspect_groups(memory: Memory, layout: Layout, topics: list[dict[str, Any]]
         version, state = _versioned(GroupState, line.pop("state"))
         found.append({"group": _one(memory, layout, "GroupName", "group_name", number)["text"], "topic": topic["name"],
                       "state": state, "version": version, **line,
-                      "lag": topic["committed_position"] - line["position"],
+                      "lag": _lag(memory, layout, topic, line["position"]),
                       "holder": _one(memory, layout, "GroupHolder", "group_holder", number)["text"]})
     return found
+
+
+def _lag(memory: Memory, layout: Layout, topic: dict[str, Any], position: int) -> int:
+    """What can be read from a position on."""
+    end = topic["committed_position"]
+    entries = _indexed(memory, layout, "OrderEntry", "order_entry", layout.numbers["order_entry_count"], topic["topic"])
+    return max(0, end - position - lost_from(position, topic["reclaimed_position"], end, entries.tobytes(),
+                                             topic["generation"]))
 
 
 def _inspect_pool(memory: Memory, layout: Layout, topics: list[dict[str, Any]]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from broker.errors import (
     SessionUnknown,
     StreamTableFull,
 )
-from broker.group_service import GroupService, start_index
+from broker.group_service import RECOVERY_FILE, GroupService, start_index
 from broker.groups import topic_key
 from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.head import epoch_of, head_of
@@ -61,7 +61,6 @@ RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
 LOOK_SECONDS = 0.4
-RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
 
 SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
 

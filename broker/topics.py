@@ -149,6 +149,11 @@ class TopicTable:
                 return found
         raise BrokerUnavailable("a new head is taking over: try again", address="head")
 
+    def order_entries(self, entry: TopicEntry) -> bytes:
+        """The whole order index of a topic, as the serving head has it."""
+        return self._head.read_bytes(self._numbers["order_entry_count"] * record_bytes("OrderEntry"), "order_entry",
+                                     entry.number, 0)
+
     def degraded(self, entry: TopicEntry) -> list[str]:
         """The replicas of a topic whose disk failed, in words: acks of level 2 are refused until they have healed."""
         brokers = range(self._numbers["broker_count"])

@@ -26,7 +26,7 @@ def _topic_dict(topic: pb.Topic) -> dict[str, Any]:
 def _group_dict(group: pb.Group) -> dict[str, Any]:
     return {
         "topic": group.topic, "group": group.name, "position": group.position, "end_position": group.end_position,
-        "lag": group.end_position - group.position, "lost": max(0, group.first_position - group.position),
+        "lag": max(0, group.end_position - group.position - group.lost_count), "lost": group.lost_count,
         "protected": group.protected, "holder": group.holder, "lease_left_ms": group.lease_left_ms,
         "member_epoch": group.member_epoch, "committed_unix_ns": group.committed_unix_ns}
 

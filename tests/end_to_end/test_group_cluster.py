@@ -228,6 +228,9 @@ def test_what_a_protected_group_has_not_read_stays_and_the_publisher_is_told_who
         assert raised.value.position == 0
         found = described(cluster, topic)
         assert (found["lost"] >= lost, found["protected"], found["holder"]) == (True, False, "")
+        assert found["position"] + found["lost"] + found["lag"] == found["end_position"], "lag is what can be read"
+        (seen,) = inspected(cluster.name)["groups"]
+        assert seen["lag"] <= found["end_position"] - lost
         with Admin(cluster=cluster.name) as admin:
             admin.reset_group(topic, "g", "end")
         with Subscriber(topic, **options) as subscriber:
