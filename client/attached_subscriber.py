@@ -55,6 +55,12 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         self.returning: Future[None] | None = None  # on its way to another broker
         self.waiting = threading.Lock()             # one thread at a time waits in memory
 
+    @property
+    def attachment(self) -> pb.Attachment:
+        """Of the slot through which we read."""
+        assert self.slot is not None
+        return self.slot.attachment
+
     # ---- places -----------------------------------------------------------------------------------------------------
 
     async def _candidates(self) -> list[BrokerAddress]:
