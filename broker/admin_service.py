@@ -1,24 +1,40 @@
 """The Admin service of a broker: topics, sessions, and the slots of attached clients."""
 
+import asyncio
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
 
-from broker.calls import ADMIN, PUBLISH, SUBSCRIBE, Access, unary
-from broker.config import TopicConfig
-from broker.errors import ERROR_KEY, AttachSlotsFull, BrokerUnavailable, NotAllowed
+from broker.calls import unary_handlers
+from broker.config import TopicConfig, check_ack
+from broker.errors import ERROR_KEY, AttachSlotsFull, BrokerUnavailable, NotAllowed, TopicNotDurable
 from broker.grpc_options import channel_options
 from broker.head import head_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
-from broker.security import CALLER, RIGHTS
+from broker.rights import METHODS
+from broker.security import CALLER
 from broker.sessions import UNKNOWN_POSITION
 from broker.stages.sequencer import SESSION_WINDOW
 from broker.topics import TopicEntry
 
 if TYPE_CHECKING:
     from broker.server import BrokerServer
+
+
+def _altered(request: Any, entry: TopicEntry) -> TopicConfig:
+    """A topic's options as a request wants them. Raises `BadTopicOptions`."""
+    if request.HasField("ack"):
+        check_ack(entry.name, request.ack, entry.replication_factor)
+    config, _ = TopicConfig(
+        name=entry.name, order=entry.order, replication_factor=entry.replication_factor,
+        ack=request.ack if request.HasField("ack") else entry.ack,
+        retention_bytes=request.retention_bytes if request.HasField("retention_bytes") else entry.retention_bytes,
+    ).validate(None)
+    return config
+
 
 class AdminService:
     """Topics and sessions. What only the head may do is passed on to it."""
@@ -29,23 +45,18 @@ class AdminService:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Methods of cxlmq.v1.Admin."""
-        methods: dict[str, tuple[Any, Any, Any, Access]] = {
-            "CreateTopic": (self.create_topic, pb.CreateTopicRequest, pb.Topic, (ADMIN, lambda asked: asked.name)),
-            "DeleteTopic": (self.delete_topic, pb.DeleteTopicRequest, pb.DeleteTopicResponse,
-                            (ADMIN, lambda asked: asked.name)),
-            "ListTopics": (self.list_topics, pb.ListTopicsRequest, pb.ListTopicsResponse, None),
-            "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic,
-                              (RIGHTS, lambda asked: asked.name)),
-            "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session,
-                            (PUBLISH, lambda asked: asked.topic)),
-            "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse, None),
-            "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment,
-                                (PUBLISH, lambda asked: asked.open.topic)),
-            "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment,
-                                 (SUBSCRIBE, lambda asked: asked.subscribe.topic)),
-            "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse, None),
-        }
-        return {name: unary(self._server.guard, *each) for name, each in methods.items()}
+        return unary_handlers(self._server.guard, "Admin", {
+            "CreateTopic": (self.create_topic, pb.CreateTopicRequest, pb.Topic),
+            "AlterTopic": (self.alter_topic, pb.AlterTopicRequest, pb.Topic),
+            "DeleteTopic": (self.delete_topic, pb.DeleteTopicRequest, pb.DeleteTopicResponse),
+            "ListTopics": (self.list_topics, pb.ListTopicsRequest, pb.ListTopicsResponse),
+            "DescribeTopic": (self.describe_topic, pb.DescribeTopicRequest, pb.Topic),
+            "OpenSession": (self.open_session, pb.OpenSessionRequest, pb.Session),
+            "CloseSession": (self.close_session, pb.CloseSessionRequest, pb.CloseSessionResponse),
+            "AttachPublisher": (self.attach_publisher, pb.AttachPublisherRequest, pb.Attachment),
+            "AttachSubscriber": (self.attach_subscriber, pb.AttachSubscriberRequest, pb.Attachment),
+            "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
+        })
 
     async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
         """Call a method ("Admin/CreateTopic") at the head; its error comes through as it is."""
@@ -75,6 +86,19 @@ class AdminService:
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
         return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
 
+    async def alter_topic(self, request: Any, context: Any) -> pb.Topic:
+        """Change what can be changed while a topic is in use."""
+        changed = partial(_altered, request)
+        changed(self._node.topics.find(request.name))
+        if not self._node.is_head:
+            return await self.forward("Admin/AlterTopic", request, pb.Topic, context)
+        entry = await self._node.topics.alter(request.name, changed)
+        try:
+            await asyncio.to_thread(self._node.replica_folder.topic_altered, entry)
+        except OSError as error:
+            raise TopicNotDurable(topic=entry.name, reason=error.strerror or str(error)) from error
+        return self._describe(entry)
+
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
         self._node.topics.find(request.name)
         if not self._node.is_head:
@@ -86,9 +110,8 @@ class AdminService:
         return pb.DeleteTopicResponse()
 
     async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
-        caller = CALLER.get()
-        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in self._node.topics.entries()
-                                             if any(caller.may(right, entry.name) for right in RIGHTS)])
+        seen = METHODS["Admin/ListTopics"].seen(CALLER.get(), self._node.topics.entries())
+        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in seen])
 
     async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
         return self._describe(self._node.topics.find(request.name))
@@ -155,7 +178,7 @@ class AdminService:
         if line.get("client_id") == request.client_id and line["session_epoch"] == request.session_epoch:
             for entry in self._node.topics.entries():
                 if entry.generation << 16 | entry.number == line["topic"]:
-                    CALLER.get().require(PUBLISH, entry.name)
+                    CALLER.get().require(METHODS["Admin/CloseSession"].rights, entry.name)
             await self._server.sessions.close(request.session_slot)
         return pb.CloseSessionResponse()
 
@@ -166,10 +189,9 @@ class AdminService:
         self._server.check_session(entry, opened)
         found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
                                  opened.client_id, opened.ack, entry.replication_factor, request.pid,
-                                 request.presence)
+                                 request.presence, CALLER.get().number)
         if found is None:
             raise AttachSlotsFull(broker=node.broker)
-        self._server.attached_by[found[0]] = CALLER.get().name
         self._server.sessions.attach(opened.session_slot)
         self._server.attached_sessions[found[0]] = opened.session_slot
         node.doorbells[node.broker].ring_now()
@@ -184,13 +206,12 @@ class AdminService:
         try:                                # what may fail comes before the slot: who is refused holds nothing
             frontiers, position = reader.frontiers(), reader.position_of(reader.index)
             found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
-                                                request.presence)
+                                                request.presence, CALLER.get().number)
             if found is None:
                 raise AttachSlotsFull(broker=node.broker)
         except BaseException:
             server.cursors.close(cursor)
             raise
-        server.attached_by[found[0]] = CALLER.get().name
         server.attached_cursors[found[0]] = cursor
         node.watch_commits(+1)
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
@@ -201,7 +222,8 @@ class AdminService:
 
     async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
         caller = CALLER.get()
-        if self._server.attached_by.get(request.slot, caller.name) != caller.name:
+        owner = self._node.attach.owner_of(request.slot, request.generation)
+        if owner is not None and owner != caller.number:
             raise NotAllowed("this slot belongs to another principal: only who attached may detach", topic="",
                              principal=caller.name, right="detach")
         await self._server.close_attached(request.slot, request.generation)

@@ -22,6 +22,7 @@ from broker.errors import (
     to_metadata,
 )
 from broker.reader import ReadError, ReadStatus
+from broker.rights import METHODS, Access
 from broker.security import CALLER, Guard, Principal
 
 _log = logging.getLogger("cxlmq")
@@ -63,25 +64,26 @@ def read_error(topic: str, error: ReadError) -> CxlmqError:
     return DamagedData(str(error), topic=topic, index=error.index)
 
 
-# Who may call a method: one of these rights to the topic that the request names. None: whoever has a token.
-Access = tuple[tuple[str, ...], Callable[[Any], str]] | None
-PUBLISH, SUBSCRIBE, ADMIN = (("publish",), ("subscribe",), ("admin",))
+Served = tuple[Callable[[Any, Any], Awaitable[Any]], Any, Any]          # method, request type, reply type
 
 
-def unary(guard: Guard, method: Callable[[Any, Any], Awaitable[Any]], kind: Any, reply: Any,
-           access: Access) -> grpc.RpcMethodHandler:
+def unary_handlers(guard: Guard, service: str, methods: dict[str, Served]) -> dict[str, grpc.RpcMethodHandler]:
+    """The handlers of a service's methods, each with its row of the table of rights. KeyError for one without a row."""
+    return {name: _unary(guard, METHODS[f"{service}/{name}"], *each) for name, each in methods.items()}
+
+
+def _unary(guard: Guard, access: Access, method: Callable[[Any, Any], Awaitable[Any]], kind: Any,
+           reply: Any) -> grpc.RpcMethodHandler:
     """A handler of one method: parses the request itself, so that garbage gets a typed answer."""
     async def call(data: bytes, context: Any) -> Any:
         async with errors_as_statuses(context):
             caller = introduce(guard, context)
             request = parsed(kind, data)
-            if access is not None:
-                rights, topic_of = access
-                caller.require(rights, topic_of(request))
+            access.check(caller, request)
             try:
                 return await method(request, context)
             except ReadError as error:
-                raise read_error(access[1](request) if access else "", error) from error
+                raise read_error(access.topic_of(request), error) from error
 
     return grpc.unary_unary_rpc_method_handler(call, None, reply.SerializeToString)
 

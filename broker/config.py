@@ -13,6 +13,7 @@ import re
 import stat
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -121,8 +122,9 @@ _BYTES = ("region_bytes", "message_bytes_max", "batch_bytes_max", "segment_bytes
           "coherent_bytes")
 _PATHS = ("data_directory", "runtime_directory", "security")
 _DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_seconds", "replica_grace_seconds")
+BROKERS_MAX = 64
 _RANGES: dict[str, tuple[int, int]] = {
-    "brokers": (1, 64), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
+    "brokers": (1, BROKERS_MAX), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
     "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
     "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
     "cursor_count_max": (1, 1 << 20), "group_count_max": (1, 65536), "attach_slot_count": (0, 4096),
@@ -215,8 +217,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             _refuse("scanners", self.scanners, f"a whole number from 1 to brokers ({self.brokers})")
         if 0 < self.order_entry_count < 2 * self.scanners:
             _refuse("order_entry_count", self.order_entry_count, f"at least two for each of {self.scanners} scanners")
-        if not isinstance(self.name, str) or not _CLUSTER_NAME.fullmatch(self.name):
-            _refuse("name", self.name, "1 to 60 letters, digits, '.', '_' and '-', not starting with '.' or '-'")
+        check_cluster_name(self.name)
         for setting in _DURATIONS:
             if getattr(self, setting) <= 0:
                 _refuse(setting, getattr(self, setting), "more than 0")
@@ -346,6 +347,9 @@ ENVIRONMENT = {
     "CXLMQ_LISTEN_PORT": "listen_port", "CXLMQ_SECURITY": "security",
 }
 CONFIG_FILE_VARIABLE = "CXLMQ_CONFIG"
+_PREFIX = "CXLMQ_"
+# What the scripts read or set themselves (scripts/bootstrap.sh).
+_OF_SCRIPTS = ("CXLMQ_BOOTSTRAP_PYTHON", "CXLMQ_PYTHON", "CXLMQ_ROOT")
 _SETTINGS = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
 
 
@@ -357,6 +361,7 @@ def load_config(path: str | Path | None = None, *, environment: Mapping[str, str
     Raises `ConfigError`.
     """
     environment = os.environ if environment is None else environment
+    _check_variables(environment)
     path = path or environment.get(CONFIG_FILE_VARIABLE) or None
     values: dict[str, Any] = dict(_read_toml(Path(resolved(path, "config")))) if path else {}
     values.update({setting: environment[variable] for variable, setting in ENVIRONMENT.items()
@@ -366,6 +371,30 @@ def load_config(path: str | Path | None = None, *, environment: Mapping[str, str
         if setting not in _SETTINGS:
             _refuse(setting, value, f"one of the settings {', '.join(_SETTINGS)}")
     return ClusterConfig(**{setting: _typed(setting, value) for setting, value in values.items()})
+
+
+def _check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse a variable of ours that nobody reads: it is a typing error, and would change nothing in silence."""
+    known = (*ENVIRONMENT, CONFIG_FILE_VARIABLE)
+    for variable in sorted(environment):
+        if variable.startswith(_PREFIX) and environment[variable] and variable not in (*known, *_OF_SCRIPTS):
+            near = get_close_matches(variable, known, 1)
+            raise ConfigError(
+                f"the environment variable {variable} is none of ours{f' (is {near[0]} meant?)' if near else ''}: "
+                f"unset it, or use one of {', '.join(known)}; other settings are options, or in a file that "
+                f"{CONFIG_FILE_VARIABLE} names", setting=variable, value=repr(environment[variable]),
+                allowed=", ".join(known))
+
+
+def default_name() -> str:
+    """The cluster that is meant when none is named: CXLMQ_NAME, that of the configuration file, or "default"."""
+    return load_config().name
+
+
+def check_cluster_name(name: object) -> None:
+    """Raise `ConfigError` unless a cluster may be called so."""
+    if not isinstance(name, str) or not _CLUSTER_NAME.fullmatch(name):
+        _refuse("name", name, "1 to 60 letters, digits, '.', '_' and '-', not starting with '.' or '-'")
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -495,7 +524,7 @@ def layout_of(config: ClusterConfig) -> Layout:
 
 # ---- topics ---------------------------------------------------------------------------------------------------------
 
-ORDERS = (0, 1, 2, 4, 5)
+ORDERS, ACKS = (0, 1, 2, 4, 5), (0, 1, 2)
 ALIAS_NOTE = "order 4 is an alias of order 5: the topic has order 5"
 
 
@@ -508,20 +537,23 @@ class TopicConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     replication_factor: int = 1     # copies, the one in memory included
     retention_bytes: int = 0        # 0: while the region has room; N: drop beyond N bytes; -1: never drop
 
-    def validate(self, broker_count: int) -> tuple["TopicConfig", list[str]]:
-        """The topic as it will be, and notes for the user. Raises `BadTopicName` or `BadTopicOptions`."""
+    def validate(self, broker_count: int | None) -> tuple["TopicConfig", list[str]]:
+        """The topic as it will be, and notes for the user. Raises `BadTopicName` or `BadTopicOptions`.
+
+        Without `broker_count` nobody knows yet how many brokers there are: the cluster itself checks that.
+        """
         check_topic_name(self.name)
-        if self.order not in ORDERS:
+        if not _is_whole(self.order) or self.order not in ORDERS:
             self._refuse("order", self.order, "0, 1, 2, 5, or 4 as an alias of 5")
-        if self.ack not in (0, 1, 2):
+        if not _is_whole(self.ack) or self.ack not in ACKS:
             self._refuse("ack", self.ack, "0, 1 or 2")
-        if not 1 <= self.replication_factor <= broker_count:
-            self._refuse("replication_factor", self.replication_factor, f"1 to the number of brokers ({broker_count})")
+        if not _is_whole(self.replication_factor) or not 1 <= self.replication_factor <= (broker_count or BROKERS_MAX):
+            self._refuse("replication_factor", self.replication_factor, _up_to_brokers(1, broker_count))
         if self.ack == 2 and self.replication_factor < 2:
             self._refuse("replication_factor", self.replication_factor,
-                         f"2 to {broker_count} for ack 2, or use ack 1" if broker_count > 1
-                         else "none for ack 2 with one broker: use ack 1")
-        if not -1 <= self.retention_bytes < 1 << 62:
+                         "none for ack 2 with one broker: use ack 1" if broker_count == 1
+                         else f"{_up_to_brokers(2, broker_count)} for ack 2, or use ack 1")
+        if not _is_whole(self.retention_bytes) or not -1 <= self.retention_bytes < 1 << 62:
             self._refuse("retention_bytes", self.retention_bytes,
                          "0 (while there is room), a number of bytes, or -1 (never drop)")
         if self.order == 4:
@@ -530,6 +562,25 @@ class TopicConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 
     def _refuse(self, option: str, value: object, allowed: str) -> None:
         raise BadTopicOptions(topic=self.name, option=option, value=value, allowed=allowed)
+
+
+def check_ack(topic: str, ack: object, replication_factor: int) -> None:
+    """Raise `BadTopicOptions` unless a topic that is there can give this ack level."""
+    allowed = ACKS if replication_factor > 1 else ACKS[:-1]
+    if not _is_whole(ack) or ack not in allowed:
+        raise BadTopicOptions(topic=topic, option="ack", value=ack, allowed="0, 1 or 2" if replication_factor > 1 else (
+            "0 or 1: the topic has no replica (replication factor 1), and ack 2 means that one has the message"))
+
+
+def _up_to_brokers(low: int, broker_count: int | None) -> str:
+    if broker_count == low:
+        return f"{low}, with {low} broker{'s' if low > 1 else ''}"
+    most = f"({broker_count})" if broker_count else f"(at most {BROKERS_MAX})"
+    return f"{low} to the number of brokers {most}"
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_topic_name(name: str) -> None:

@@ -158,7 +158,8 @@ class DuplicateTopic(TopicError):
 
     code = "duplicate-topic"
     status = "ALREADY_EXISTS"
-    template = "topic {topic} exists already: choose another name, or delete it first"
+    template = ("topic {topic} exists already: choose another name, delete it first, or say that it may be there "
+                "(exist_ok=True, --if-not-exists)")
 
 
 class BadTopicName(TopicError):
@@ -174,6 +175,15 @@ class BadTopicOptions(TopicError):
 
     code = "bad-topic-options"
     template = "{option} of topic {topic} cannot be {value}: allowed is {allowed}"
+
+
+class TopicNotDurable(TopicError):
+    """New options of a topic are in memory and not on the head's disk; details: topic, reason."""
+
+    code = "topic-not-durable"
+    status = "FAILED_PRECONDITION"
+    template = ("topic {topic} is altered in memory and not on disk ({reason}): make room in the data directory and "
+                "alter it again")
 
 
 class TopicTableFull(TopicError):

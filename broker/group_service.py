@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from broker.calls import ADMIN, SUBSCRIBE, Access, unary
+from broker.calls import unary_handlers
 from broker.config import check_group_name
 from broker.errors import BadRequest, CommitRefused, GroupFenced, GroupNotDurable, PositionLost, UnknownGroup
 from broker.group_files import GroupFiles
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
-from broker.security import CALLER, RIGHTS
+from broker.rights import METHODS
+from broker.security import CALLER
 from broker.topics import TopicEntry
 from broker.unread import lost_from
 
@@ -73,18 +74,14 @@ class GroupService:
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Methods of cxlmq.v1.Groups."""
-        def topic_of(asked: Any) -> str:
-            return str(asked.topic)
-
-        methods: dict[str, tuple[Any, Any, Any, Access]] = {
-            "Join": (self.join, pb.JoinGroupRequest, pb.GroupMembership, (SUBSCRIBE, topic_of)),
-            "Commit": (self.commit, pb.CommitGroupRequest, pb.GroupMembership, (SUBSCRIBE, topic_of)),
-            "Leave": (self.leave, pb.LeaveGroupRequest, pb.LeaveGroupResponse, (SUBSCRIBE, topic_of)),
-            "List": (self.list, pb.ListGroupsRequest, pb.ListGroupsResponse, None),
-            "Reset": (self.reset, pb.ResetGroupRequest, pb.Group, (ADMIN, topic_of)),
-            "Delete": (self.delete, pb.DeleteGroupRequest, pb.DeleteGroupResponse, (ADMIN, topic_of)),
-        }
-        return {name: unary(self._server.guard, *each) for name, each in methods.items()}
+        return unary_handlers(self._server.guard, "Groups", {
+            "Join": (self.join, pb.JoinGroupRequest, pb.GroupMembership),
+            "Commit": (self.commit, pb.CommitGroupRequest, pb.GroupMembership),
+            "Leave": (self.leave, pb.LeaveGroupRequest, pb.LeaveGroupResponse),
+            "List": (self.list, pb.ListGroupsRequest, pb.ListGroupsResponse),
+            "Reset": (self.reset, pb.ResetGroupRequest, pb.Group),
+            "Delete": (self.delete, pb.DeleteGroupRequest, pb.DeleteGroupResponse),
+        })
 
     def _opened(self, request: Any) -> tuple[TopicEntry, OrderReader]:
         """The topic that a request is about, and a reader of it. Raises `BadGroupName`, `UnknownTopic` and its like."""
@@ -137,18 +134,14 @@ class GroupService:
         return pb.LeaveGroupResponse()
 
     async def list(self, request: Any, context: Any) -> pb.ListGroupsResponse:
-        caller = CALLER.get()
-        topics = self._node.topics.entries()
-        if request.topic:
-            topics = [self._node.topics.find(request.topic)]
-            caller.require(RIGHTS, request.topic)
-        if request.group:
-            return pb.ListGroupsResponse(groups=[
-                self._describe(topic, self.table.find(topic, request.group)) for topic in topics])
-        allowed = {topic_key(topic): topic for topic in topics
-                   if any(caller.may(right, topic.name) for right in RIGHTS)}
+        if request.topic and request.group:
+            topic, _ = self._opened(request)
+            return pb.ListGroupsResponse(groups=[self._describe(topic, self.table.find(topic, request.group))])
+        topics = [self._node.topics.find(request.topic)] if request.topic else self._node.topics.entries()
+        seen = {topic_key(topic): topic for topic in METHODS["Groups/List"].seen(CALLER.get(), topics)}
         return pb.ListGroupsResponse(groups=[
-            self._describe(allowed[group.topic], group) for group in self.table.entries(allowed)])
+            self._describe(seen[group.topic], group) for group in self.table.entries(seen)
+            if request.group in ("", group.name)])
 
     def _describe(self, topic: TopicEntry, group: Group) -> pb.Group:
         frontiers = self._node.topics.frontiers(topic)

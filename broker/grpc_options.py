@@ -68,6 +68,8 @@ def server_options(message_bytes_max: int) -> list[Option]:
         *_common_options(message_bytes_max),
         # Two brokers that listen on one port by mistake must fail, not share the connections.
         ("grpc.so_reuseport", 0),
+        # gRPC would inflate whatever comes, before we know who sent it. Batches have compression of their own.
+        ("grpc.compression_enabled_algorithms_bitset", 1),
         ("grpc.http2.min_ping_interval_without_data_ms", _PING_INTERVAL_MIN_MS),
     ]
 

@@ -174,7 +174,8 @@ cdef packed struct PoolRing:                # 8 lines
 cdef packed struct TopicLine:               # writer: admin
     uint64_t state                          # generation << 8 | TopicState
     uint64_t order
-    uint64_t ack
+    uint32_t ack
+    uint32_t alteration                     # how often its options were changed: on disks the highest counts
     uint64_t replication_factor
     uint64_t retention_bytes
     uint64_t created_wall_ns
@@ -338,7 +339,7 @@ cdef packed struct AttachLine:              # writer: receiver (the attach stage
     uint64_t session_epoch
     uint64_t client_id
     uint64_t taken                          # descriptors taken so far
-    uint64_t reserved
+    uint64_t owner                          # whose it is (Principal.number): nobody else may detach it
 
 cdef packed struct Lease:                   # 16 bytes, LEASE_RING of them; writer: receiver
     uint64_t offset

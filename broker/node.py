@@ -161,8 +161,9 @@ class BrokerNode:
         release = Release(self._door(Role.ROLE_RECLAIM), self.log)
         directory = self.directory = Directory(self._door(Role.ROLE_BROKER), self.log)
         scanners, reclaim = self.seats[:-1], self.seats[-1]
+        self.replica_folder = self._replica_folder()
         self.replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker,
-                                       self._replica_folder(), self.clock, self.doorbells,
+                                       self.replica_folder, self.clock, self.doorbells,
                                        self.config.replica_file_bytes)
         if self.config.thread_plan == "staged":
             # The stages of the broker's own log stay together: what one of them does to a topic the others must not

@@ -223,7 +223,7 @@ def make_plan(folder: Path) -> RecoveryPlan:
     for file in files:
         if not file.damage:
             by_topic.setdefault(file.identity, []).append(file)
-            known.setdefault(file.identity, file.topic)
+            known[file.identity] = _latest(known.get(file.identity), file.topic)
     runs = Runs(read_manifests(folder))
     chosen, ignored = _choose(known, deleted)
     topics = [_recover_topic(options, by_topic.get(identity, []), runs, damage)
@@ -233,12 +233,18 @@ def make_plan(folder: Path) -> RecoveryPlan:
 
 def _catalogue(folder: Path) -> dict[str, dict[str, Any]]:
     """Topics that were written down, by identity."""
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.rglob("*" + TOPIC_SUFFIX)):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             options = json.loads(path.read_text())["topic"]
-            found[identity_of(options["name"], options["created_ns"])] = options
+            identity = identity_of(options["name"], options["created_ns"])
+            found[identity] = _latest(found.get(identity), options)
     return found
+
+
+def _latest(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
+    """Of two descriptions of a topic, the one that was altered last: a broker may have been away then."""
+    return other if one is None or other.get("alteration", 0) > one.get("alteration", 0) else one
 
 
 def _deleted(folder: Path) -> set[str]:

@@ -169,6 +169,16 @@ class ReplicaFolder:
             entry = self._entry(topic, generation)
         except LookupError:
             return                          # it is being deleted again
+        self._write_down(entry)
+
+    def topic_altered(self, entry: TopicEntry) -> None:
+        """Note that a topic has other options. Raises OSError."""
+        known = self._topics.get((entry.number, entry.generation))
+        if known is not None and known.alteration < entry.alteration:
+            self._write_down(entry)
+            self._topics[entry.number, entry.generation] = entry
+
+    def _write_down(self, entry: TopicEntry) -> None:
         if not self._catalogue:
             return
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

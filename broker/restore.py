@@ -70,7 +70,7 @@ class Restorer:
         retention = options["retention_bytes"]
         self._put(self._layout.offset_of("topic", number), pack(
             "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=options["order"], ack=options["ack"],
-            replication_factor=options["replication_factor"],
+            alteration=options.get("alteration", 0), replication_factor=options["replication_factor"],
             retention_bytes=KEEP_FOREVER if retention < 0 else retention, created_wall_ns=options["created_ns"],
             message_bytes_max=self._numbers["message_bytes_max"], lease_ns=self._lease_ns))
 

@@ -16,8 +16,9 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from broker.admin_service import AdminService
-from broker.calls import PUBLISH, SUBSCRIBE, Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary
-from broker.config import TopicConfig, host_and_port
+from broker.calls import Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary_handlers
+from broker.compression import inflated, is_compressed
+from broker.config import check_ack, host_and_port
 from broker.errors import (
     BadBatch,
     BrokerUnavailable,
@@ -38,6 +39,7 @@ from broker.layout import BrokerState, SessionState
 from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.rights import METHODS
 from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
@@ -107,7 +109,7 @@ class PublishStream:
         if first is grpc.aio.EOF:
             return
         opened, payload = self._parse_open(first)
-        CALLER.get().require(PUBLISH, opened.topic)
+        METHODS["PubSub/Publish"].check(CALLER.get(), opened)
         entry = self._server.topic_seen(opened)
         self._server.check_ack(entry, opened.ack)
         self._server.check_session(entry, opened)
@@ -162,12 +164,18 @@ class PublishStream:
             del first
         while True:
             async with self._server.receiving(self._last_bytes):
-                frame = await self._context.read()
+                frame = await self._read_frame()
             if frame is grpc.aio.EOF:
                 return
             self._last_bytes = len(frame)
             await self._receive(frame, entry, opened)
             del frame                   # before the next one is put together
+
+    async def _read_frame(self) -> Any:
+        frame = await self._context.read()
+        if frame is grpc.aio.EOF or not is_compressed(frame):
+            return frame
+        return await asyncio.to_thread(inflated, frame, self._server.message_limit)
 
     async def _receive(self, frame: bytes, entry: TopicEntry, opened: pb.PublishOpen) -> None:
         """Take one batch in; wait for room when something is full, and say what when that takes too long."""
@@ -252,7 +260,6 @@ class BrokerServer:
         self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}
         self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}
-        self.attached_by: dict[int, str] = {}                        # principals
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._receiving_bytes = 0
@@ -261,23 +268,25 @@ class BrokerServer:
         self._stopping = asyncio.Event()
         self._caretaker: asyncio.Task[None] | None = None
         numbers = node.layout.numbers
-        self._message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
-        self._server = grpc.aio.server(options=server_options(self._message_limit),
+        self.message_limit = max(numbers["batch_bytes_max"], numbers["message_bytes_max"]) + FRAME_BYTES
+        self._server = grpc.aio.server(options=server_options(self.message_limit),
                                        interceptors=[Doorkeeper(self.guard)] if self.guard.security else None)
         self._admin = AdminService(self)
         self.groups = GroupService(self, self._admin.forward)
         self._add_services()
 
     def _add_services(self) -> None:
-        publish = grpc.stream_stream_rpc_method_handler(self._publish)
-        subscribe = grpc.unary_stream_rpc_method_handler(self._subscribe)
-        describe = unary(self.guard, self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription, None)
-        self._server.add_generic_rpc_handlers((
-            grpc.method_handlers_generic_handler("cxlmq.v1.PubSub", {"Publish": publish, "Subscribe": subscribe}),
-            grpc.method_handlers_generic_handler("cxlmq.v1.Admin", self._admin.handlers()),
-            grpc.method_handlers_generic_handler("cxlmq.v1.Groups", self.groups.handlers()),
-            grpc.method_handlers_generic_handler("cxlmq.v1.Cluster", {"Describe": describe}),
-        ))
+        services = {
+            "PubSub": {"Publish": grpc.stream_stream_rpc_method_handler(self._publish),
+                       "Subscribe": grpc.unary_stream_rpc_method_handler(self._subscribe)},
+            "Admin": self._admin.handlers(), "Groups": self.groups.handlers(),
+            "Cluster": unary_handlers(self.guard, "Cluster", {
+                "Describe": (self._describe_cluster, pb.DescribeClusterRequest, pb.ClusterDescription)}),
+        }
+        assert {f"{service}/{name}" for service, handlers in services.items() for name in handlers} == METHODS.keys()
+        self._server.add_generic_rpc_handlers(tuple(
+            grpc.method_handlers_generic_handler(f"cxlmq.v1.{service}", handlers)
+            for service, handlers in services.items()))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), self._server)
@@ -340,6 +349,7 @@ class BrokerServer:
             with contextlib.suppress(BrokerUnavailable):        # a new head is taking over: next time
                 if seen != (now := self.node.topics.version()):
                     self._tell_of_deletions()
+                    await self._write_down_alterations()
                     seen = now
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
                 self.cursors.free_left({
@@ -348,6 +358,15 @@ class BrokerServer:
                 if self.node.is_head:
                     await self.node.topics.complete_deletions(self.node.live_brokers)
                 await self.groups.look_after()
+
+    async def _write_down_alterations(self) -> None:
+        """Every broker's disk says what topics promise: the head's alone could go with it."""
+        try:
+            for entry in self.node.topics.entries():
+                if entry.alteration:
+                    await asyncio.to_thread(self.node.replica_folder.topic_altered, entry)
+        except OSError as error:            # its restart writes them as they are then
+            _log.error("what topics promise cannot be written: %s", error)
 
     def raise_if_failed(self) -> None:
         """Raise what ended the looking after: a broker without it would fill up in silence."""
@@ -399,7 +418,6 @@ class BrokerServer:
         """An attached client is done, or dead: its slot and its cursor are free again."""
         if not self.node.attach.close_slot(slot, generation):
             return
-        self.attached_by.pop(slot, None)
         self.node.doorbells[self.node.broker].ring_now()
         if slot in self.attached_sessions:
             self.sessions.detach(self.attached_sessions.pop(slot))
@@ -437,8 +455,7 @@ class BrokerServer:
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:
         """Refuse an ack level that the topic cannot give."""
-        TopicConfig(name=entry.name, order=entry.order, ack=ack, replication_factor=entry.replication_factor).validate(
-            max(entry.replication_factor, 2))
+        check_ack(entry.name, ack, entry.replication_factor)
 
     def check_session(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
         """Refuse a stream or slot whose session is not open, or is somebody else's."""
@@ -465,7 +482,7 @@ class BrokerServer:
         async with errors_as_statuses(context):
             caller = introduce(self.guard, context)
             request = parsed(pb.SubscribeRequest, data)
-            caller.require(SUBSCRIBE, request.topic)
+            METHODS["PubSub/Subscribe"].check(caller, request)
             try:
                 await self._deliver(request, context)
             except ReadError as error:
@@ -519,7 +536,7 @@ class BrokerServer:
     async def _follow(self, request: Any, context: Any, reader: OrderReader, cursor: int,
                       event: asyncio.Event) -> None:
         """Send what is there, wait for what comes, until the reader goes."""
-        frame_bytes = min(request.frame_bytes or FRAME_BYTES, self._message_limit - FRAME_BYTES)
+        frame_bytes = min(request.frame_bytes or FRAME_BYTES, self.message_limit - FRAME_BYTES)
         while not self._stopping.is_set():
             frame = reader.read_frame(frame_bytes)
             if frame:

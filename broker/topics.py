@@ -45,6 +45,7 @@ class TopicEntry:
     replication_factor: int
     retention_bytes: int
     created_ns: int
+    alteration: int = 0             # how often its options were changed
 
 
 class TopicTable:
@@ -198,7 +199,7 @@ class TopicTable:
                 retention = line["retention_bytes"]
                 entry = TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
                                    line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
-                                   line["created_wall_ns"])
+                                   line["created_wall_ns"], line["alteration"])
                 found[entry.name] = entry
             if self._head.control == control:
                 self._by_name, self._version, self._control = found, version, control
@@ -225,8 +226,7 @@ class TopicTable:
                 self._memory.write_bytes(layout.offset_of("topic_name", number), pack("TopicName", text=config.name))
                 line = pack(
                     "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=config.order, ack=config.ack,
-                    replication_factor=config.replication_factor,
-                    retention_bytes=KEEP_FOREVER if config.retention_bytes < 0 else config.retention_bytes,
+                    replication_factor=config.replication_factor, retention_bytes=_stored(config.retention_bytes),
                     created_wall_ns=time.time_ns(), message_bytes_max=self._numbers["message_bytes_max"],
                     lease_ns=lease_ns)
                 self._memory.store_fence()
@@ -238,6 +238,21 @@ class TopicTable:
                     self._set_state(number, generation, TopicState.TOPIC_DELETING)
                 raise
             return self.find(config.name)
+
+    async def alter(self, name: str, changed: Callable[[TopicEntry], TopicConfig]) -> TopicEntry:
+        """Give a topic other options, all in one line: readers see the old ones or the new ones.
+
+        `changed` makes them from those that count now. Raises `BrokerUnavailable` when another head takes over.
+        """
+        async with self._lock:
+            before = self.find(name)
+            config = changed(before)
+            with self._bank.writing() as layout:
+                line = unpack("TopicLine", self._memory.read_line_bytes(layout.offset_of("topic", before.number)))
+                line |= {"ack": config.ack, "retention_bytes": _stored(config.retention_bytes),
+                         "alteration": line["alteration"] + 1}
+                self._publish(layout, before.number, pack("TopicLine", **line))
+            return self.find(name)
 
     async def delete(self, name: str, live_brokers: Callable[[], list[int]]) -> None:
         """Delete a topic: first every live broker stops serving it, then its segments are given back.
@@ -357,6 +372,10 @@ class TopicTable:
         at = self._layout.offset_of("offset_broker", number, broker)
         self._memory.invalidate_range(at, 64)
         return self._memory.load_word(at + 48)
+
+
+def _stored(retention_bytes: int) -> int:
+    return KEEP_FOREVER if retention_bytes < 0 else retention_bytes
 
 
 def holder_at(head: HeadView, memory: Memory, layout: Layout, broker: int) -> str:

@@ -42,7 +42,7 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
     With `views`, payloads of messages are views of the segments; else they are copied out, as they come over gRPC.
     """
 
-    def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
+    def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int, views: bool = True) -> None:
         super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
         self.views = views

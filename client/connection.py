@@ -7,6 +7,7 @@ apply_process_tuning()                  # before the first import of grpc
 import asyncio
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent import futures
@@ -19,8 +20,15 @@ from typing import Any, Generic, TypeVar
 import grpc
 import grpc.aio
 
-from broker.config import check_socket, load_config
-from broker.errors import BrokerUnavailable, CxlmqError, RegionMissing, Unauthenticated, from_metadata
+from broker.config import check_cluster_name, check_socket, default_name, load_config
+from broker.errors import (
+    BrokerUnavailable,
+    ConfigError,
+    CxlmqError,
+    RegionMissing,
+    Unauthenticated,
+    from_metadata,
+)
 from broker.grpc_options import channel_options
 from broker.layout import BrokerState
 from broker.proto import cxlmq_pb2 as pb
@@ -36,6 +44,9 @@ Identity = tuple[grpc.ChannelCredentials, tuple[tuple[str, str], ...]]
 CALL_SECONDS = 30.0
 END_SECONDS = 5.0                       # what was given up has ended by then, or is waited for no longer
 MESSAGE_LIMIT = (1 << 30) + (1 << 21)
+
+
+_ADDRESS = re.compile(r"unix:.+|\S+:\d{1,5}")
 
 
 class ClientLoop:
@@ -196,11 +207,17 @@ def addresses_of_region(cluster: str) -> tuple[list[BrokerAddress], int]:
 class Connection:
     """Channels to a cluster's brokers, opened when first used. All methods run on the client loop.
 
-    `cluster` names a cluster on this machine; `bootstrap` ("host:port", "unix:/path") is any broker of one.
+    `cluster` names a cluster on this machine (None: as the command does, CXLMQ_NAME or "default"); `bootstrap`
+    ("host:port", "unix:/path") is any broker of one. Raises `ConfigError`.
     """
 
     def __init__(self, cluster: str | None, bootstrap: str | None) -> None:
-        self.cluster = cluster
+        if cluster is not None:
+            check_cluster_name(cluster)
+        if bootstrap is not None and (not isinstance(bootstrap, str) or not _ADDRESS.fullmatch(bootstrap)):
+            raise ConfigError(setting="bootstrap", value=repr(bootstrap),
+                              allowed="HOST:PORT, or unix:/PATH of a socket")
+        self.cluster = default_name() if cluster is None and bootstrap is None else cluster
         self.bootstrap = bootstrap
         self._channels: dict[str, Any] = {}
         self._undoing: set[asyncio.Task[None]] = set()
@@ -240,7 +257,7 @@ class Connection:
     async def brokers(self) -> list[BrokerAddress]:
         """The live brokers, asked anew. Raises `BrokerUnavailable`, `RegionMissing`."""
         if self.bootstrap is None:
-            live, self.broker_count = addresses_of_region(self.cluster or "default")
+            live, self.broker_count = addresses_of_region(str(self.cluster))
             return live
         known = [self.bootstrap]
         if self.description is not None:

@@ -60,7 +60,7 @@ class Engine(Ways):
 
     BUFFER_BYTES = 16 << 20
 
-    def __init__(self, topic: str, *, cluster: str, bootstrap: str | None, ack: int | None, client_id: int,
+    def __init__(self, topic: str, *, cluster: str | None, bootstrap: str | None, ack: int | None, client_id: int,
                  batch_bytes: int | None, batch_bytes_min: int, batch_bytes_max: int, linger_ms: float,
                  in_flight: int, buffer_bytes: int | None, when_full: str, delivery_timeout: float,
                  on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,

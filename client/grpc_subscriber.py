@@ -38,7 +38,7 @@ class Stream(NamedTuple):
 class SubscriberEngine(ReadingEngine[Stream]):
     """Keeps a subscription running and its buffer filled."""
 
-    def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
+    def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int) -> None:
         super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
         self.changed = threading.Condition()

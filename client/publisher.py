@@ -83,7 +83,7 @@ def _as_rows(rows: Any) -> Any:
 class _PublisherBase:
     """What `Publisher` and `AsyncPublisher` share."""
 
-    def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
+    def __init__(self, topic: str, *, cluster: str | None = None, bootstrap: str | None = None, transport: str = "auto",
                  ack: int | None = None, client_id: int | None = None, batch_bytes: int | None = None,
                  batch_bytes_min: int = 64 << 10, batch_bytes_max: int = 4 << 20, linger_ms: float = 1.0,
                  in_flight: int = 8, buffer_bytes: int | None = None, when_full: str = "block",

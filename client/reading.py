@@ -40,7 +40,7 @@ REACH_SECONDS = 15.0                    # a broker that has not answered by then
 class ReadingEngine(Generic[P]):
     """A subscription; `P` is a place at a broker. Coroutines run on the client loop, taking in any thread."""
 
-    def __init__(self, topic: str, cluster: str, bootstrap: str | None, start: Start, broker: int | None,
+    def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int) -> None:
         self.topic = topic
         self.client_loop = ClientLoop.get()

@@ -32,7 +32,7 @@ NO_PROGRESS = f"the broker that serves this reader sent nothing for {PROGRESS_SE
 class _SubscriberBase:
     """What `Subscriber` and `AsyncSubscriber` share."""
 
-    def __init__(self, topic: str, *, cluster: str = "default", bootstrap: str | None = None, transport: str = "auto",
+    def __init__(self, topic: str, *, cluster: str | None = None, bootstrap: str | None = None, transport: str = "auto",
                  start: Start = "beginning", broker: int | None = None, buffer_bytes: int = BUFFER_BYTES,
                  group: str | None = None, protect: bool = False, auto_commit: float | None = None,
                  group_wait: float = 0.0, security: str | Path | None = None) -> None:

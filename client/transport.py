@@ -12,6 +12,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import DecodeError
 
+from broker.compression import compressed
 from broker.errors import BrokerUnavailable, CxlmqError, DamagedData, from_code
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import BrokerAddress, translated
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 PUBLISH = "/cxlmq.v1.PubSub/Publish"
 CLOSE_SECONDS = 5.0
-COMPRESSIONS = {None: None, "gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
 
 
 def rendezvous(brokers: Sequence[BrokerAddress], client_id: int, number: int) -> list[BrokerAddress]:
@@ -52,7 +52,8 @@ class PublishTransport:
         self._on_broken = on_broken
         self._level = opened.ack
         self._opened = pb.PublishRequest(open=opened).SerializeToString()
-        self._call = channel.stream_stream(PUBLISH)(compression=COMPRESSIONS[compression])
+        self._compression = compression
+        self._call = channel.stream_stream(PUBLISH)()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     def has_room(self, nbytes: int) -> bool:
@@ -126,6 +127,8 @@ class PublishTransport:
         frame = batch.frame
         if frame is None or batch.sequence not in self._waiting:
             return                          # settled meanwhile, or given another sequence
+        if self._compression is not None:
+            frame = await asyncio.to_thread(compressed, frame, self._compression)
         await self._call.write(frame)
         if self._level == 0:
             batch.publisher.settled_at_send(batch)

@@ -363,6 +363,14 @@ class ManualCluster:
         config, _ = TopicConfig(name=name, **options).validate(self.count)
         return drive(self.table.create(config, LEASE_NS, lambda: list(range(self.count))))
 
+    def alter(self, name: str = "topic", **options: Any) -> TopicEntry:
+        """Give a topic other options while it is in use."""
+        def changed(entry: TopicEntry) -> TopicConfig:
+            return TopicConfig(**{"name": entry.name, "order": entry.order, "ack": entry.ack, "replication_factor":
+                                  entry.replication_factor, "retention_bytes": entry.retention_bytes, **options})
+
+        return drive(self.table.alter(name, changed))
+
     def delete(self, name: str = "topic") -> None:
         """Delete a topic; its segments come back with the next steps."""
         drive(self.table.delete(name, lambda: list(range(self.count))))

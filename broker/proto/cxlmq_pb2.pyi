@@ -43,18 +43,20 @@ class PublishOpen(_message.Message):
     def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
 
 class PublishRequest(_message.Message):
-    __slots__ = ("open", "batch_sequence", "message_count", "published_ns", "payload")
+    __slots__ = ("open", "batch_sequence", "message_count", "published_ns", "compressed", "payload")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     BATCH_SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
     PUBLISHED_NS_FIELD_NUMBER: _ClassVar[int]
+    COMPRESSED_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     open: PublishOpen
     batch_sequence: int
     message_count: int
     published_ns: int
+    compressed: bytes
     payload: bytes
-    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., batch_sequence: _Optional[int] = ..., message_count: _Optional[int] = ..., published_ns: _Optional[int] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, open: _Optional[_Union[PublishOpen, _Mapping]] = ..., batch_sequence: _Optional[int] = ..., message_count: _Optional[int] = ..., published_ns: _Optional[int] = ..., compressed: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("batch_sequence", "code", "message", "details")
@@ -149,6 +151,16 @@ class CreateTopicRequest(_message.Message):
     replication_factor: int
     retention_bytes: int
     def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ...) -> None: ...
+
+class AlterTopicRequest(_message.Message):
+    __slots__ = ("name", "retention_bytes", "ack")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACK_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    retention_bytes: int
+    ack: int
+    def __init__(self, name: _Optional[str] = ..., retention_bytes: _Optional[int] = ..., ack: _Optional[int] = ...) -> None: ...
 
 class DeleteTopicRequest(_message.Message):
     __slots__ = ("name",)

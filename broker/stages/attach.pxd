@@ -23,6 +23,7 @@ cdef struct AttachSlot:
     uint64_t session_slot
     uint64_t session_epoch
     uint64_t client_id
+    uint64_t owner              # the principal that attached
     uint64_t level
     uint64_t stream
     uint64_t taken
@@ -64,6 +65,7 @@ cdef class AttachStage(Stage):
     cdef bint fence_session(self, AttachSlot* slot) noexcept nogil
     cdef void write_line(self, uint64_t i) noexcept nogil
     cdef void end_leases(self, AttachSlot* slot, uint64_t up_to) noexcept nogil
-    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence)
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence,
+                            uint64_t owner)
     cdef void publish_slot(self, uint64_t i) noexcept nogil
     cdef int64_t finish(self, uint64_t i) noexcept nogil

@@ -76,6 +76,7 @@ cdef class AttachStage(Stage):
         slot.session_slot = line.session_slot
         slot.session_epoch = line.session_epoch
         slot.client_id = line.client_id
+        slot.owner = line.owner
         slot.stream = stream
         slot.taken = line.taken
         slot.granted = line.granted
@@ -325,6 +326,7 @@ cdef class AttachStage(Stage):
         line.session_epoch = slot.session_epoch
         line.client_id = slot.client_id
         line.taken = slot.taken
+        line.owner = slot.owner
         self.memory.write_line(self.layout.attach_line(self.first + i), &line)
         self.memory.flush(self.layout.attach_line(self.first + i), 64)
         self.memory.full_fence()
@@ -378,9 +380,10 @@ cdef class AttachStage(Stage):
     # ---- for the service ----------------------------------------------------------------------------------------------
 
     def open(self, uint64_t topic, uint64_t topic_generation, uint64_t session_slot, uint64_t session_epoch,
-             uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t presence):
+             uint64_t client_id, uint64_t level, uint64_t replication_factor, uint64_t pid, uint64_t presence,
+             uint64_t owner=0):
         """Hand out a slot; (its number in the region, its generation). None when all are taken."""
-        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence), stream
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence, owner), stream
         cdef AttachSlot* slot
         if i < 0:
             return None
@@ -399,9 +402,9 @@ cdef class AttachStage(Stage):
         return self.first + i, slot.generation
 
     def open_subscriber(self, uint64_t topic, uint64_t topic_generation, uint64_t cursor, uint64_t index,
-                        uint64_t pid, uint64_t presence):
+                        uint64_t pid, uint64_t presence, uint64_t owner=0):
         """Hand out a subscriber's slot, whose cursor stands at `index`; as `open`."""
-        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence)
+        cdef int64_t i = self.claim_slot(topic, topic_generation, pid, presence, owner)
         if i < 0:
             return None
         self.slots[i].subscriber = cursor + 1
@@ -411,7 +414,8 @@ cdef class AttachStage(Stage):
         self.publish_slot(i)
         return self.first + i, self.slots[i].generation
 
-    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence):
+    cdef int64_t claim_slot(self, uint64_t topic, uint64_t topic_generation, uint64_t pid, uint64_t presence,
+                            uint64_t owner):
         """A free slot of ours, its client line wiped and named; -1 when all are taken."""
         cdef uint64_t i, at, offset
         cdef AttachSlot* slot
@@ -423,6 +427,7 @@ cdef class AttachStage(Stage):
             slot.generation = (self.memory.load(self.layout.attach_line(self.first + i)) >> 8) % 0xFFFF + 1
             slot.topic = topic
             slot.topic_generation = topic_generation
+            slot.owner = owner
             slot.heard_at = self.clock.now_ns()
             at = self.layout.attach_client(self.first + i)      # not its counters: they add up over all clients
             for offset in range(0, 128, 8):
@@ -454,6 +459,13 @@ cdef class AttachStage(Stage):
         cxl_store_release(&self.slots[i].closing, 1)
         self.next_check = 0
         return True
+
+    def owner_of(self, uint64_t number, uint64_t generation):
+        """Whose slot it is, a number of a principal; None when no client has it. Survives this process."""
+        cdef uint64_t i = number - self.first
+        if number < self.first or i >= self.count or self.slots[i].generation != generation:
+            return None
+        return self.slots[i].owner if cxl_load_acquire(&self.slots[i].state) != ATTACH_FREE else None
 
     def is_taken(self, uint64_t number, uint64_t generation) -> bool:
         """Whether a slot is still in that client's use."""

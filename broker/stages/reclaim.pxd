@@ -14,7 +14,8 @@ cdef class Reclaim(Stage):
     cdef PoolLeader leader
     cdef uint64_t* cursors_seen
     cdef uint64_t* answered
-    cdef uint64_t* retention            # by topic; read when its generation is new
+    cdef uint64_t* retention            # by topic; read when its generation is new, or the table of topics has changed
+    cdef uint64_t options_seen          # version of the table of topics
     cdef uint64_t* replication
     cdef uint64_t* generations
     cdef uint64_t* reclaimed_bytes
@@ -27,6 +28,8 @@ cdef class Reclaim(Stage):
 
     cdef int64_t grant_cursors(self, uint64_t broker) noexcept nogil
     cdef bint know(self, uint64_t topic) noexcept nogil
+    cdef void read_options(self, uint64_t topic) noexcept nogil
+    cdef void look_at_options(self) noexcept nogil
     cdef uint64_t limit(self, uint64_t topic) noexcept nogil
     cdef int64_t reclaim_bytes(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil
     cdef uint64_t first_kept(self, uint64_t topic, uint64_t index, uint64_t position) noexcept nogil

@@ -73,6 +73,7 @@ cdef class Reclaim(Stage):
             if self.memory.load(line + 48) != self.cursors_seen[b]:
                 self.cursors_seen[b] = self.memory.load(line + 48)
                 work += self.grant_cursors(b)
+        self.look_at_options()
         for topic in range(self.layout.g.topic_count_max):
             order = &self.state.topics[topic]
             if cxl_load_relaxed(&order.generation) and self.know(topic):
@@ -91,21 +92,36 @@ cdef class Reclaim(Stage):
     cdef bint know(self, uint64_t topic) noexcept nogil:
         """Read a topic's options when it is new. False while it is being deleted."""
         cdef uint64_t generation = cxl_load_acquire(&self.state.topics[topic].generation)
-        cdef TopicLine line
         cdef TopicReclaimLine reclaimed
         if generation == 0:
             return False
         if self.generations[topic] != generation:
-            self.memory.invalidate(self.layout.topic(topic), 64)
-            self.memory.read_line(self.layout.topic(topic), &line)
-            self.retention[topic] = line.retention_bytes
-            self.replication[topic] = line.replication_factor
+            self.read_options(topic)
             # Zero for a new topic; otherwise where the last head, or recovery, stood.
             self.memory.read_line(self.layout.topic_reclaim(topic), &reclaimed)
             self.reclaimed_bytes[topic] = reclaimed.reclaimed_bytes
             self.reclaimed_position[topic] = reclaimed.reclaimed_position
             self.generations[topic] = generation
         return True
+
+    cdef void read_options(self, uint64_t topic) noexcept nogil:
+        cdef TopicLine line
+        self.memory.invalidate(self.layout.topic(topic), 64)
+        self.memory.read_line(self.layout.topic(topic), &line)
+        self.retention[topic] = line.retention_bytes
+        self.replication[topic] = line.replication_factor
+
+    cdef void look_at_options(self) noexcept nogil:
+        """Options of topics can be altered while they are in use."""
+        cdef uint64_t topic, version
+        self.memory.invalidate(self.layout.directory(), 64)
+        version = self.memory.load(self.layout.directory())
+        if version == self.options_seen:
+            return
+        self.options_seen = version             # read first: what is altered meanwhile is read again
+        for topic in range(self.layout.g.topic_count_max):
+            if self.generations[topic]:
+                self.read_options(topic)
 
     cdef int64_t grant_cursors(self, uint64_t broker) noexcept nogil:
         cdef uint64_t first = broker * self.layout.g.cursors_per_broker, c, topic

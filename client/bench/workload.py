@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from broker.config import (
+    ACKS,
     MEMORIES,
+    ORDERS,
     SEQUENCER_LOCKS,
     THREAD_PLANS,
     WAITINGS,
@@ -164,6 +166,15 @@ def _number(low: int, high: int) -> Any:
     return parse
 
 
+def _one_of(*numbers: int) -> Any:
+    def parse(name: str, value: Any) -> int:
+        if str(value) not in map(str, numbers):
+            _refuse(name, value, f"one of {', '.join(map(str, numbers))}")
+        return int(value)
+
+    return parse
+
+
 def _choice(*choices: str) -> Any:
     def parse(name: str, value: Any) -> str:
         if value not in choices:
@@ -189,8 +200,8 @@ def _batch_size(name: str, value: Any) -> int | None:
 
 _PARSERS: dict[str, Any] = {
     "transport": _choice(*TRANSPORTS), "brokers": _number(1, 64), "publishers": _number(1, PUBLISHERS_MAX),
-    "message_bytes": _size, "total_bytes": _size, "batch_bytes": _batch_size, "order": _number(0, 5),
-    "ack": _number(0, 2), "replication_factor": _number(1, 64), "trials": _number(1, TRIALS_MAX),
+    "message_bytes": _size, "total_bytes": _size, "batch_bytes": _batch_size, "order": _one_of(*ORDERS),
+    "ack": _one_of(*ACKS), "replication_factor": _number(1, 64), "trials": _number(1, TRIALS_MAX),
     "sequencer_lock": _choice(*SEQUENCER_LOCKS), "waiting": _choice(*WAITINGS), "region_bytes": _size,
     "scanners": _number(1, 64), "thread_plan": _choice(*THREAD_PLANS), "network": _choice(*NETWORKS),
     "memory": _choice(*MEMORIES), "profile": lambda name, value: str(value),

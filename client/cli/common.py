@@ -107,9 +107,9 @@ def target_options(function: CommandFunction) -> CommandFunction:
 
 def default_cluster() -> str:
     """The name used when none is given."""
-    from broker.config import load_config
+    from broker.config import default_name as name
 
-    return load_config().name
+    return name()
 
 
 class SizeType(click.ParamType):

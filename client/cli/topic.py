@@ -1,4 +1,4 @@
-"""`cxlmq topic create|list|describe|delete`."""
+"""`cxlmq topic create|alter|list|describe|delete`."""
 
 import datetime
 from typing import Any
@@ -9,7 +9,6 @@ from broker.errors import ConfigError, UnknownTopic
 from client.cli import common
 from client.cli.common import Target, print_json, say, settings, target_options
 
-_BROKERS_MAX = 64
 _COLUMNS = (("name", "name"), (">order", "order"), (">ack", "ack"), (">RF", "replication_factor"),
             (">first", "first_position"), (">end", "end_position"), (">batches", "committed_batches"))
 
@@ -28,7 +27,7 @@ class RetentionType(click.ParamType):
 
 @click.group()
 def topic() -> None:
-    """Create, list, describe and delete topics."""
+    """Create, alter, list, describe and delete topics."""
 
 
 def topic_options(function: Any) -> Any:
@@ -53,7 +52,7 @@ def check_topic(name: str, order: int, ack: int, replication_factor: int, retent
 
     wanted = TopicConfig(name=name, order=order, ack=ack, replication_factor=replication_factor,
                          retention_bytes=retention)
-    settled, notes = wanted.validate(_BROKERS_MAX)
+    settled, notes = wanted.validate(None)
     for note in notes:
         say(f"note: {note}")
     return {"name": settled.name, "order": settled.order, "ack": settled.ack,
@@ -66,25 +65,58 @@ def check_topic(name: str, order: int, ack: int, replication_factor: int, retent
 @click.option("--ack", type=int, default=1, show_default=True,
               help="When a message counts as taken. 0: at once, 1: ordered in memory, 2: on the disks of all replicas "
                    "(needs --replication-factor 2 or more).")
+@click.option("--if-not-exists", is_flag=True, help="A topic that is there and promises the same is no failure.")
 @target_options
-def create(name: str, order: int, ack: int, replication_factor: int, retention: int, target: Target) -> None:
+def create(name: str, order: int, ack: int, replication_factor: int, retention: int, if_not_exists: bool,
+           target: Target) -> None:
     """Create a topic.
 
     \b
     Examples:
       cxlmq topic create frames
+      cxlmq topic create frames --if-not-exists
       cxlmq topic create ledger --ack 2 --replication-factor 2 --retention keep
     """
     values = check_topic(name, order, ack, replication_factor, retention)
     from client.admin import Admin
 
     with Admin(**target.arguments) as admin:
-        made = admin.create_topic(**values)
+        made = admin.create_topic(**values, exist_ok=if_not_exists)
     if settings().as_json:
         print_json(made)
     else:
         click.echo(f"topic {made['name']!r} is there: order {made['order']}, ack {made['ack']}, replication factor "
                    f"{made['replication_factor']}")
+
+
+@topic.command()
+@click.argument("name")
+@click.option("--retention", type=RetentionType(), metavar="SIZE|keep",
+              help="From now on: 0 keeps messages while there is room; a size drops what is older than that many "
+                   "bytes; keep never drops.")
+@click.option("--ack", type=int, help="When a message counts as taken, for publishers that are opened from now on and "
+                                      "do not say themselves: 0, 1, or 2 (needs a replica).")
+@target_options
+def alter(name: str, retention: int | None, ack: int | None, target: Target) -> None:
+    """Change what a topic promises while it is in use. Order and replication factor stay as they were created.
+
+    \b
+    Examples:
+      cxlmq topic alter frames --retention 512MiB
+      cxlmq topic alter ledger --retention keep --ack 2
+    """
+    from client.admin import Admin
+
+    if retention is None and ack is None:
+        raise click.UsageError("say --retention or --ack")
+    with Admin(**target.arguments) as admin:
+        made = admin.alter_topic(name, retention_bytes=retention, ack=ack)
+    if settings().as_json:
+        print_json(made)
+    else:
+        kept = {0: "while there is room", -1: "for ever"}.get(made["retention_bytes"],
+                                                                    f"{made['retention_bytes']} bytes")
+        click.echo(f"topic {made['name']!r} now has ack {made['ack']}, and keeps messages: {kept}")
 
 
 @topic.command("list")

@@ -276,7 +276,7 @@ class ChaosRun:
             try:
                 with Admin(cluster=self._cluster.name) as admin:
                     for topic, options in TOPICS.items():
-                        admin.create_topic(topic, **options)
+                        admin.create_topic(topic, ack=options["ack"], replication_factor=options["replication_factor"])
                     self._damaged_number = int(admin.create_topic(DAMAGED)["number"])
                 yield
             finally:

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from broker.errors import BrokerUnavailable, ClearTextRefused, CxlmqError, NotAllowed, Unauthenticated
 from broker.proto import cxlmq_pb2 as pb
+from broker.rights import METHODS
 from broker.security import Security
 from client import Admin, AsyncSubscriber, Publisher, Subscriber
 from client.cluster import Cluster
@@ -138,14 +139,11 @@ def test_tls_alone_is_not_enough_and_a_certificate_is_needed(folder: Path, clust
     assert raised.value.code() == grpc.StatusCode.UNAVAILABLE  # type: ignore[attr-defined]
 
 
-METHODS = [f"cxlmq.v1.Admin/{name}" for name in (
-    "CreateTopic", "DeleteTopic", "ListTopics", "DescribeTopic", "OpenSession", "CloseSession", "AttachPublisher",
-    "AttachSubscriber", "Detach")] + [
-    "cxlmq.v1.Cluster/Describe", "cxlmq.v1.PubSub/Publish", "cxlmq.v1.PubSub/Subscribe", "cxlmq.v1.Admin/Nothing",
-    "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
+NAMES = [*(f"cxlmq.v1.{name}" for name in METHODS), "cxlmq.v1.Admin/Nothing",
+         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", NAMES)
 @pytest.mark.parametrize("metadata", [
     (), (("authorization", "Bearer x"),), (("authorization", "Basic x"),), (("authorization", ""),)], ids=repr)
 def test_no_method_answers_without_a_token(cluster: Cluster, method: str, metadata: Any) -> None:

@@ -14,6 +14,7 @@ from broker.config import (
     MIB,
     ClusterConfig,
     TopicConfig,
+    check_ack,
     layout_of,
     load_config,
     make_folder,
@@ -209,3 +210,32 @@ def test_order_four_is_an_alias_and_says_so() -> None:
     assert topic.order == 5
     assert len(notes) == 1
     assert "alias" in notes[0]
+
+
+@pytest.mark.parametrize(("variable", "near"), [
+    ("CXLMQ_BROKER", "CXLMQ_BROKERS"), ("CXLMQ_REGION_SIZE", ""), ("CXLMQ_NAMES", "CXLMQ_NAME"), ("CXLMQ_", ""),
+    ("CXLMQ_brokers", ""), ("CXLMQ_ACK", ""),
+])
+def test_a_variable_that_nobody_reads_is_refused_with_those_that_are_read(variable: str, near: str) -> None:
+    with pytest.raises(ConfigError, match="CXLMQ_BROKERS, ") as raised:
+        load_config(environment={variable: "2"})
+    assert raised.value.setting == variable
+    assert f"is {near} meant?" in str(raised.value) if near else True
+    for known in ENVIRONMENT:
+        assert known in raised.value.allowed
+    load_config(environment={"XCXLMQ_BROKER": "2", "CXLMQ_BOOTSTRAP_PYTHON": "python3", "CXLMQ_BROKER": ""})
+
+
+def test_the_list_of_topic_options_that_are_allowed_is_true() -> None:
+    for count, factor, text in ((1, 2, "1, with 1 broker"), (2, 3, "1 to the number of brokers (2)"),
+                                (None, 65, "1 to the number of brokers (at most 64)")):
+        with pytest.raises(BadTopicOptions) as raised:
+            TopicConfig(name="t", replication_factor=factor).validate(count)
+        assert text in str(raised.value)
+    for count, text in ((1, "use ack 1"), (2, "2, with 2 brokers for ack 2"), (4, "2 to the number of brokers (4) for ack 2")):
+        with pytest.raises(BadTopicOptions) as raised:
+            TopicConfig(name="t", ack=2).validate(count)
+        assert text in str(raised.value)
+    with pytest.raises(BadTopicOptions, match="no replica") as raised:
+        check_ack("t", 2, 1)
+    assert raised.value.option == "ack"

@@ -235,3 +235,36 @@ def test_a_reader_that_goes_away_while_it_waits_leaves_its_place() -> None:
     with pytest.raises(RuntimeError):           # it wants to sleep and has no loop
         waiting.send(None)
     assert cluster.record("CursorLine", "cursor", 0)["state"] & 0xFF == CursorState.CURSOR_FREE
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_retention_that_is_altered_counts_at_once_and_under_the_next_head(taken_over: bool) -> None:
+    cluster = ManualCluster(brokers=2, region_bytes=2560 * KIB, order_entry_count=4096)
+    session = cluster.open_session(cluster.create(retention_bytes=-1))
+    fill(cluster, session, 100, 1000)
+    if taken_over:
+        cluster.take_over(1)
+        cluster.settle()
+    assert reclaimed(cluster)["reclaimed_index"] == 0
+    cluster.alter(retention_bytes=20_000)
+    cluster.settle()
+    kept = sum(each["payload_bytes"] for each in cluster.entries(session.topic))
+    assert 20_000 <= kept <= 23_000
+    cluster.alter(retention_bytes=-1)
+    fill(cluster, session, 100, 1000, first=100)
+    assert sum(each["payload_bytes"] for each in cluster.entries(session.topic)) > 100_000
+    cluster.take_over(0 if taken_over else 1)
+    cluster.settle()
+    assert (cluster.table.find("topic").retention_bytes, cluster.table.find("topic").alteration) == (-1, 2)
+    assert cluster.publish(session, 200, [b"x"]) == RECEIVED
+    cluster.settle()
+    assert sum(each["payload_bytes"] for each in cluster.entries(session.topic)) > 100_000
+
+
+def test_a_topic_that_never_drops_and_is_altered_lets_publishers_go_on() -> None:
+    cluster = ManualCluster(**SMALL)
+    session = cluster.open_session(cluster.create(retention_bytes=-1))
+    received = fill(cluster, session, 400)
+    assert received < 100
+    cluster.alter(retention_bytes=0)
+    assert fill(cluster, session, 200, first=received) == 200

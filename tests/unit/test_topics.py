@@ -242,3 +242,30 @@ def test_a_creation_whose_caller_goes_away_leaves_no_topic(monkeypatch: pytest.M
     cluster.settle()
     drive(cluster.table.complete_deletions(lambda: [0, 1]))
     assert cluster.create("name").number == 0, "its place is free again"
+# ---- other options while a topic is in use ----------------------------------------------------------------------------
+
+
+def test_an_altered_topic_has_the_new_options_and_everything_else_as_it_was() -> None:
+    cluster = ManualCluster(brokers=2)
+    before = cluster.create("name", order=2, replication_factor=2, ack=1, retention_bytes=100)
+    for number, options in enumerate(({"ack": 2}, {"retention_bytes": -1}, {"retention_bytes": 0, "ack": 0}), 1):
+        cluster.alter("name", **options)
+        after = cluster.table.find("name")
+        assert after.alteration == number
+        assert all(getattr(after, option) == value for option, value in options.items())
+        assert (after.number, after.generation, after.order, after.created_ns) == (
+            before.number, before.generation, before.order, before.created_ns)
+
+
+def test_a_topic_that_is_not_there_or_changes_its_mind_is_not_altered() -> None:
+    cluster = ManualCluster()
+    with pytest.raises(UnknownTopic):
+        cluster.alter("name", ack=0)
+    cluster.create("name", retention_bytes=100)
+
+    def refuse(entry: object) -> TopicConfig:
+        raise BadTopicOptions(topic="name", option="ack", value=2, allowed="0 or 1")
+
+    with pytest.raises(BadTopicOptions):
+        asyncio.run(cluster.table.alter("name", refuse))
+    assert (cluster.table.find("name").alteration, cluster.table.find("name").retention_bytes) == (0, 100)
