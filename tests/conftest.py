@@ -1,6 +1,7 @@
 """What all tests share: property tests print how to replay a failure, and no exception is printed and lost. Helpers:
 `tests.manual_cluster`."""
 
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,16 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("cxlmq", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("cxlmq")
+
+
+def pytest_configure() -> None:
+    """Tests send signals to the processes that they start, and a signal that we ignore would be ignored there.
+
+    Started with `&` or nohup, we are to outlive Ctrl-C and the terminal: a handler that does nothing is not inherited.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

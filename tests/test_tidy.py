@@ -193,6 +193,13 @@ def test_only_the_configuration_reads_the_environment() -> None:
     assert not wrong, f"{wrong} read the environment: make it a setting in broker/config.py"
 
 
+def test_commands_print_through_the_one_writer() -> None:
+    wrong = [file for file in product() if (file.startswith("client/cli/") or re.fullmatch(r"sim/\w+/cli.py", file))
+             and file != "client/cli/output.py" and re.search(r"\bclick\.echo\(|(?<![.\w])print\(|\bsys\.stdout\.write|os\.write\(1",
+                                                              without_strings(text_of(file)))]
+    assert not wrong, f"{wrong}: use client.cli.output (line, print_json, say) or common.report for what is done"
+
+
 def test_nobody_goes_around_the_door() -> None:
     reaches = re.compile(r"\.(coherent_area|payload|payload_writable)\(\s*\w|memory\.base\b|from_buffer\(")
     wrong = [file for file in product() if not file.startswith("sim/cxl/") and file.endswith((".pyx", ".pxd"))

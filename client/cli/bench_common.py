@@ -11,6 +11,7 @@ import click
 
 from broker.errors import ConfigError, TmpfsTooSmall
 from client.cli.common import CommandFunction, RunSettings, say
+from client.cli.output import line
 
 # Option -> (metavar, help); the values stay text, `Workload.parse` checks all of them before anything starts.
 _WORKLOAD: dict[str, tuple[str, str]] = {
@@ -113,7 +114,7 @@ def finish(value: dict[str, Any], text: str, json_target: str | None, results: s
     from client.bench.report import save_results, write_json
 
     if json_target != "-":
-        click.echo(text)
+        line(text)
     if json_target is not None:
         write_json(json_target, value)
     if results is not None:

@@ -1,4 +1,4 @@
-"""`cxlmq cluster up|status|down`."""
+"""`cxlmq cluster up|list|status|down`."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from broker.errors import CxlmqError, RegionForeign, RegionMissing
-from client.cli import common
+from client.cli import common, output
 from client.cli.common import (
     EXIT_FAILED,
     CommandExit,
@@ -96,47 +96,41 @@ def _tell_profile(config: Any) -> None:
 
 
 def _print_cluster(values: dict[str, Any], detached: bool) -> None:
-    if settings().as_json:
-        print_json(values)
-        return
     name = values["name"]
     option = "" if name == default_cluster() else f" --cluster {name}"
     stop = f"cxlmq cluster down{'' if not option else ' ' + name}" if detached else "Ctrl-C"
     width = max(len(broker["tcp_address"]) for broker in values["brokers"])
-    click.echo(f"cluster {name!r} is up: {len(values['brokers'])} brokers, "
-               f"{common.bytes_text(values['region_bytes'])} of shared memory\n")
-    _print_recovery(values["recovery"])
-    for broker in values["brokers"]:
-        click.echo(f"  broker {broker['id']}  pid {broker['pid']:<8} {broker['tcp_address']:<{width}}  "
-                   f"{broker['unix_address']}")
-    click.echo(f"\ntry:   cxlmq topic create greetings{option}\n"
-               f"       echo hello | cxlmq produce greetings{option}\n"
-               f"       cxlmq consume greetings{option}\n"
-               f"       cxlmq cluster status{' ' + name if option else ''} --watch\n"
-               f"stop:  {stop}\nlogs:  {values['folder']}")
+    common.report(values, "\n".join([
+        f"cluster {name!r} is up: {len(values['brokers'])} brokers, "
+        f"{common.bytes_text(values['region_bytes'])} of shared memory\n",
+        *_recovery_lines(values["recovery"]),
+        *(f"  broker {broker['id']}  pid {broker['pid']:<8} {broker['tcp_address']:<{width}}  {broker['unix_address']}"
+          for broker in values["brokers"]),
+        f"\ntry:   cxlmq topic create greetings{option}",
+        f"       echo hello | cxlmq produce greetings{option}",
+        f"       cxlmq consume greetings{option}",
+        f"       cxlmq cluster status{' ' + name if option else ''} --watch",
+        f"stop:  {stop}\nlogs:  {values['folder']}"]))
 
 
-def _print_recovery(report: dict[str, Any] | None) -> None:
+def _recovery_lines(report: dict[str, Any] | None) -> list[str]:
     """What came back, and every range that did not."""
     if report is None:
-        return
-    click.echo(f"recovered from {report['folder']}:")
+        return []
+    lines = [f"recovered from {report['folder']}:"]
     for topic in report["topics"]:
-        click.echo(f"  topic {topic['name']!r}: {topic['messages']:,} messages, positions {topic['first_position']} to "
-                   f"{topic['end_position']}, {topic['sessions']} sessions")
+        lines.append(f"  topic {topic['name']!r}: {topic['messages']:,} messages, positions {topic['first_position']} "
+                     f"to {topic['end_position']}, {topic['sessions']} sessions")
         if topic["in_memory_only"]:
-            click.echo("    it had replication factor 1: all its messages were in memory, and are lost")
-        for lost in topic["lost"]:
-            click.echo(f"    lost: positions {lost['first']} to {lost['end'] - 1} ({lost['reason']})")
-    for each in report["damage"]:
-        click.echo(f"  damaged: {each['path']} at byte {each['offset']}: {each['what']}")
-    for each in report["groups"]:
-        click.echo(f"  group {each['group']!r} of topic {each['topic']!r}: position {each['position']}")
-    for text in report["damaged_groups"]:
-        click.echo(f"  damaged: {text}")
-    for text in report["ignored"]:
-        click.echo(f"  not restored: {text}")
-    click.echo("")
+            lines.append("    it had replication factor 1: all its messages were in memory, and are lost")
+        lines += [f"    lost: positions {lost['first']} to {lost['end'] - 1} ({lost['reason']})"
+                  for lost in topic["lost"]]
+    lines += [f"  damaged: {each['path']} at byte {each['offset']}: {each['what']}" for each in report["damage"]]
+    lines += [f"  group {each['group']!r} of topic {each['topic']!r}: position {each['position']}"
+              for each in report["groups"]]
+    lines += [f"  damaged: {text}" for text in report["damaged_groups"]]
+    lines += [f"  not restored: {text}" for text in report["ignored"]]
+    return [*lines, ""]
 
 
 # ---- down --------------------------------------------------------------------------------------------------------
@@ -163,13 +157,8 @@ def down(name: str | None, every: bool) -> None:
     names = [each.name for each in find_regions() if each.live] if every else [name or default_cluster()]
     roots = {each: _folder_of(each).parent for each in names}
     stopped = [{"name": each, "how": _stop(each)} for each in names]
-    if settings().as_json:
-        print_json({"stopped": stopped})
-        return
-    for each in stopped:
-        click.echo(f"cluster {each['name']!r} {each['how']}")
-    if not stopped:
-        click.echo("no cluster runs")
+    common.report({"stopped": stopped}, "\n".join(f"cluster {each['name']!r} {each['how']}" for each in stopped)
+                  or "no cluster runs")
     for cluster_name in names:
         tell_coherence(cluster_name, roots[cluster_name], say)
 
@@ -243,6 +232,53 @@ def _wait_until_gone(name: str, seconds: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         time.sleep(0.01)
+
+
+# ---- list --------------------------------------------------------------------------------------------------------
+
+
+@cluster.command("list")
+@common_options
+def list_() -> None:
+    """List the clusters of this user on this machine, with what dead ones have left.
+
+    \b
+    Examples:
+      cxlmq cluster list
+      cxlmq cluster list --json | jq -r '.[] | select(.live) | .name'
+    """
+    from broker.region import find_regions
+
+    found = [_summary(each) for each in sorted(find_regions(), key=lambda each: each.name)]
+    if settings().as_json:
+        print_json(found)
+    elif found:
+        common.console().print(common.make_table("", ("name", "state", ">brokers", ">head", ">topics", ">memory"), [
+            (each["name"], "up" if each["live"] else f"dead ({each['reason']})", _or_dash(each["brokers"]),
+             _or_dash(each["head"]), _or_dash(each["topics"]), common.bytes_text(each["region_bytes"]))
+            for each in found]))
+    else:
+        output.line("there are no clusters: `cxlmq cluster up` starts one")
+
+
+def _summary(found: Any) -> dict[str, Any]:
+    """What a region says of its cluster; None for what a damaged one does not."""
+    from broker.region import attach_region, inspect_region
+
+    values: dict[str, Any] = {"name": found.name, "live": found.live, "reason": found.reason,
+                              "region_bytes": found.bytes, "brokers": None, "head": None, "topics": None}
+    try:
+        with attach_region(found.name, writable=False) as region:
+            inspected = inspect_region(region)
+    except CxlmqError:
+        return values
+    alive = sum(each["alive"] for each in inspected["brokers"])
+    return values | {"brokers": f"{alive} of {len(inspected['brokers'])}", "topics": len(inspected["topics"]),
+                     "head": inspected["control"]["sequencer_broker"] if alive else None}
+
+
+def _or_dash(value: object) -> object:
+    return "-" if value is None else value
 
 
 # ---- status ------------------------------------------------------------------------------------------------------

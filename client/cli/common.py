@@ -20,6 +20,9 @@ from broker.errors import (
     RegionTooSmall,
     UnknownTopic,
 )
+from client.cli import output
+from client.cli.output import print_json as print_json
+from client.cli.output import say as say
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_MISSING, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 _USAGE_ERRORS = (ConfigError, BadTopicName, BadTopicOptions, RegionTooSmall)
@@ -142,7 +145,18 @@ class DurationType(click.ParamType):
             self.fail(f"{value!r} is no time: {error.details.get('allowed')}", param, ctx)
 
 
-SIZE, DURATION = SizeType(), DurationType()
+class MillisecondsType(DurationType):
+    """Milliseconds: 5, 0.5, or a time with its unit: 5ms, 100us, 1s."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Milliseconds."""
+        try:
+            return super().convert(f"{float(value)}ms", param, ctx) * 1000
+        except ValueError:              # it has a unit
+            return super().convert(value, param, ctx) * 1000
+
+
+SIZE, DURATION, MILLISECONDS = SizeType(), DurationType(), MillisecondsType()
 
 
 # ---- settings of a cluster as options ----------------------------------------------------------------------------
@@ -226,22 +240,14 @@ def config_options(function: CommandFunction) -> CommandFunction:
 # ---- output ------------------------------------------------------------------------------------------------------
 
 
-def print_json(value: Any) -> None:
-    """One JSON document on one line."""
-    click.echo(json.dumps(value, default=str))
-
-
-def say(text: str) -> None:
-    """A remark for people, on standard error, so that it never mixes with data."""
-    click.echo(text, err=True)
+def report(values: Any, text: str) -> None:
+    """Tell what was changed: as JSON, or as a text for people."""
+    output.report(settings().as_json, values, text)
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether somebody looks at this stream."""
-    try:
-        return bool(stream.isatty())
-    except ValueError:          # closed
-        return False
+    return bool(stream.isatty())
 
 
 def console(stderr: bool = False) -> Any:
@@ -273,6 +279,13 @@ def bytes_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def time_text(unix_ns: int) -> str:
+    """A time for people."""
+    import datetime
+
+    return datetime.datetime.fromtimestamp(int(unix_ns) / 1e9, datetime.UTC).isoformat(timespec="milliseconds")
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """`cxlmq consume`: print the messages of a topic."""
 
+import datetime
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import click
 
-from client.cli import common
-from client.cli.common import Target, settings, target_options
+from client.cli import common, places
+from client.cli.common import Target, say, settings, target_options
+from client.cli.ending import Stopped
 from client.cli.format import DEFAULT_FORMAT, Batch, Formatter, compile_format, message_json
-from client.cli.group import StartType
+from client.cli.output import OutputFailed, write_bytes
 from client.start import Start
 
 _FETCH_SECONDS = 0.5
@@ -22,9 +24,8 @@ _WRITE_BYTES = 256 * 1024
 
 @click.command()
 @click.argument("topic")
-@click.option("--from", "start", type=StartType(), default="beginning", show_default=True,
-              metavar="beginning|end|POSITION|TIME",
-              help="Where to start; a time is 2026-11-21T10:00:00Z or @SECONDS since 1970.")
+@click.option("--from", "place", type=places.PlaceType(), default="beginning", show_default=True,
+              metavar=places.METAVAR, help=f"Where to start; {places.HELP}")
 @click.option("--group", metavar="NAME",
               help="Go on where this group has committed, and commit what is printed; --from is for a new group.")
 @click.option("--protect", is_flag=True, help="From now on the group keeps what it has not committed.")
@@ -37,11 +38,12 @@ _WRITE_BYTES = 256 * 1024
 @click.option("--transport", default="auto", show_default=True, metavar="auto|grpc|attached",
               help="How to reach a broker.")
 @target_options
-def consume(topic: str, start: Start, group: str | None, protect: bool, group_wait: float, text: str,
+def consume(topic: str, place: Start | places.Last, group: str | None, protect: bool, group_wait: float, text: str,
             count: int | None, follow: bool, transport: str, target: Target) -> None:
     """Print the messages of a topic, as raw bytes, in their order.
 
-    Without --follow it ends at the end that the topic had when it started.
+    Without --follow it ends at the end that the topic had when it started. Stopped by Ctrl-C, SIGTERM or SIGHUP, a
+    member of a group commits what it has printed and leaves.
 
     \b
     A format holds literal text and (as in kcat):
@@ -55,6 +57,8 @@ def consume(topic: str, start: Start, group: str | None, protect: bool, group_wa
       cxlmq consume frames > copy.log
       cxlmq consume frames --from end --follow -f '%o: %s\\n'
       cxlmq consume frames --from 100 --count 10 --json
+      cxlmq consume frames --from -10                   the last ten messages
+      cxlmq consume frames --from 5m --follow           what was published since five minutes ago, and what comes
       cxlmq consume frames --from 2026-11-21T10:00:00Z
       cxlmq consume frames --group recorder --protect --follow >> recording.log
       cxlmq consume pictures --count 1 -f %s > cat.jpg
@@ -63,7 +67,11 @@ def consume(topic: str, start: Start, group: str | None, protect: bool, group_wa
 
     check_topic_name(topic)
     formatter = compile_format(text, topic)
-    end = None if follow else _end_of(topic, target)
+    topic_end = int(places.bounds(topic, target)["end_position"])
+    start = places.settled(place, topic, target)
+    end = None if follow else topic_end
+    if isinstance(start, int) and start >= topic_end and group is None:
+        say(f"note: topic {topic} ends at position {topic_end}: there is nothing from {start} on yet")
     if group is None and (count == 0 or (end is not None and (
             start == "end" or (isinstance(start, int) and start >= end)))):
         return
@@ -73,17 +81,29 @@ def consume(topic: str, start: Start, group: str | None, protect: bool, group_wa
                     group_wait=group_wait) as subscriber:
         output = Output(formatter, topic, count, end, at_once=follow or common.is_terminal(sys.stdout))
         commit = Committer(subscriber.commit) if group else None
-        while not output.done(subscriber.position):
-            batches = subscriber.fetch_batches(_FETCH_SECONDS)
-            for batch in batches:
-                output.write(batch)
-            if not batches:
-                output.flush()
+        try:
+            _print_all(subscriber, output, commit)
+        except Stopped:
             if commit:
-                commit.soon(output)
-        output.flush()
+                commit.now(output)
+            raise
+    if output.printed is None and isinstance(start, datetime.datetime) and group is None:
+        say(f"note: nothing was published since {start.isoformat(timespec='seconds')}: topic {topic} ends at position "
+            f"{topic_end}")
+
+
+def _print_all(subscriber: Any, output: "Output", commit: "Committer | None") -> None:
+    while not output.done(subscriber.position):
+        batches = subscriber.fetch_batches(_FETCH_SECONDS)
+        for batch in batches:
+            output.write(batch)
+        if not batches:
+            output.flush()
         if commit:
-            commit.now(output)
+            commit.soon(output)
+    output.flush()
+    if commit:
+        commit.now(output)
 
 
 class Committer:
@@ -108,13 +128,6 @@ class Committer:
         self._next = time.monotonic() + _COMMIT_SECONDS
 
 
-def _end_of(topic: str, target: Target) -> int:
-    from client.admin import Admin
-
-    with Admin(**target.arguments) as admin:
-        return int(admin.describe_topic(topic)["end_position"])
-
-
 class Output:
     """Renders batches up to a count and a position, and writes them in large pieces."""
 
@@ -126,6 +139,7 @@ class Output:
         self._at_once = at_once
         self._pieces: list[bytes] = []
         self._bytes = 0
+        self._first: int | None = None
         self._rendered: int | None = None
         self.printed: int | None = None         # every message below this position was written
 
@@ -140,6 +154,8 @@ class Output:
             until_end = max(0, self._end - batch.position)
             limit = until_end if limit is None else min(limit, until_end)
         data, count = self._render(batch, limit)
+        if self._first is None:
+            self._first = batch.position
         self._rendered = batch.position + count
         if self._left is not None:
             self._left -= count
@@ -152,7 +168,12 @@ class Output:
         """Write what is gathered."""
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces, self._bytes = [], 0
-        write_all(data)
+        try:
+            write_bytes(data)
+        except OutputFailed as error:
+            place = self._first if self.printed is None else self.printed
+            again = "" if place is None else f"; go on with --from {place}"
+            raise OutputFailed(f"{error.message}{again}", **error.details) from None
         self.printed = self._rendered
 
     def _json(self, batch: Batch, limit: int | None) -> tuple[bytes, int]:
@@ -160,10 +181,3 @@ class Output:
         lines = [json.dumps(message_json(payload, position, self._topic, batch.broker, batch.timestamp_ns))
                  for position, payload in enumerate(messages, batch.position)]
         return "".join(line + "\n" for line in lines).encode(), len(lines)
-
-
-def write_all(data: bytes, write: Callable[[int, memoryview], int] = os.write) -> None:
-    """Write to standard output, all of it."""
-    descriptor, rest = sys.stdout.fileno(), memoryview(data)
-    while rest:
-        rest = rest[write(descriptor, rest):]

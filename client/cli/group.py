@@ -1,31 +1,16 @@
 """`cxlmq group list|describe|reset|delete`: consumer groups of a topic."""
 
-import datetime
 from typing import Any
 
 import click
 
-from client.cli import common
+from client.cli import common, output
 from client.cli.common import Target, print_json, settings, target_options
-from client.start import Start, parse_start
+from client.cli.places import HELP, METAVAR, Last, PlaceType, settled
+from client.start import Start
 
 _COLUMNS = (("topic", "topic"), ("group", "group"), (">position", "position"), (">lag", "lag"), (">lost", "lost"),
             ("keeps data", "protected"), ("read by", "holder"))
-
-
-class StartType(click.ParamType):
-    """beginning, end, a position, or a time."""
-
-    name = "start"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Start:
-        """A start as the library takes it."""
-        from broker.errors import ConfigError
-
-        try:
-            return parse_start(value) if isinstance(value, str) else value
-        except ConfigError as error:
-            self.fail(f"{value!r} is no place in a topic: allowed are {error.details.get('allowed')}", param, ctx)
 
 
 @click.group()
@@ -54,7 +39,7 @@ def list_(topic: str, target: Target) -> None:
             [{True: "yes", False: "no"}.get(each[key], each[key]) if isinstance(each[key], bool) else each[key]
              for _, key in _COLUMNS] for each in groups)))
     else:
-        click.echo("there are no groups: `cxlmq consume TOPIC --group NAME` makes one")
+        output.line("there are no groups: `cxlmq consume TOPIC --group NAME` makes one")
 
 
 @group.command()
@@ -71,34 +56,37 @@ def describe(topic: str, name: str, target: Target) -> None:
     from client.admin import Admin
 
     with Admin(**target.arguments) as admin:
-        _show(admin.describe_group(topic, name))
-
-
-def _show(values: dict[str, Any]) -> None:
+        values = admin.describe_group(topic, name)
     if settings().as_json:
         print_json(values)
-        return
+    else:
+        output.line(_text(values))
+
+
+def _text(values: dict[str, Any]) -> str:
+    lines = []
     for key, value in values.items():
         if key == "committed_unix_ns":
-            moment = datetime.datetime.fromtimestamp(int(value) / 1e9, datetime.UTC)
-            key, value = "committed", moment.isoformat(timespec="milliseconds")  # noqa: PLW2901
-        click.echo(f"{key.replace('_', ' '):<20} {value}")
+            key, value = "committed", common.time_text(value)  # noqa: PLW2901
+        lines.append(f"{key.replace('_', ' '):<20} {value}")
+    return "\n".join(lines)
 
 
 @group.command()
 @click.argument("topic")
 @click.argument("name")
-@click.option("--to", "start", type=StartType(), metavar="beginning|end|POSITION|TIME", help="Where it goes.")
+@click.option("--to", "start", type=PlaceType(), metavar=METAVAR, help=f"Where it goes; {HELP}")
 @click.option("--protect/--no-protect", "protect", default=None,
               help="Keep what the group has not committed, also while nobody reads; or do not any more.")
 @target_options
-def reset(topic: str, name: str, start: Start | None, protect: bool | None, target: Target) -> None:
+def reset(topic: str, name: str, start: Start | Last | None, protect: bool | None, target: Target) -> None:
     """Put a group somewhere else; the one way back. Refused while somebody reads for it.
 
     \b
     Examples:
       cxlmq group reset frames recorder --to 2026-11-21T10:00:00Z
       cxlmq group reset frames recorder --to @1795255200
+      cxlmq group reset frames recorder --to -100
       cxlmq group reset frames recorder --no-protect
     """
     from client.admin import Admin
@@ -106,7 +94,8 @@ def reset(topic: str, name: str, start: Start | None, protect: bool | None, targ
     if start is None and protect is None:
         raise click.UsageError("say --to, --protect or --no-protect")
     with Admin(**target.arguments) as admin:
-        _show(admin.reset_group(topic, name, start, protect))
+        values = admin.reset_group(topic, name, None if start is None else settled(start, topic, target), protect)
+    common.report(values, _text(values))
 
 
 @group.command()
@@ -124,7 +113,4 @@ def delete(topic: str, name: str, target: Target) -> None:
 
     with Admin(**target.arguments) as admin:
         admin.delete_group(topic, name)
-    if settings().as_json:
-        print_json({"deleted": name})
-    else:
-        click.echo(f"deleted: {name}")
+    common.report({"deleted": name}, f"deleted: {name}")

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 import click
 
 from broker.errors import CxlmqError
+from client.cli import output
 from client.cli.common import (
     EXIT_FAILED,
     EXIT_INTERRUPTED,
@@ -20,7 +20,9 @@ from client.cli.common import (
     RunSettings,
     exit_code_of,
     print_error,
+    say,
 )
+from client.cli.ending import Stopped, interrupting
 
 # Command -> (module, attribute, what it does). Help is made from this table without loading anything.
 _COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -39,10 +41,6 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
-class OutputClosed(Exception):
-    """Whoever read the output has enough (`| head`)."""
-
-
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are run."""
 
@@ -59,11 +57,13 @@ class LazyGroup(click.Group):
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run; a reader that went away is told to `run`, before click makes a failure of it."""
+        """Run; what ended it is told to `run`, before click makes a failure of it, or a line of its own."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise OutputClosed from None
+        except Stopped as stopped:
+            raise CommandExit(stopped.exit_code) from None
+        except KeyboardInterrupt:
+            raise CommandExit(EXIT_INTERRUPTED) from None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of commands in the help."""
@@ -76,9 +76,9 @@ def _print_version(context: click.Context, _: click.Parameter, value: bool) -> N
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            click.echo(f"cxlmq {version('cxlmq')}")
+            output.line(f"cxlmq {version('cxlmq')}")
         except PackageNotFoundError:
-            click.echo("cxlmq (not installed: run from its folder)")
+            output.line("cxlmq (not installed: run from its folder)")
         context.exit()
 
 
@@ -101,43 +101,74 @@ def cli() -> None:
 
     \b
     Exit codes:
-      0    done
-      1    it failed (the error says what to do)
+      0    done; of produce: every message is acknowledged
+      1    it failed (the error says what to do); of produce: some messages are not acknowledged, and it says how many;
+           of cluster status, region verify, chaos and sim: something is wrong
       2    wrong usage or configuration; nothing was started or sent
       3    there is no such cluster or topic
-      130  interrupted (Ctrl-C)
+      130  interrupted by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP; of produce: what was read until then is acknowledged
+
+    A command that has changed something and cannot print that it has ends with 0, and a remark. A reader that goes away
+    (`| head`) is no failure; an output that cannot be written is one, of every command that is there to print.
     """
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code; every error ends here."""
     settings = RunSettings()
+    with output.guarded():
+        try:
+            with interrupting():
+                return _run(arguments, settings)
+        except Stopped as stopped:          # while an error was told
+            return stopped.exit_code
+
+
+def _run(arguments: Sequence[str] | None, settings: RunSettings) -> int:
     try:
         cli.main(args=None if arguments is None else list(arguments), prog_name="cxlmq", standalone_mode=False,
                  obj=settings)
         sys.stdout.flush()
     except CommandExit as end:
-        return end.code
+        return _ended(end.code)
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message())
+        say(error.format_message())
         return EXIT_USAGE
     except click.ClickException as error:
         return _usage_error(error, settings)
     except (click.Abort, KeyboardInterrupt):
         return EXIT_INTERRUPTED
-    except (OutputClosed, BrokenPipeError):
-        _discard_output()               # that is no error
+    except output.OutputClosed:
+        return EXIT_OK
     except CxlmqError as error:
         _show_traceback(settings)
         hint = _hint(error)
         print_error(error.code, error.message + hint, error.details, settings.as_json)
         return exit_code_of(error)
+    except OSError as error:                # a file, a disk, a limit of this machine
+        _show_traceback(settings)
+        where = f"{error.filename}: " if error.filename else ""
+        print_error("system", f"{where}{error.strerror or error}: see to it, and try again; --debug shows where",
+                    {"errno": error.errno, "file": error.filename}, settings.as_json)
+        return EXIT_FAILED
     except Exception as error:
         _show_traceback(settings)
         what = f"{type(error).__name__}: {error}"
         print_error("internal", f"{what}: this is a mistake of ours; --debug shows where", {}, settings.as_json)
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _ended(code: int) -> int:
+    """The exit code of a command that has said what there is to say, if it could be written."""
+    try:
+        sys.stdout.flush()
+    except output.OutputClosed:
+        pass
+    except output.OutputFailed as error:
+        say(f"error: {error.message} ({error.code})")
+        return code or EXIT_FAILED
+    return code
 
 
 def _usage_error(error: click.ClickException, settings: RunSettings) -> int:
@@ -162,14 +193,9 @@ def _hint(error: CxlmqError) -> str:
     return f"; these run: {', '.join(names)}" if names else ""
 
 
-def _discard_output() -> None:
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)
-
-
 def main(arguments: Sequence[str] | None = None) -> Any:
     """The `cxlmq` command."""
+    output.open_standard_streams()
     sys.exit(run(arguments))
 
 

@@ -8,13 +8,22 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import click
 
 from broker.errors import ConfigError, CxlmqError, DuplicateTopic, UnknownTopic
-from client.cli import common, split
-from client.cli.common import CommandExit, Target, print_error, print_json, settings, target_options
+from client.cli import common, output, split
+from client.cli.common import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    CommandExit,
+    Target,
+    print_error,
+    settings,
+    target_options,
+)
+from client.cli.ending import Gently, Stopped
 from client.cli.topic import check_topic, topic_options
 
 
@@ -42,8 +51,9 @@ class Outcome:
 @click.option("--ack", type=click.Choice(["0", "1", "2"]),
               help="What counts as taken. 0: sent, 1: ordered, 2: on the replicas' disks [as the topic says].")
 @click.option("--batch-size", type=common.SIZE, help="Bytes of a batch [adapted between 64KiB and 4MiB].")
-@click.option("--linger", type=common.DURATION, default="1ms", show_default=True,
-              help="How long a batch that is not full waits for more.")
+@click.option("--linger", type=common.MILLISECONDS, default="1", show_default="1 ms", metavar="TIME",
+              help="How long a batch that is not full waits for more: milliseconds, as linger_ms of the library, or a "
+                   "time with its unit (5ms, 0.1s).")
 @click.option("--transport", default="auto", show_default=True, metavar="auto|grpc|attached",
               help="How to reach the brokers; auto takes the fastest that works.")
 @click.option("--timeout", type=common.DURATION, default="30s", show_default=True,
@@ -56,7 +66,9 @@ def produce(topic: str, file: str, target: Target, **options: Any) -> None:
     """Publish messages from FILE, or from standard input: one message a line.
 
     Lines end at "\\n", which is not part of the message; an empty line is an empty message; any bytes are allowed.
-    It succeeds only when every message is acknowledged; else it says how many are, and exits with 1.
+    It succeeds only when every message is acknowledged; else it says how many are, and exits with 1. Ctrl-C, SIGTERM
+    and SIGHUP end the input: what was read is published, and when all of it is acknowledged the exit code is that of
+    the signal (130, 143, 129); a second one gives up.
 
     \b
     Examples:
@@ -73,11 +85,23 @@ def produce(topic: str, file: str, target: Target, **options: Any) -> None:
     _check_name(topic)
     wanted = check_topic(topic, options["order"], int(options["ack"] or 1), options["replication_factor"],
                          options["retention"]) if options["create"] else None
-    with _opened(file) as descriptor:
+    with _opened(file) as descriptor, Gently(_tell_of_stopping) as signals:
         if wanted is not None:
             _create_if_missing(target, wanted)
-        outcome, error = _publish_all(topic, target, descriptor, options)
+        outcome, error = _publish_all(topic, target, _chunks(descriptor, signals), descriptor, options)
     _report(outcome, error)
+
+
+def _tell_of_stopping() -> None:
+    common.say("stopping: what was read is being published; once more to give up")
+
+
+def _chunks(descriptor: int, signals: Gently) -> Iterator[bytes]:
+    """The input as it comes. Raises `Stopped` when it is to end before its end, and `InputFailed`."""
+    try:
+        yield from split.read_chunks(descriptor, signals.wait_for_input)
+    except OSError as error:
+        raise InputFailed(reason=error.strerror or str(error)) from error
 
 
 def _check_name(topic: str) -> None:
@@ -86,11 +110,21 @@ def _check_name(topic: str) -> None:
     check_topic_name(topic)
 
 
+class InputFailed(CxlmqError):
+    """The input ends in an error; details: reason."""
+
+    code: ClassVar[str] = "input"
+    template = "the input cannot be read ({reason}): what was read before is published"
+
+
 class _opened(AbstractContextManager[int]):
     """The input's file descriptor; standard input is left open. Raises `ConfigError`."""
 
     def __init__(self, file: str) -> None:
         self._close = file != "-"
+        if not self._close and not output.has_input():
+            raise ConfigError("standard input is closed: give it a file or a pipe, or name a FILE", setting="file",
+                              value="-")
         try:
             self._descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC) if self._close else 0
         except OSError as error:
@@ -119,8 +153,7 @@ def _create_if_missing(target: Target, wanted: dict[str, Any]) -> None:
                 common.say(f"note: topic {wanted['name']!r} is created")
 
 
-def _messages(descriptor: int, options: dict[str, Any]) -> Iterator[list[bytes]]:
-    chunks = split.read_chunks(descriptor)
+def _messages(chunks: Iterator[bytes], options: dict[str, Any]) -> Iterator[list[bytes]]:
     if options["whole"]:
         return split.whole(chunks)
     if options["length_prefixed"]:
@@ -128,7 +161,7 @@ def _messages(descriptor: int, options: dict[str, Any]) -> Iterator[list[bytes]]
     return split.split_lines(chunks, options["keep_newline"])
 
 
-def _publish_all(topic: str, target: Target, descriptor: int,
+def _publish_all(topic: str, target: Target, chunks: Iterator[bytes], descriptor: int,
                  options: dict[str, Any]) -> tuple[Outcome, BaseException | None]:
     """Publish everything; what stopped it, if anything did, beside what came of it."""
     from client.publisher import Publisher
@@ -137,16 +170,16 @@ def _publish_all(topic: str, target: Target, descriptor: int,
     failed: BaseException | None = None
     started = time.monotonic()
     publisher = Publisher(
-        topic, **target.arguments, transport=options["transport"], linger_ms=options["linger"] * 1000,
+        topic, **target.arguments, transport=options["transport"], linger_ms=options["linger"],
         ack=None if options["ack"] is None else int(options["ack"]), batch_bytes=options["batch_size"],
         delivery_timeout=options["timeout"])
     try:
         with publisher, _progress(descriptor) as progress:
             try:
-                _pump(publisher, _messages(descriptor, options), outcome, progress)
-            except (CxlmqError, KeyboardInterrupt, OSError) as error:
+                _pump(publisher, _messages(chunks, options), outcome, progress)
+            except (CxlmqError, KeyboardInterrupt) as error:
                 failed = error
-    except CxlmqError as error:             # closing found messages that are not acknowledged
+    except (CxlmqError, KeyboardInterrupt) as error:    # closing found messages without an ack, or was stopped
         failed = failed or error
     outcome.seconds = time.monotonic() - started
     outcome.acknowledged = publisher.statistics()["acked"]
@@ -171,22 +204,27 @@ def _pump(publisher: Any, groups: Iterator[list[bytes]], outcome: Outcome, progr
 
 
 def _report(outcome: Outcome, error: BaseException | None) -> None:
+    """Say what became of the messages; the exit code says so, too."""
     seconds = max(outcome.seconds, 1e-9)
     values = {**asdict(outcome), "seconds": round(outcome.seconds, 6),
               "megabytes_per_second": round(outcome.bytes / seconds / 1e6, 3)}
+    counts = f"{outcome.acknowledged} of {outcome.messages} messages are acknowledged"
     if isinstance(error, CxlmqError):
-        message = f"{error.message}; {outcome.acknowledged} of {outcome.messages} messages are acknowledged"
-        print_error(error.code, message, error.details, settings().as_json, **values)
+        print_error(error.code, f"{error.message}; {counts}", error.details, settings().as_json, **values)
         raise CommandExit(common.exit_code_of(error))
-    if error is not None:
-        common.say(f"stopped: {outcome.acknowledged} of {outcome.messages} messages are acknowledged")
-        raise error
-    if settings().as_json:
-        print_json(values)
-        return
+    if error is not None and outcome.acknowledged < outcome.messages:
+        print_error("stopped", f"stopped, and {counts}: the others may be in the log or not", {}, settings().as_json,
+                    **values)
+        raise CommandExit(EXIT_FAILED)
     where = "" if outcome.last_position is None else f", the last at position {outcome.last_position}"
-    common.say(f"{outcome.messages:,} messages, {outcome.bytes:,} bytes in {outcome.seconds:.3f} s "
-               f"({outcome.bytes / seconds / 1e6:.1f} MB/s){where}")
+    text = (f"{outcome.messages:,} messages, {outcome.bytes:,} bytes in {outcome.seconds:.3f} s "
+            f"({outcome.bytes / seconds / 1e6:.1f} MB/s){where}")
+    if settings().as_json:
+        common.report(values, text)
+    else:
+        common.say(text if error is None else f"stopped, and all that was read is acknowledged: {text}")
+    if error is not None:
+        raise CommandExit(error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED)
 
 
 # ---- progress ----------------------------------------------------------------------------------------------------

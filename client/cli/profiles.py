@@ -2,7 +2,7 @@
 
 import click
 
-from client.cli import common
+from client.cli import common, output
 from client.cli.common import common_options, print_json, settings
 
 
@@ -36,5 +36,5 @@ def profiles(profile: str | None) -> None:
     common.console().print(common.make_table("", ("profile", *(">" + name for name in PARAMETERS)), rows))
     if profile:
         for source in found[0].sources:
-            click.echo(f"source: {source}")
-        click.echo(profile_text(profile_report(profile)))
+            output.line(f"source: {source}")
+        output.line(profile_text(profile_report(profile)) or "")

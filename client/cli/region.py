@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from client.cli import common
+from client.cli import common, output
 from client.cli.common import (
     EXIT_FAILED,
     CommandExit,
@@ -131,8 +131,8 @@ def verify(what: str | None, replicas: Path | None) -> None:
         print_json({"damaged": bool(damaged), "findings": [asdict(each) for each in found]})
     else:
         for each in found:
-            click.echo(each.text())
-        click.echo(f"{len(damaged)} damaged ranges" if damaged else "nothing is damaged")
+            output.line(each.text())
+        output.line(f"{len(damaged)} damaged ranges" if damaged else "nothing is damaged")
     if damaged:
         raise CommandExit(EXIT_FAILED)
 
@@ -186,26 +186,25 @@ def gc(dry_run: bool) -> None:
     before = find_regions()
     removed = collect_leftovers(dry_run=dry_run)
     kept = [each for each in before if each.name not in removed]
-    if settings().as_json:
-        print_json({"dry_run": dry_run, "removed": removed, "kept": [asdict(each) for each in kept]})
-        return
-    for name in removed:
-        size = next((common.bytes_text(each.bytes) for each in before if each.name == name), "only its folder")
-        click.echo(f"{'would remove' if dry_run else 'removed'} {name} ({size})")
-    for each in kept:
-        click.echo(f"kept {each.name} ({common.bytes_text(each.bytes)}): {each.reason}")
-    if not removed and not kept:
-        click.echo("there are no regions")
+    verb = "would remove" if dry_run else "removed"
+    lines = [f"{verb} {name} ({_size(before, name)})" for name in removed]
+    lines += [f"kept {each.name} ({common.bytes_text(each.bytes)}): {each.reason}" for each in kept]
+    common.report({"dry_run": dry_run, "removed": removed, "kept": [asdict(each) for each in kept]},
+                  "\n".join(lines) or "there are no regions")
+
+
+def _size(regions: list[Any], name: str) -> str:
+    return next((common.bytes_text(each.bytes) for each in regions if each.name == name), "only its folder")
 
 
 # ---- layout ------------------------------------------------------------------------------------------------------
 
 
 @region.command()
-@click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write into this file.")
+@click.option("--output", "-o", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write into this file.")
 @config_options
 @common_options
-def layout(output: Path | None, overrides: dict[str, Any]) -> None:
+def layout(file: Path | None, overrides: dict[str, Any]) -> None:
     """Print where every record lies in a region of these settings, as Markdown.
 
     \b
@@ -218,12 +217,12 @@ def layout(output: Path | None, overrides: dict[str, Any]) -> None:
 
     computed = layout_of(load_config(**overrides))
     text = data_structures_markdown(computed)
-    if output is not None:
-        output.write_text(text)
-        common.say(f"written: {output}")
+    if file is not None:
+        file.write_text(text)
+        common.say(f"written: {file}")
     elif settings().as_json:
         sections = [{"section": name, "offset": offset, "bytes": nbytes or computed.numbers["region_bytes"] - offset}
                     for name, offset, nbytes in computed.sections]
         print_json({"numbers": computed.numbers, "sections": sections, "markdown": text})
     else:
-        click.echo(text, nl=False)
+        output.line(text.rstrip("\n"))

@@ -133,8 +133,9 @@ def remove(folder: Path, name: str) -> None:
 
 
 def _report(values: dict[str, str], text: str) -> None:
+    """As it is done, in JSON; for people it is a remark."""
     if settings().as_json:
-        print_json(values)
+        common.report(values, text)
     else:
         say(text)
 

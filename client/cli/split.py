@@ -5,7 +5,7 @@ Each function takes chunks of bytes as they arrive and yields lists of messages 
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
 from broker.errors import BadBatch, MessageTooBig
@@ -16,9 +16,12 @@ PREFIX_BYTES = (1, 2, 4, 8)
 MESSAGE_BYTES_MAX = 1 << 30
 
 
-def read_chunks(descriptor: int) -> Iterator[bytes]:
-    """What comes from a file or pipe, as it comes."""
-    while chunk := os.read(descriptor, CHUNK_BYTES):
+def read_chunks(descriptor: int, wait_for_input: Callable[[int], None] = lambda descriptor: None) -> Iterator[bytes]:
+    """What comes from a file or pipe, as it comes. Only `wait_for_input` may end it before its end, by raising."""
+    while True:
+        wait_for_input(descriptor)
+        if not (chunk := os.read(descriptor, CHUNK_BYTES)):
+            return
         yield chunk
 
 

@@ -4,12 +4,11 @@ import contextlib
 import time
 from typing import Any
 
-import click
 import psutil
 
 from broker.region import Region, attach_region, inspect_region, region_statistics
 from broker.replica_watch import replaced_replicas
-from client.cli import common
+from client.cli import common, output
 from client.restarts import endings_in
 from sim.cxl.clock import SystemClock
 from sim.cxl.region import host_identity
@@ -37,6 +36,7 @@ class Sampler:
         seconds = now - self._taken
         values = {
             "name": self._region.name, "epoch": inspected["control"]["epoch"],
+            "head": inspected["control"]["sequencer_broker"],
             "region_bytes": self._region.superblock["region_bytes"],
             "age_seconds": round(time.time() - self._region.superblock["created_wall_ns"] / 1e9, 3),
             "brokers": [self._broker(each, statistics["brokers"][each["broker"]]) for each in inspected["brokers"]],
@@ -150,7 +150,7 @@ def watch(name: str, interval: float) -> bool:
             while _is_there(name):
                 time.sleep(interval)
                 live.update(_render(sampler.sample()), refresh=True)
-    click.echo(f"cluster {name!r} has gone")
+    output.line(f"cluster {name!r} has gone")
     return True
 
 
@@ -173,13 +173,14 @@ def remote(target: common.Target) -> bool:
     if common.settings().as_json:
         common.print_json(values)
     else:
-        rows = [(each["id"], each["state"], each["pid"], each["heartbeat_age_ms"], each["tcp_address"])
-                for each in values["brokers"]]
-        output = common.console()
-        output.print(common.make_table(f"cluster {values['name']}, epoch {values['epoch']}",
+        rows = [(_named(each["id"], values["head"]), each["state"], each["pid"], each["heartbeat_age_ms"],
+                 each["tcp_address"]) for each in values["brokers"]]
+        shown = common.console()
+        title = f"cluster {values['name']}, head {values['head']}, epoch {values['epoch']}"
+        shown.print(common.make_table(title,
                                        (">broker", "state", ">pid", ">heartbeat ms", "address"), rows))
         if values["topics"]:
-            output.print(common.make_table("topics", ("name", ">first", ">end"), [
+            shown.print(common.make_table("topics", ("name", ">first", ">end"), [
                 (each["name"], each["first_position"], each["end_position"]) for each in values["topics"]]))
     return all(str(each["state"]).lower().endswith("ready") for each in values["brokers"])
 
@@ -189,12 +190,12 @@ def _render(values: dict[str, Any]) -> Any:
 
     pool = values["pool"]
     brokers = common.make_table(
-        f"cluster {values['name']}: up {values['age_seconds']:.0f} s, epoch {values['epoch']}, memory "
-        f"{common.bytes_text(pool['used'] * pool['segment_bytes'])} used of "
+        f"cluster {values['name']}: up {values['age_seconds']:.0f} s, head {values['head']}, "
+        f"epoch {values['epoch']}, memory {common.bytes_text(pool['used'] * pool['segment_bytes'])} used of "
         f"{common.bytes_text(pool['segments'] * pool['segment_bytes'])}, {values['sessions']} publisher sessions, "
         f"{values['readers']} readers",
         (">broker", "state", ">pid", ">heartbeat", ">CPU", ">memory", ">messages in", "address"),
-        [_broker_row(each) for each in values["brokers"]])
+        [_broker_row(each, values["head"]) for each in values["brokers"]])
     ended = [_ending_text(each) for each in values["brokers"] if each["endings"]]
     topics = common.make_table(
         "topics", ("name", ">order", ">ack", ">RF", ">first", ">end", ">bytes", ">messages/s", ">MB/s", "held by"),
@@ -210,11 +211,15 @@ def _ending_text(broker: dict[str, Any]) -> str:
     return f"broker {broker['id']} has ended {times}, last {broker['last_ending']}{row}{then}"
 
 
-def _broker_row(broker: dict[str, Any]) -> tuple[object, ...]:
+def _named(broker: int, head: int) -> str:
+    return f"{broker} (head)" if broker == head else str(broker)
+
+
+def _broker_row(broker: dict[str, Any], head: int) -> tuple[object, ...]:
     alive = broker["alive"]
     state = broker["state"] if alive or broker["state"] in ("absent", "stopped") else f"dead (was {broker['state']})"
     age, cpu, memory = broker["heartbeat_age_ms"], broker["cpu_percent"], broker["private_bytes"]
-    return (broker["id"], state, broker["pid"] or "-", "-" if age is None else f"{age:.0f} ms",
+    return (_named(broker["id"], head), state, broker["pid"] or "-", "-" if age is None else f"{age:.0f} ms",
             "-" if cpu is None else f"{cpu:.0f} %", "-" if memory is None else common.bytes_text(memory),
             f"{broker['messages_received']:,}", broker["tcp_address"] or "-")
 

@@ -1,12 +1,11 @@
 """`cxlmq topic create|alter|list|describe|delete`."""
 
-import datetime
 from typing import Any
 
 import click
 
 from broker.errors import ConfigError, UnknownTopic
-from client.cli import common
+from client.cli import common, output
 from client.cli.common import Target, print_json, say, settings, target_options
 
 _COLUMNS = (("name", "name"), (">order", "order"), (">ack", "ack"), (">RF", "replication_factor"),
@@ -82,11 +81,8 @@ def create(name: str, order: int, ack: int, replication_factor: int, retention: 
 
     with Admin(**target.arguments) as admin:
         made = admin.create_topic(**values, exist_ok=if_not_exists)
-    if settings().as_json:
-        print_json(made)
-    else:
-        click.echo(f"topic {made['name']!r} is there: order {made['order']}, ack {made['ack']}, replication factor "
-                   f"{made['replication_factor']}")
+    common.report(made, f"topic {made['name']!r} is there: order {made['order']}, ack {made['ack']}, replication "
+                        f"factor {made['replication_factor']}")
 
 
 @topic.command()
@@ -111,12 +107,9 @@ def alter(name: str, retention: int | None, ack: int | None, target: Target) -> 
         raise click.UsageError("say --retention or --ack")
     with Admin(**target.arguments) as admin:
         made = admin.alter_topic(name, retention_bytes=retention, ack=ack)
-    if settings().as_json:
-        print_json(made)
-    else:
-        kept = {0: "while there is room", -1: "for ever"}.get(made["retention_bytes"],
-                                                                    f"{made['retention_bytes']} bytes")
-        click.echo(f"topic {made['name']!r} now has ack {made['ack']}, and keeps messages: {kept}")
+    kept = {0: "while there is room", -1: "for ever"}.get(made["retention_bytes"],
+                                                                f"{made['retention_bytes']} bytes")
+    common.report(made, f"topic {made['name']!r} now has ack {made['ack']}, and keeps messages: {kept}")
 
 
 @topic.command("list")
@@ -138,7 +131,7 @@ def list_(target: Target) -> None:
         common.console().print(common.make_table("", (title for title, _ in _COLUMNS), (
             [each[key] for _, key in _COLUMNS] for each in topics)))
     else:
-        click.echo("there are no topics: `cxlmq topic create NAME` makes one")
+        output.line("there are no topics: `cxlmq topic create NAME` makes one")
 
 
 @topic.command()
@@ -160,11 +153,10 @@ def describe(name: str, target: Target) -> None:
         return
     for key, value in values.items():
         if key == "created_unix_ns":
-            created = datetime.datetime.fromtimestamp(int(value) / 1e9, datetime.UTC)
-            key, value = "created", created.isoformat(timespec="milliseconds")  # noqa: PLW2901
+            key, value = "created", common.time_text(value)  # noqa: PLW2901
         elif key == "degraded":
             value = "; ".join(value) if isinstance(value, list) and value else "no"  # noqa: PLW2901
-        click.echo(f"{key.replace('_', ' '):<20} {value}")
+        output.line(f"{key.replace('_', ' '):<20} {value}")
 
 
 @topic.command()
@@ -194,7 +186,5 @@ def delete(names: tuple[str, ...], if_exists: bool, target: Target) -> None:
             except UnknownTopic:
                 if not if_exists:
                     raise
-    if settings().as_json:
-        print_json({"deleted": deleted})
-    else:
-        click.echo(f"deleted: {', '.join(deleted)}" if deleted else "there was nothing to delete")
+    common.report({"deleted": deleted},
+                  f"deleted: {', '.join(deleted)}" if deleted else "there was nothing to delete")

@@ -11,6 +11,7 @@ import click
 import numpy
 
 from client.cli.common import EXIT_FAILED, CommandExit, common_options, console, make_table, print_json, say, settings
+from client.cli.output import line
 from sim.chaos.run import ChaosRun, Outcome, Settings
 from sim.chaos.timeline import plot_timeline, timeline_text
 
@@ -83,15 +84,15 @@ def _percentile(values: list[float], which: float) -> float | None:
 
 
 def _show(outcome: Outcome, values: dict[str, Any]) -> None:
-    print(timeline_text(outcome))
+    line(timeline_text(outcome))
     faults = ", ".join(f"{count} {what}" for what, count in sorted(values["faults"].items()))
-    print(f"{outcome.kills} kills; {faults}")
+    line(f"{outcome.kills} kills; {faults}")
     resumed = values["resume_seconds"]
     if resumed["count"]:
-        print(f"acks resumed after a head's death: p50 {resumed['p50']:.2f} s, p99 {resumed['p99']:.2f} s")
+        line(f"acks resumed after a head's death: p50 {resumed['p50']:.2f} s, p99 {resumed['p99']:.2f} s")
     if outcome.pauses:
-        print(f"the machine stood still for {values['machine_stood_still_seconds']:.1f} s, which is not counted")
+        line(f"the machine stood still for {values['machine_stood_still_seconds']:.1f} s, which is not counted")
     acknowledged = ", ".join(f"{count:,} on {topic}" for topic, count in values["messages_acknowledged"].items())
-    print(f"{acknowledged} acknowledged")
+    line(f"{acknowledged} acknowledged")
     console().print(make_table("", ("invariant", "verdict"), [
         (name, text or "holds") for name, text in sorted(outcome.broken.items())]))

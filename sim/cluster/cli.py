@@ -19,6 +19,7 @@ from client.cli.common import (
     say,
     settings,
 )
+from client.cli.output import line
 from sim.cluster.devices import find_device
 from sim.cluster.diagram import describe, explain
 from sim.cluster.hardware import HARDWARE
@@ -126,10 +127,10 @@ def _one(scenario: Scenario, shrinks: bool) -> None:
     if settings().as_json:
         print_json(verdict.to_json())
     else:
-        click.echo(f"seed {verdict.seed}: {verdict.verdict}, {verdict.steps:,} steps, {verdict.batches:,} batches in "
+        line(f"seed {verdict.seed}: {verdict.verdict}, {verdict.steps:,} steps, {verdict.batches:,} batches in "
                    f"the log, trace hash {verdict.trace_hash}")
         if verdict.failed:
-            click.echo(_reason(verdict))
+            line(_reason(verdict))
             if shrinks:
                 _show_smallest(scenario, verdict)
     if verdict.failed:
@@ -142,7 +143,7 @@ def _show_smallest(scenario: Scenario, verdict: Verdict) -> None:
     smallest, found = shrink(scenario, verdict)
     picture, again = explain(smallest)
     assert again.trace_hash == found.trace_hash, "the same run fails in the same way"
-    click.echo(f"\nThe smallest run that fails so, {found.steps:,} steps:\n{describe(smallest)}\n\n{picture}\n\n"
+    line(f"\nThe smallest run that fails so, {found.steps:,} steps:\n{describe(smallest)}\n\n{picture}\n\n"
                f"{_reason(found)}")
 
 
@@ -168,7 +169,7 @@ def _all_mutants(output: str | None) -> None:
              ", ".join(Path(each).stem for each in mutant.tests) or "-")
             for row, mutant in zip(rows, MUTANTS, strict=True)]))
         for number, why in RULED_OUT.items():
-            click.echo(f"class {number}: {why}")
+            line(f"class {number}: {why}")
     if missed:
         raise CommandExit(EXIT_FAILED)
 
@@ -201,6 +202,6 @@ def _many(seeds: range, jobs: int, options: dict[str, Any]) -> None:
             f"{len(verdicts):,}", len(failed), f"{steps:,}", f"{sum(each.batches for each in verdicts):,}",
             f"{steps / seconds:,.0f}")]))
         if failed:
-            click.echo("replay one: cxlmq sim --seed " + str(failed[0].seed))
+            line("replay one: cxlmq sim --seed " + str(failed[0].seed))
     if failed:
         raise CommandExit(EXIT_FAILED)

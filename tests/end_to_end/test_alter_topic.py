@@ -97,7 +97,7 @@ def test_an_alteration_outlives_a_restart_another_head_and_the_memory(tmp_path: 
             assert admin.alter_topic("kept", retention_bytes=-1)["retention_bytes"] == -1
             assert admin.alter_topic("kept", ack=2)["ack"] == 2
             cluster.kill(0, signal.SIGKILL)             # the head, whose disk has it for certain
-            eventually(lambda: inspected(cluster.name)["control"]["sequencer_broker"] != 0, SECONDS)
+            assert eventually(lambda: inspected(cluster.name)["control"]["sequencer_broker"] != 0, SECONDS)
             assert promised(admin, "kept") == (2, -1)
             assert admin.alter_topic("kept", retention_bytes=1 << 20)["retention_bytes"] == 1 << 20
         kill_everything(cluster)

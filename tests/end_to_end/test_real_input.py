@@ -17,28 +17,14 @@ from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, inspected, read, segments_owned, settles_to_nothing
 
 ROOT = Path(__file__).resolve().parents[2]
-CAPTURE = ROOT.parent / "shared/data/can-2014.log"
+CAPTURE = ROOT / "tests/data/can-2014.log"
 LINES = 6158
 
 
-def generated() -> bytes:
-    """A capture with the shape of the real one, for machines that do not have it."""
-    lines = []
-    for number in range(LINES):
-        data = (number * 2654435761 % (1 << 64)).to_bytes(8, "big")[:number * 7 % 9].hex().upper()
-        seconds = f"13981282{23 + number // 1000:02d}.{number * 163 % 1000000:06d}"
-        lines.append(f"({seconds}) can0 {number * 37 % 2048:03X}#{data}")
-    return ("\n".join(lines) + "\n").encode()
-
-
 @pytest.fixture(scope="module")
-def capture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def capture() -> Path:
     """The capture as a file."""
-    if CAPTURE.exists():
-        return CAPTURE
-    path = tmp_path_factory.mktemp("data") / "can.log"
-    path.write_bytes(generated())
-    return path
+    return CAPTURE
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +94,6 @@ class Reader(threading.Thread):
         assert not self.is_alive()
         assert self.positions == list(range(len(self.found)))
         return self.found
-
-
-def test_the_capture_has_the_shape_of_the_generated_one(frames: list[bytes]) -> None:
-    made = generated().split(b"\n")[:-1]
-    assert len(made) == len(frames)
-    for line in (made[0], made[-1], frames[0], frames[-1]):
-        time, interface, data = line.split(b" ")
-        assert (time[:1], time[-1:], interface, b"#" in data) == (b"(", b")", b"can0", True)
 
 
 def test_produce_and_three_consumers_started_at_different_times(cluster: Cluster, named: str, capture: Path) -> None:

@@ -116,7 +116,7 @@ def restarted(cluster: Cluster, broker: int) -> None:
             line = inspect_region(region)["brokers"][broker]
         return bool(line["pid"] != before and line["state"] == "ready" and line["alive"])
 
-    eventually(back, SECONDS)
+    assert eventually(back, SECONDS)
 
 
 def attached(cluster: Cluster) -> list[dict[str, Any]]:
@@ -164,7 +164,7 @@ def test_nobody_else_detaches_a_slot_before_or_after_the_brokers_restart(
                 assert slot["slot"] in [each["slot"] for each in attached(cluster) if each["pid"] == client.pid]
                 restarted(cluster, slot["broker"])
             assert call(folder, target, name, "Admin/Detach", request)[0] == "OK"
-            eventually(lambda: slot["slot"] not in [each["slot"] for each in attached(cluster)], SECONDS)
+            assert eventually(lambda: slot["slot"] not in [each["slot"] for each in attached(cluster)], SECONDS)
         finally:
             client.kill()
 
