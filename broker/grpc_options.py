@@ -24,6 +24,7 @@ MESSAGE_HEADROOM_BYTES = 64 * 1024
 # The older poller needs less processor time per byte than the event engine, which pays off as long as gRPC offers it.
 EXPERIMENTS_VARIABLE = "GRPC_EXPERIMENTS"
 EXPERIMENTS = "-event_engine_client,-event_engine_listener,-event_engine_callback_cq"
+FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -45,9 +46,12 @@ _PING_INTERVAL_MIN_MS = _KEEPALIVE_TIME_MS // 2
 def apply_process_tuning() -> None:
     """Tune this process for gRPC; call it before the first `import grpc`. Calling it again changes nothing.
 
-    A `GRPC_EXPERIMENTS` set by the user is kept. On a C library without `mallopt` the allocator stays as it is.
+    `GRPC_EXPERIMENTS` and `GRPC_ENABLE_FORK_SUPPORT` are kept when the user has set them. On a C library without `mallopt` the allocator stays as it is.
     """
     os.environ.setdefault(EXPERIMENTS_VARIABLE, EXPERIMENTS)
+    # Its handlers stop and start gRPC's threads around every fork, and print when they cannot. They do not help the
+    # asyncio API, which works in no child: children are refused (client/fork.py), and parents go on undisturbed.
+    os.environ.setdefault(FORK_VARIABLE, "0")
     # numpy is used for a few tables; its thread pool would cost every broker a tenth of a second.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     _tune_allocator()

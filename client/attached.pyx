@@ -553,6 +553,7 @@ cdef class AttachedCore(AttachedBooks):
     def end_spilling(self) -> None:
         """Messages go straight into leases again, if nothing is left in private memory. Whoever is just putting something
         there says so afterwards (`append_spilled`)."""
+        pass_by(PLACE_ENDING)
         if not self.spilling or self.fenced or self.shut or self.ending:
             return
         if self.overflow.is_empty() or left_out == SAFEGUARD_SPILL_ORDER:
@@ -596,8 +597,8 @@ cdef class AttachedCore(AttachedBooks):
         """Nothing is packed or settled from now on, until the next session begins: what comes spills."""
         self.seal()
         self.take_answers()
-        self.ending = left_out != SAFEGUARD_ENDING
-        self.spilling = True
+        if left_out != SAFEGUARD_ENDING:
+            self.ending = self.spilling = True
 
     def take_unsettled(self) -> list:
         """End the session; everything in flight, oldest first, for a new one: (sequence, private batch) each.

@@ -317,19 +317,29 @@ class AttachedEngine(Engine):
         if core is None:
             return super().flushed()
         core.flush_open()
+        sent = self._sent(core)
         with self.sealing:                  # no batch is between private memory and the core
             spilled = super().flushed()
             in_flight = core.waited_for()
-            epoch, target = core.epoch, core.next_sequence
-        at_send = self.ack == 0
+        # A session that is opened anew renumbers what is left; the batches stay what they are.
+        return lambda: self.closed or (spilled() and all(batch.settled for batch in in_flight) and (
+            self.ack != 0 or sent()))
+
+    def _sent(self, core: AttachedCore) -> Callable[[], bool]:
+        """Level 0, where batches are settled before brokers have them: whether brokers have all that there is now."""
+        private: list[Batch] = []
+        epoch = target = -1
 
         def done() -> bool:
-            # A session that is opened anew renumbers what is left; the batches stay what they are.
-            if self.closed:
-                return True
-            if at_send and core.epoch == epoch and core.oldest < target:
-                return False
-            return spilled() and all(batch.settled for batch in in_flight)
+            nonlocal private, epoch, target
+            if epoch != core.epoch:         # at first, and when what is left was numbered anew
+                with self.sealing:
+                    private, epoch, target = self._kept(), core.epoch, core.next_sequence
+            if private:
+                if any(batch.frame is not None for batch in private):
+                    return False
+                private, target = [], core.next_sequence
+            return bool(core.oldest >= target)
 
         return done
 

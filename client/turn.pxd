@@ -23,7 +23,7 @@ cpdef enum Place:
     PLACE_WAITING = 4                   # somebody else's turn
     PLACE_NO_ROOM = 5                   # waiting for room
     PLACE_TELLING = 6                   # callbacks run
-    PLACE_ENDING = 7                    # a session is being ended
+    PLACE_ENDING = 7                    # a session, or spilling, is being ended
 
 # What a test takes out, to see that it is missed.
 cpdef enum Safeguard:
