@@ -46,7 +46,8 @@ _PING_INTERVAL_MIN_MS = _KEEPALIVE_TIME_MS // 2
 def apply_process_tuning() -> None:
     """Tune this process for gRPC; call it before the first `import grpc`. Calling it again changes nothing.
 
-    `GRPC_EXPERIMENTS` and `GRPC_ENABLE_FORK_SUPPORT` are kept when the user has set them. On a C library without `mallopt` the allocator stays as it is.
+    `GRPC_EXPERIMENTS` and `GRPC_ENABLE_FORK_SUPPORT` are kept when the user has set them. On a C library
+    without `mallopt` the allocator stays as it is.
     """
     os.environ.setdefault(EXPERIMENTS_VARIABLE, EXPERIMENTS)
     # Its handlers stop and start gRPC's threads around every fork, and print when they cannot. They do not help the

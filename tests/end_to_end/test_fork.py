@@ -178,7 +178,7 @@ with Publisher(topic, linger_ms=500, **options) as publisher, Publisher(topic, l
 """
 
 
-@pytest.mark.parametrize("way, ends", [("fork", "os._exit"), ("fork", "sys.exit"), ("multiprocessing", "")])
+@pytest.mark.parametrize(("way", "ends"), [("fork", "os._exit"), ("fork", "sys.exit"), ("multiprocessing", "")])
 @pytest.mark.parametrize("transport", ["grpc", "attached"])
 def test_a_child_is_refused_at_once_while_its_parent_publishes(
         cluster: Cluster, topic: str, transport: str, way: str, ends: str) -> None:
