@@ -35,7 +35,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import attach_region, presence_at_region
 from broker.security import Security
-from client.fork import is_child, note_use, parents_client, refuse_in_child
+from client.fork import end_in_child, is_child, note_use, parents_client, refuse_in_child
 from sim.cxl.locks import Presence
 from sim.cxl.region import memory_identity
 
@@ -60,6 +60,12 @@ class ClientLoop:
         self.thread = threading.Thread(target=self.loop.run_forever, name="cxlmq-client", daemon=True)
         self.thread.start()
         note_use(self, self.loop)
+        end_in_child(self)
+
+    def after_fork(self) -> None:
+        """In a child. One that was forked in a callback must not go on with the parent's connections."""
+        if threading.current_thread() is self.thread:
+            self.loop.stop()
 
     @classmethod
     def get(cls) -> "ClientLoop":

@@ -91,7 +91,7 @@ class Engine(Ways):
         self.next_learning = 0.0
         self.pending: deque[Batch] = deque()
         self.unsettled: dict[int, Batch] = {}       # what is in private memory, by number of sealing
-        self.sealed = itertools.count()
+        self.sealed = itertools.count(1)
         self.held = 0                               # bytes of `unsettled`
         self.account = threading.Lock()
         self.sealing = threading.RLock()            # held while batches go from one place to another
@@ -261,16 +261,15 @@ class Engine(Ways):
         """The packer's batch is full: it goes, and under load the next one may be larger."""
         assert self.packer is not None
         with self.sealing:
-            if self.packer.take_to(self.taken) is None:
-                return
-            if not self.fixed_batch and self._is_loaded():
+            taken = self.packer.take_to(self.taken)
+            if taken is not None and not self.fixed_batch and self._is_loaded():
                 self.packer.target = min(self.packer.target * 2, self.batch_bytes[2])
             self._seal_taken()
         self._sealed()
 
     def _seal_taken(self) -> None:
         """Make pending what was taken. A finalizer of this thread may come in here again with a batch of its own: that
-        one waits behind."""
+        one waits behind. After Ctrl-C in the middle, the next caller goes on with the same batch."""
         if self.sealing_now:
             return
         self.sealing_now = True
@@ -292,15 +291,18 @@ class Engine(Ways):
         batch.seal(time.time_ns())
         batch.level = self.ack
         batch.deadline = batch.opened + self.delivery_timeout
-        with self.account:
-            self.counts["batches"] += 1
-        self._keep(batch)
+        if batch.number == 0:
+            with self.account:
+                self.counts["batches"] += 1
+            self._keep(batch)
+        elif batch.number not in self.unsettled or batch.sequence is not None or batch in self.pending:
+            return                          # it was placed already, by whoever was interrupted
         self.pending.append(batch)
 
     def _keep(self, batch: Batch) -> None:
         """Note a batch that lies in private memory."""
-        batch.number = next(self.sealed)
         with self.account:
+            batch.number = next(self.sealed)
             self.held += batch.nbytes
             self.unsettled[batch.number] = batch
 
@@ -326,9 +328,9 @@ class Engine(Ways):
             return
         with self.sealing:
             taken = self.packer.take_to(self.taken)
-            if taken is None:
+            if taken is None and not self.taken:
                 return
-            if not self.fixed_batch and taken.nbytes < self.packer.target // 2:
+            if taken is not None and not self.fixed_batch and taken.nbytes < self.packer.target // 2:
                 self.packer.target = max(self.packer.target // 2, self.batch_bytes[1])
             self._seal_taken()
         self._sealed()
@@ -403,6 +405,8 @@ class Engine(Ways):
     def _step(self) -> None:
         """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
         self._expire()
+        if self.taken:
+            self.seal_current()             # whoever sealed it was interrupted
         packed = self.packer.batch if self.packer is not None else None
         if packed is not None and packed.count and not self.linger_armed:
             self.linger_armed = True        # it began just when nobody seemed to need that any more

@@ -209,3 +209,37 @@ def test_who_forks_before_using_the_library_may_use_it_in_both(cluster: Cluster,
     found = subprocess.run([sys.executable, "-c", UNUSED_PARENT, topic, cluster.name, transport], cwd=ROOT, text=True,
                            capture_output=True, timeout=120, check=False)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+FORKS_IN_A_CALLBACK = """
+import os, sys, time
+from cxlmq import Publisher
+topic, cluster, transport = sys.argv[1:]
+children = []
+
+
+def fork(delivery):
+    if not children:
+        children.append(os.fork())      # and the child goes on where the library's thread was
+
+
+with Publisher(topic, cluster=cluster, transport=transport, on_delivery=fork) as publisher:
+    publisher.publish(b"first")
+    deadline = time.monotonic() + 30
+    while not children and time.monotonic() < deadline:
+        time.sleep(0.01)
+    while os.waitpid(children[0], os.WNOHANG)[0] == 0:
+        assert time.monotonic() < deadline, "the child went on"
+        publisher.publish(b"more").result(20)
+        time.sleep(0.01)
+    publisher.publish(b"last").result(20)
+"""
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_a_child_that_is_forked_in_a_callback_ends(cluster: Cluster, topic: str, transport: str) -> None:
+    with Admin(cluster=cluster.name) as admin:
+        admin.create_topic(topic)
+    found = subprocess.run([sys.executable, "-c", FORKS_IN_A_CALLBACK, topic, cluster.name, transport], cwd=ROOT,
+                           text=True, capture_output=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -25,6 +25,7 @@ from broker.proto import cxlmq_pb2 as pb
 from client.batch import Batch, Delivery, Packer
 from client.connection import BrokerAddress
 from client.grpc_publisher import SPAN_MAX, PublisherEngine
+from tests.manual_cluster import decode_messages
 
 OPTIONS: dict[str, Any] = {
     "cluster": "nowhere", "bootstrap": None, "ack": 1, "client_id": 1, "batch_bytes": 96, "batch_bytes_min": 96,
@@ -128,6 +129,51 @@ def test_batches_go_to_the_brokers_in_turn_with_sequences_from_0(engine: Engine)
     engine.publish(5)
     engine.on_loop(engine._pump)
     assert [[each.sequence for each in fake.sent] for fake in engine.fakes] == [[0, 2, 4], [1, 3]]
+
+
+def packed_in(batches: Iterable[Batch]) -> list[bytes]:
+    """The messages of sealed batches."""
+    return [each for batch in batches for each in decode_messages(batch.frame[-batch.nbytes:])]
+
+
+def test_a_finalizer_that_publishes_while_a_batch_is_sealed_overtakes_nothing(engine: Engine,
+                                                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, messages = engine._keep, [bytes([number]) * 88 for number in range(4)]
+
+    def publish_too(batch: Batch) -> None:
+        monkeypatch.setattr(engine, "_keep", keep)
+        for each in messages[1:3]:
+            engine.packer.append(each)
+        keep(batch)
+
+    monkeypatch.setattr(engine, "_keep", publish_too)
+    engine.packer.append(messages[0])
+    engine.packer.append(messages[3])
+    assert packed_in(engine.pending) == messages
+
+
+@pytest.mark.parametrize("moment", ["before it is kept", "after it is kept", "after it is pending"])
+def test_an_interrupted_publisher_loses_and_doubles_nothing(engine: Engine, moment: str,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    keep, seal, messages = engine._keep, engine._seal, [bytes([number]) * 88 for number in range(3)]
+
+    def interrupted(batch: Batch) -> None:
+        monkeypatch.undo()
+        if moment == "after it is kept":
+            keep(batch)
+        if moment == "after it is pending":
+            seal(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "_seal" if moment == "after it is pending" else "_keep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.packer.append(messages[0])
+    done = engine.flushed()                 # what was interrupted goes on
+    engine.packer.append(messages[1])
+    engine.packer.append(messages[2])
+    assert packed_in(engine.pending) == messages
+    assert len(engine.unsettled) == 3 and engine.held == sum(each.nbytes for each in engine.pending)
+    assert not done()
 
 
 def test_no_more_than_the_window_is_in_flight(engine: Engine) -> None:
