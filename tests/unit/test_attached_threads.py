@@ -14,7 +14,7 @@ from broker.sessions import UNKNOWN_POSITION
 from broker.stages.attach import AttachStage
 from client.attached import AttachedCore
 from client.attached_publisher import AttachedEngine
-from client.batch import Delivery, Packer
+from client.batch import Batch, Delivery, Packer
 from client.turn import Safeguard, leave_out
 from sim.cxl.memory import Role
 from tests.logical_threads import Baton, SharedLock
@@ -105,6 +105,9 @@ class Engine(AttachedEngine):
         if self.core.leave([(slot, broker) for slot, (broker, _) in held.items()]):
             for slot, (broker, generation) in held.items():
                 self.stages[broker].close_slot(slot, generation)
+
+    def _await_level(self, batch: Batch, position: int | None) -> None:
+        self._settle(batch, position if batch.level else None, None, duplicate=True)    # level 1 is what the log has
 
     def reopen(self) -> None:
         """As `_reopen`, step by step, with others between."""
