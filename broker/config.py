@@ -349,7 +349,7 @@ ENVIRONMENT = {
 CONFIG_FILE_VARIABLE = "CXLMQ_CONFIG"
 _PREFIX = "CXLMQ_"
 # What the scripts read or set themselves (scripts/bootstrap.sh).
-_OF_SCRIPTS = ("CXLMQ_BOOTSTRAP_PYTHON", "CXLMQ_PYTHON", "CXLMQ_ROOT")
+_OF_SCRIPTS = ("CXLMQ_BOOTSTRAP_PYTHON", "CXLMQ_EXTRAS", "CXLMQ_PYTHON", "CXLMQ_ROOT")
 _SETTINGS = {field.name: field.type for field in msgspec.structs.fields(ClusterConfig)}
 
 

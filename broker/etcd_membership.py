@@ -39,7 +39,8 @@ class Etcd:
             import etcd3gw
             import requests
         except ImportError as error:
-            raise ConfigError("membership 'etcd' needs a client library: pip install 'cxlmq[etcd]'",
+            raise ConfigError("membership 'etcd' needs a client library: run CXLMQ_EXTRAS=etcd "
+                              "scripts/bootstrap.sh, or pip install etcd3gw",
                               setting="membership") from error
         self._failures = (etcd3gw.exceptions.Etcd3Exception, requests.exceptions.RequestException, OSError)
         self._endpoints = endpoints

@@ -12,7 +12,16 @@ import grpc
 
 from broker.calls import unary_handlers
 from broker.config import check_group_name
-from broker.errors import BadRequest, CommitRefused, GroupFenced, GroupNotDurable, PositionLost, UnknownGroup
+from broker.errors import (
+    HOLDER_BYTES,
+    BadRequest,
+    CommitRefused,
+    GroupFenced,
+    GroupNotDurable,
+    PositionLost,
+    UnknownGroup,
+    fitted,
+)
 from broker.group_files import GroupFiles
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
@@ -98,7 +107,7 @@ class GroupService:
             raise BadRequest(reason="a member needs a number above 0")
         if not self._node.is_head:
             return await self._forward("Groups/Join", request, pb.GroupMembership, context)
-        holder = request.holder.encode()[:63].decode(errors="ignore") or f"member {request.member:x}"
+        holder = fitted(request.holder, HOLDER_BYTES) or f"member {request.member:x}"
         group = await self.table.join(topic, reader, request.group, request.member, holder, self._lease_ns,
                                       request.protect, lambda: start_place(request, reader), self._make_durable)
         return self._membership(topic, group)

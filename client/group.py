@@ -13,7 +13,17 @@ from collections.abc import Callable
 from typing import Any
 
 from broker.config import check_group_name
-from broker.errors import CommitRefused, ConfigError, CxlmqError, GroupBusy, GroupFenced, GroupNotDurable, UnknownGroup
+from broker.errors import (
+    HOLDER_BYTES,
+    CommitRefused,
+    ConfigError,
+    CxlmqError,
+    GroupBusy,
+    GroupFenced,
+    GroupNotDurable,
+    UnknownGroup,
+    fitted,
+)
 from broker.proto import cxlmq_pb2 as pb
 from client.arguments import as_seconds
 from client.connection import Connection
@@ -71,7 +81,7 @@ class Membership:
 
     async def _join(self, start: Start) -> None:
         request = pb.JoinGroupRequest(**self._names, protect=self._protect, seen=self.seen,
-                                      holder=f"process {os.getpid()} on {socket.gethostname()}"[:63])
+                                      holder=fitted(f"process {os.getpid()} on {socket.gethostname()}", HOLDER_BYTES))
         fill_start(request, start)
         sent = time.monotonic()
         try:

@@ -255,7 +255,7 @@ def console(stderr: bool = False) -> Any:
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(file=stream, highlight=False, width=None if is_terminal(stream) else 240)
+    return Console(file=stream, highlight=False, width=None if is_terminal(stream) else 2000)
 
 
 def make_table(title: str, columns: Iterable[str], rows: Iterable[Sequence[object]]) -> Any:

@@ -14,6 +14,7 @@ from client.cli.common import EXIT_FAILED, CommandExit, common_options, console,
 from client.cli.output import line
 from sim.chaos.run import ChaosRun, Outcome, Settings
 from sim.chaos.timeline import plot_timeline, timeline_text
+from sim.chaos.verdict import MEANINGS
 
 
 @click.command()
@@ -71,7 +72,7 @@ def _values(seed: int, outcome: Outcome, folder: Path) -> dict[str, Any]:
     return {
         "seed": seed, "verdict": "ok" if outcome.holds else "broken", "broken": {
             name: text for name, text in outcome.broken.items() if text},
-        "invariants": sorted(outcome.broken), "kills": outcome.kills,
+        "invariants": sorted(outcome.broken), "meanings": MEANINGS, "kills": outcome.kills,
         "faults": dict(Counter(fault.what for fault in outcome.faults)),
         "seconds": (outcome.ended_ns - outcome.begun_ns) / 1e9, "messages_acknowledged": outcome.messages,
         "resume_seconds": {"count": len(resumed), "p50": _percentile(resumed, 50), "p99": _percentile(resumed, 99)},
@@ -94,5 +95,5 @@ def _show(outcome: Outcome, values: dict[str, Any]) -> None:
         line(f"the machine stood still for {values['machine_stood_still_seconds']:.1f} s, which is not counted")
     acknowledged = ", ".join(f"{count:,} on {topic}" for topic, count in values["messages_acknowledged"].items())
     line(f"{acknowledged} acknowledged")
-    console().print(make_table("", ("invariant", "verdict"), [
-        (name, text or "holds") for name, text in sorted(outcome.broken.items())]))
+    console().print(make_table("", ("invariant", "what must hold", "verdict"), [
+        (name, MEANINGS[name], text or "holds") for name, text in sorted(outcome.broken.items())]))

@@ -16,6 +16,15 @@ RESUME_SECONDS_P99 = 2.0
 STANDSTILL_SECONDS = 15.0
 ALL_KILLED_NS = 10_000_000_000      # around the death of all brokers, heads' deaths are not measured
 
+# What must hold, a line each; how A2, I, F and G are judged in a real run is in sim/chaos/run.py and below.
+MEANINGS: dict[str, str] = {
+    **{name: (check.__doc__ or "").strip() for name, check in CHECKERS.items()},
+    "F": "A forked child gets a client or a typed error, and ends.",
+    "G": "A consumer group begins again where it had read to, or before: it skips nothing.",
+    "V": f"Nothing stands still: no message and no topic for more than {STANDSTILL_SECONDS:.0f} s, and acks resume "
+         f"within {RESUME_SECONDS_P99:.0f} s of a head's death (p99).",
+}
+
 Epochs = Sequence[tuple[int, int]]      # (monotonic ns, epoch), ascending
 
 

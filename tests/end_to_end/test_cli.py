@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from broker.errors import ConfigError, RegionMissing
 from client.admin import Admin
 from client.cli.main import run
 from client.cluster import Cluster
+from client.publisher import Publisher
+from client.subscriber import Subscriber
 from tests.end_to_end.conftest import traces, unique
 from tests.end_to_end.library_support import eventually
 
@@ -82,7 +85,7 @@ def one_error(text: str) -> str:
 # ---- help and usage ----------------------------------------------------------------------------------------------
 
 COMMANDS = ["cluster up", "cluster status", "cluster down", "broker", "topic create", "topic list", "topic describe",
-            "topic delete", "produce", "consume", "region inspect", "region gc", "region layout"]
+            "topic delete", "topic alter", "cluster list", "produce", "consume", "region inspect", "region gc", "region layout"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -327,6 +330,41 @@ def test_typed_input_is_sent_line_by_line(cli: Cli, made: str) -> None:
         assert admin.describe_topic(made)["end_position"] == 4
     feeder.communicate(timeout=20)
     assert feeder.returncode == 0
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_the_library_takes_the_cluster_that_the_command_takes(
+        cluster: Cluster, topic: str, transport: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXLMQ_NAME", cluster.name)
+    assert run(["topic", "create", topic]) == 0
+    with Admin() as admin:
+        assert admin.describe_topic(topic)["end_position"] == 0
+    with Publisher(topic, transport=transport) as publisher:
+        publisher.publish(b"m").result(20)
+    with Subscriber(topic, transport=transport) as subscriber:
+        assert [bytes(each.payload) for each in subscriber.fetch(1, 20)] == [b"m"]
+    monkeypatch.setenv("CXLMQ_NAME", unique("missing"))
+    for client in (Admin, lambda: Publisher(topic, transport=transport), lambda: Subscriber(topic, transport=transport)):
+        with pytest.raises(RegionMissing), client() as opened:
+            opened.list_topics()
+    monkeypatch.setenv("CXLMQ_NAME", "a/b")
+    for client in (Admin, lambda: Publisher(topic, transport=transport), lambda: Subscriber(topic, transport=transport)):
+        with pytest.raises(ConfigError, match="name"):
+            client()
+    monkeypatch.delenv("CXLMQ_NAME")
+    monkeypatch.setenv("CXLMQ_NAMES", cluster.name)
+    with pytest.raises(ConfigError, match="is CXLMQ_NAME meant"):
+        Admin()
+    assert run(["topic", "list"]) == 2
+
+
+def test_clusters_are_listed_with_their_heads(cli: Cli, made: str) -> None:
+    found = {each["name"]: each for each in json.loads(cli.plain("cluster", "list", "--json"))}
+    assert (found[cli.cluster]["live"], found[cli.cluster]["brokers"], found[cli.cluster]["head"]) == (True, "4 of 4", 0)
+    assert cli.cluster.encode() in cli.plain("cluster", "list")
+    assert json.loads(cli.plain("cluster", "status", cli.cluster, "--json"))["head"] == 0
+    assert b"head 0" in cli.plain("cluster", "status", cli.cluster)
+    assert b"0 (head)" in cli("cluster", "status")
 
 
 def test_bootstrap_instead_of_a_name(cli: Cli, cluster: Cluster, made: str) -> None:

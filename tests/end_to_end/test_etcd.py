@@ -22,7 +22,7 @@ from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, inspected
 from tests.end_to_end.test_failover import assert_base_line, epoch_of, head_of, publish_through
 
-pytest.importorskip("etcd3gw", reason="the client library is not installed: pip install 'cxlmq[etcd]'")
+pytest.importorskip("etcd3gw", reason="the client library is not installed: CXLMQ_EXTRAS=etcd scripts/bootstrap.sh")
 if shutil.which("etcd") is None:
     pytest.skip("no etcd server here: apt-get install etcd-server", allow_module_level=True)
 

@@ -15,7 +15,7 @@ from sim.chaos.pauses import Watchman
 from sim.chaos.run import Outcome
 from sim.chaos.timeline import plot_timeline, timeline_text
 from sim.chaos.trail import Kind, Trail, make_message, read_trail, sender_of
-from sim.chaos.verdict import Trails, awake, history_of, judge, judge_recovered, longest_wait, resume_seconds
+from sim.chaos.verdict import MEANINGS, Trails, awake, history_of, judge, judge_recovered, longest_wait, resume_seconds
 from tests.manual_cluster import ManualCluster
 
 SECOND = 1_000_000_000
@@ -334,3 +334,9 @@ def test_the_same_seed_brings_the_same_faults() -> None:
 
     assert story_of(3) == story_of(3) != story_of(4)
     assert {"damage", "disk", "garbage", "other"} == {what for what, _, _ in story_of(3)}
+
+
+def test_every_verdict_has_a_line_that_says_what_must_hold() -> None:
+    found = judge({}, [], 0, 1, [])
+    assert {*found, "A2"} == MEANINGS.keys()
+    assert all(text.endswith(".") and len(text) > 20 for text in MEANINGS.values())

@@ -1,5 +1,6 @@
 """A wrong setting is refused before anything starts, by name, with its value and what is allowed."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -239,3 +240,10 @@ def test_the_list_of_topic_options_that_are_allowed_is_true() -> None:
     with pytest.raises(BadTopicOptions, match="no replica") as raised:
         check_ack("t", 2, 1)
     assert raised.value.option == "ack"
+
+
+def test_variables_that_the_scripts_read_are_known() -> None:
+    scripts = Path(__file__).parents[2] / "scripts"
+    named = {name for file in scripts.glob("*.sh") for name in re.findall(r"^#\s+(CXLMQ_\w+)\s", file.read_text(), re.M)}
+    assert "CXLMQ_BOOTSTRAP_PYTHON" in named
+    load_config(environment=dict.fromkeys(named - {*ENVIRONMENT, "CXLMQ_CONFIG"}, "x"))

@@ -17,6 +17,7 @@ from broker.errors import (
     PoolFull,
     PositionLost,
     UnknownTopic,
+    fitted,
     from_code,
     from_metadata,
     from_status,
@@ -103,3 +104,10 @@ def test_what_somebody_sends_is_told_back_short() -> None:
         metadata = dict(to_metadata(errors.BadTopicName(topic=text)))
         assert sum(len(each) for each in metadata.values()) < 2000
         assert json.loads(metadata["cxlmq-details"])["topic"].startswith(text[:100])
+
+
+@pytest.mark.parametrize(("text", "fitting"), [
+    ("", ""), ("short", "short"), ("x" * 10, "x" * 10), ("x" * 11, "x" * 7 + "..."), ("ü" * 6, "ü" * 3 + "..."), ("ü" * 5, "ü" * 5)])
+def test_a_text_that_is_cut_to_fit_says_so(text: str, fitting: str) -> None:
+    assert fitted(text, 10) == fitting
+    assert len(fitted(text, 10).encode()) <= 10

@@ -1,6 +1,7 @@
 """What a broker looks after goes on whatever happens around it."""
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,19 +27,23 @@ def looking_after(versions: list[int | Exception], monkeypatch: pytest.MonkeyPat
         done.append(what)
 
     made: Any = found
-    made.node = SimpleNamespace(topics=SimpleNamespace(version=version), attach=SimpleNamespace(open_slots=list),
+    made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version), attach=SimpleNamespace(open_slots=list),
                                 config=SimpleNamespace(session_lease_seconds=1))
     made.sessions = SimpleNamespace(end_idle=lambda seconds: note("sessions"))
     made.cursors = SimpleNamespace(free_left=lambda left: None)
     made.groups = SimpleNamespace(look_after=lambda: note("groups"))
     made._tell_of_deletions = lambda: done.append("deletions")
+    made._write_down_alterations = lambda: note("alterations")
     return found, done
 
 
-async def _for_a_while(found: BrokerServer) -> None:
+async def _until(found: BrokerServer, there: Callable[[], bool]) -> None:
+    """Look after things until something is there, or nobody looks any more."""
     found._caretaker = asyncio.create_task(found._look_after())
-    await asyncio.sleep(0.1)
     try:
+        async with asyncio.timeout(60):
+            while not there() and not found._caretaker.done():
+                await asyncio.sleep(0.001)
         found.raise_if_failed()
     finally:
         found._caretaker.cancel()
@@ -46,11 +51,11 @@ async def _for_a_while(found: BrokerServer) -> None:
 
 def test_a_takeover_stops_nothing_that_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
     found, done = looking_after([1, BrokerUnavailable(address="head"), 2, 2], monkeypatch)
-    asyncio.run(_for_a_while(found))
-    assert done[:5] == ["deletions", "sessions", "groups", "deletions", "sessions"]
+    asyncio.run(_until(found, lambda: len(done) >= 7))
+    assert done[:7] == ["deletions", "alterations", "sessions", "groups", "deletions", "alterations", "sessions"]
 
 
 def test_what_ends_the_looking_after_is_not_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     found, _ = looking_after([1, ValueError("a mistake")], monkeypatch)
     with pytest.raises(ValueError, match="a mistake"):
-        asyncio.run(_for_a_while(found))
+        asyncio.run(_until(found, lambda: False))
