@@ -105,7 +105,8 @@ class TmpfsTooSmall(RegionError):
 
     code = "tmpfs-too-small"
     status = "RESOURCE_EXHAUSTED"
-    template = ("the region needs {wanted_bytes} bytes and /dev/shm has {free_bytes} free: make region_bytes smaller, "
+    template = ("the region, or a file beside it, needs {wanted_bytes} bytes and /dev/shm has {free_bytes} free: make "
+                "region_bytes smaller, "
                 "remove leftovers with `cxlmq region gc`, or enlarge /dev/shm")
 
 

@@ -43,7 +43,7 @@ from broker.bank import Bank
 from broker.config import ClusterConfig, make_folder
 from broker.crash import arm, parse_crash_points
 from broker.doorbell import Doorbell
-from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost, TmpfsTooSmall
+from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost
 from broker.groups import GroupTable
 from broker.head import HeadDoorbell, HeadView, say_restored
 from broker.layout import BrokerState
@@ -54,7 +54,7 @@ from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.pipeline import WAITING, Pipeline
 from broker.records import pack, unpack
-from broker.region import Region, attach_region, create_region
+from broker.region import Region, attach_region, create_region, too_small
 from broker.replica_files import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
@@ -457,7 +457,7 @@ def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: 
         asyncio.run(_run_until_signal(node))
         ended = True
     except TmpfsFull as error:              # of what the model of a memory keeps beside the region
-        raise TmpfsTooSmall(region=config.name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes) from None
+        raise too_small(config.name, error) from None
     finally:
         if ended or (founder and (node is None or not node.was_ready)):
             region.leave()

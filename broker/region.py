@@ -216,12 +216,13 @@ def create_region(config: ClusterConfig, layout: Layout | None = None,
         region.unlink()
         region.close()
         if isinstance(error, files.TmpfsFull):
-            raise _too_small(config.name, error) from None
+            raise too_small(config.name, error) from None
         raise
     return region
 
 
-def _too_small(name: str, error: files.TmpfsFull) -> TmpfsTooSmall:
+def too_small(name: str, error: files.TmpfsFull) -> TmpfsTooSmall:
+    """The error of a cluster for whose region, or a file beside it, there is no room."""
     return TmpfsTooSmall(region=name, wanted_bytes=error.wanted_bytes, free_bytes=error.free_bytes)
 
 
@@ -237,7 +238,7 @@ def _create_file(config: ClusterConfig, nbytes: int, content: bytes) -> Any:
             continue                        # somebody was faster: judge his
         except files.TmpfsFull as error:
             if collected or not collect_garbage(folder_root=config.folder.parent):
-                raise _too_small(name, error) from None
+                raise too_small(name, error) from None
             collected = True
         except files.RegionFileDenied as error:
             raise _denied(name, error) from None

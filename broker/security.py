@@ -50,7 +50,8 @@ class Security:
     @classmethod
     def load(cls, path: str | Path) -> "Security":
         """Read a security file, or that of a folder. Raises `ConfigError`, also for a secret that others can read."""
-        file = Path(path) / SECURITY_FILE if Path(path).is_dir() else Path(path)
+        path = Path(os.path.expanduser(path))
+        file = path / SECURITY_FILE if path.is_dir() else path
         if not file.exists():
             raise _refuse(path, "a folder made by `cxlmq security init`, or a TOML file with a [security] table")
         table = _toml(file).get("security")
@@ -58,7 +59,7 @@ class Security:
             raise _refuse(file, "a folder made by `cxlmq security init`, or a TOML file with a [security] table")
         if unknown := table.keys() - set(_PATHS):
             raise _refuse(f"{file} with {', '.join(sorted(unknown))}", f"the names {', '.join(_PATHS)}")
-        paths = {name: file.parent / str(value) for name, value in table.items()}
+        paths = {name: file.parent / os.path.expanduser(str(value)) for name, value in table.items()}
         if missing := {"ca", "certificate", "key"} - paths.keys():
             raise _refuse(f"{file} without {', '.join(sorted(missing))}", "ca, certificate and key have to be named")
         for name, each in paths.items():

@@ -202,13 +202,13 @@ class Cluster:
         if not again:
             self._logs[broker] = open(self.log_path(broker), "w+b", buffering=0)  # noqa: SIM115
         log = self._logs[broker]
-        self._lives.started(broker, time.monotonic())
         same_run = ["--run-id", str(self._table.run_id)] if self._table else []
         self._children[broker] = subprocess.Popen(
             [sys.executable, "-m", "broker.node", "--id", str(broker), "--json-errors", "--parent", str(os.getpid()),
              *(["--join", *same_run] if again else ["--recover"] if self._recover else [])],
             stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=_CODE_FOLDER,
             process_group=0)                # Ctrl-C in a terminal reaches the supervisor alone, which stops the rest
+        self._lives.started(broker, time.monotonic())
 
     def _configure(self, broker: int, child: subprocess.Popen[bytes], config: ClusterConfig | None = None) -> None:
         assert child.stdin is not None
@@ -285,14 +285,20 @@ class Cluster:
                 text = f"{text} ({reported.message})"
             if before.worth_a_note:
                 self._note(text)
-            os.write(self._logs[broker].fileno(), f"supervisor: {text}\n".encode())
+            with contextlib.suppress(OSError):      # a full disk is no reason to look after nobody
+                os.write(self._logs[broker].fileno(), f"supervisor: {text}\n".encode())
             self._lives.save(self.config.folder)
         if before.due is not None and now >= before.due:
-            self._start_again(broker, code)
+            try:
+                self._start_again(broker, code)
+            except OSError as error:
+                self._note(f"broker {broker} cannot be started now ({error.strerror}): it is tried again")
+                self._lives.postpone(broker, now)
 
     def _start_again(self, broker: int, code: int) -> None:
-        self._former.add(self._children[broker].pid)
+        former = self._children[broker].pid
         self._spawn(broker, again=True)
+        self._former.add(former)
         # Where a test let it end, it would end again.
         self._configure(broker, self._children[broker], msgspec.structs.replace(self.config, crash_points=""))
         self.endings.append((broker, code))

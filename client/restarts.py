@@ -16,7 +16,8 @@ from typing import Any
 
 ENDINGS_FILE = "endings.json"           # in the cluster's folder: what `cluster status` shows
 STEADY_SECONDS = 30.0
-PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 1.0     # from start to start; a port that was taken may be free soon
+PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 1.0     # a port that was taken may be free soon
+LONG_ROW, LONG_PAUSE_SECONDS_MAX = 20, 5.0      # ... or it is not: no log is to be filled with that
 FAULT_PAUSE_SECONDS_MAX = 5.0
 FAULTS_MAX = 5                          # equal deaths in a row by a signal of its own doing
 KILLS_MAX = 20                          # ... by one that came from outside, before it was ready
@@ -89,12 +90,17 @@ class Endings:
         steady = now - life.started >= STEADY_SECONDS or (outside and life.is_ready)
         life.row = 1 if steady or code != life.code else life.row + 1
         life.code, life.endings = code, life.endings + 1
-        most = PAUSE_SECONDS_MAX if code >= 0 or outside else FAULT_PAUSE_SECONDS_MAX
+        most = FAULT_PAUSE_SECONDS_MAX if code < 0 and not outside else (
+            PAUSE_SECONDS_MAX if life.row <= LONG_ROW else LONG_PAUSE_SECONDS_MAX)
         life.given_up = code < 0 and life.row >= (KILLS_MAX if outside else FAULTS_MAX)
         if not life.given_up:
             pause = min(most, PAUSE_SECONDS * 2 ** min(life.row - 1, 10))
             life.due = max(now, life.started + PAUSE_SECONDS) if life.row == 1 else now + pause - PAUSE_SECONDS
         return True
+
+    def postpone(self, broker: int, now: float) -> None:
+        """It could not be started now: later."""
+        self._lives[broker].due = now + PAUSE_SECONDS_MAX
 
     def save(self, folder: Path) -> None:
         """Write down what `cluster status` shows. A folder that has gone has nobody who looks."""

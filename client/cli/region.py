@@ -118,6 +118,7 @@ def verify(what: str | None, replicas: Path | None) -> None:
       cxlmq region verify /dev/shm/cxlmq-lab --json
       cxlmq region verify --replicas /srv/frames
     """
+    from broker.config import resolved
     from broker.verify import verify_region, verify_replicas
 
     found = []
@@ -125,7 +126,7 @@ def verify(what: str | None, replicas: Path | None) -> None:
         mapping, where, live = _mapped(what or default_cluster())
         found += verify_region(mapping, where, live)
     if replicas is not None:
-        found += verify_replicas(replicas)
+        found += verify_replicas(Path(resolved(replicas, "replicas")))
     damaged = [each for each in found if each.kind == "damage"]
     if settings().as_json:
         print_json({"damaged": bool(damaged), "findings": [asdict(each) for each in found]})

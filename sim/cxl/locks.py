@@ -201,11 +201,14 @@ def presence_at(path: str) -> Presence:
     Raises `OSError`.
     """
     with _drawing:
-        locks = FileLocks.open(path)
-        status = locks.status()
-        found = _presences.get((status.st_dev, status.st_ino))
-        if found is None or not found.is_current():
-            found = _presences[status.st_dev, status.st_ino] = Presence(locks)
-        else:
-            locks.close()
-        return found
+        while True:
+            locks = FileLocks.open(path)
+            status = locks.status()
+            found = _presences.get((status.st_dev, status.st_ino))
+            if found is not None and found.is_current():
+                locks.close()
+                return found
+            found = Presence(locks)
+            if found.is_current():          # else it was removed just before we had our number
+                _presences[status.st_dev, status.st_ino] = found
+                return found
