@@ -431,6 +431,8 @@ class BrokerTable:
     def ready(self, broker: int, pid: int) -> Addresses | None:
         """Where a broker listens, once this process has announced itself there as ready."""
         at = self._layout.offset_of("broker", broker)
+        if not self._memory.load_word(0):   # memory need not come as zeroes: tables are cleared before it is ready
+            return None
         self._memory.invalidate_range(at, record_bytes("BrokerLine"))
         line = unpack("BrokerLine", self._memory.read_line_bytes(at))
         if line["state"] != BrokerState.BROKER_READY or line["pid"] != pid:
