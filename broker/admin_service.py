@@ -9,7 +9,14 @@ import grpc.aio
 
 from broker.calls import unary_handlers
 from broker.config import TopicConfig, check_ack
-from broker.errors import ERROR_KEY, AttachSlotsFull, BrokerUnavailable, NotAllowed, TopicNotDurable
+from broker.errors import (
+    ERROR_KEY,
+    AttachSlotsFull,
+    BrokerUnavailable,
+    DeletionNotDurable,
+    NotAllowed,
+    TopicNotDurable,
+)
 from broker.grpc_options import channel_options
 from broker.head import head_of
 from broker.proto import cxlmq_pb2 as pb
@@ -100,11 +107,15 @@ class AdminService:
         return self._describe(entry)
 
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
-        self._node.topics.find(request.name)
+        entry = self._node.topics.find(request.name)
         if not self._node.is_head:
             return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context)
         try:
             await self._node.topics.delete(request.name, self._node.live_brokers)
+            # What is answered outlives the memory, also where a broker is away.
+            await asyncio.to_thread(self._node.replica_folder.say_deleted, entry.name, entry.created_ns)
+        except OSError as error:
+            raise DeletionNotDurable(topic=entry.name, reason=error.strerror or str(error)) from error
         finally:                            # also when the caller goes away
             await self._server.groups.forget_deleted()
         return pb.DeleteTopicResponse()

@@ -105,7 +105,8 @@ _MESSAGE_BYTES_MAX = 16 * MIB
 _BATCH_BYTES_MAX = 4 * MIB
 
 
-def _chosen(region_bytes: int) -> dict[str, int]:
+def chosen_settings(region_bytes: int) -> dict[str, int]:
+    """What is chosen for a region of that size where a setting is 0."""
     numbers = next(row for smallest, row in _TIERS if region_bytes >= smallest)
     return {
         **dict(zip(_SIZED, numbers, strict=True)),
@@ -192,7 +193,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def _choose(self) -> None:
         """Fill in what depends on the size of the region."""
         _check_range("region_bytes", self.region_bytes)
-        for setting, value in _chosen(self.region_bytes).items():
+        for setting, value in chosen_settings(self.region_bytes).items():
             if getattr(self, setting) in (0, None):
                 setattr(self, setting, value)
         if not self.runtime_directory:

@@ -352,6 +352,33 @@ class RecoveryError(CxlmqError):
     template = "cannot recover from {folder}: {reason}"
 
 
+class DataDirectoryUsed(CxlmqError):
+    """A cluster would begin anew where an earlier one left its data; details: data_directory, topics."""
+
+    code = "data-directory-used"
+    status = "FAILED_PRECONDITION"
+    template = ("{data_directory} has the replicas of an earlier cluster ({shown}): start with --recover "
+                "{data_directory} to have them again, or with --fresh to set them aside (in the library: recover=, "
+                "fresh=True)")
+
+
+class DataDirectoryBusy(CxlmqError):
+    """Brokers of another cluster write into this data directory; details: data_directory."""
+
+    code = "data-directory-busy"
+    status = "FAILED_PRECONDITION"
+    template = ("{data_directory} is used by a cluster that runs: stop it first, or choose another data_directory")
+
+
+class DeletionNotDurable(TopicError):
+    """A topic is deleted, and no disk could be told so yet; details: topic, reason."""
+
+    code = "deletion-not-durable"
+    status = "FAILED_PRECONDITION"
+    template = ("topic {topic} is deleted, but that could not be written down ({reason}): until the brokers, which try "
+                "again, have done so, a recovery may bring it back; make room on their disks")
+
+
 class CursorTableFull(CxlmqError):
     """No place for another reader; details: broker, cursor_count."""
 

@@ -12,6 +12,7 @@ import grpc
 
 from broker.calls import unary_handlers
 from broker.config import check_group_name
+from broker.durable_files import write_whole
 from broker.errors import (
     HOLDER_BYTES,
     BadRequest,
@@ -22,7 +23,7 @@ from broker.errors import (
     UnknownGroup,
     fitted,
 )
-from broker.group_files import GroupFiles
+from broker.group_files import GroupFiles, GroupRecord
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
@@ -76,7 +77,7 @@ class GroupService:
         node.groups = self.table
         if node.leadership.term is not None:
             self.table.begin_term(node.group_lease_ns)
-        self._files = GroupFiles(node.config.replica_folder(node.broker))
+        self._files = GroupFiles(node.config.replica_folder(node.broker), node.region.run_id)
         self._lease_ns = node.group_lease_ns
         self._files_failed = False
         self._report_file = node.config.folder / RECOVERY_FILE
@@ -177,8 +178,11 @@ class GroupService:
         topic, _ = self._opened(request)
         if not self._node.is_head:
             return await self._forward("Groups/Delete", request, pb.DeleteGroupResponse, context)
-        await self.table.delete(topic, request.group)
-        await self.look_after()
+        group = await self.table.delete(topic, request.group)
+        if topic.replication_factor > 1:        # before it is answered, a disk knows that it is gone
+            await self._on_disk(self._files.delete, topic, group, (
+                f"group {group.name} of topic {topic.name} is deleted, but no disk could be told so yet: until the "
+                "brokers, which try again, have done so, a recovery may bring it back; make room on their disks"))
         return pb.DeleteGroupResponse()
 
     def restore(self, report_file: Path) -> None:
@@ -188,18 +192,21 @@ class GroupService:
             return
         report |= self.table.restore_all(self._node.topics.entries(), self._reader,
                                          Path(self._node.config.data_directory))
-        report_file.write_text(json.dumps(report))
+        write_whole(report_file, json.dumps(report).encode())
 
     # ---- files ------------------------------------------------------------------------------------------------------
 
     async def _make_durable(self, topic: TopicEntry, group: Group) -> None:
         """Before a commit is answered it is on this disk, if the topic's log is on disks at all."""
-        if topic.replication_factor < 2:
-            return
+        if topic.replication_factor > 1:
+            await self._on_disk(self._files.store, topic, group)
+
+    async def _on_disk(self, write: Callable[[GroupRecord], None], topic: TopicEntry, group: Group,
+                       message: str | None = None) -> None:
         try:
-            await asyncio.to_thread(self._files.store, group.record(topic))
+            await asyncio.to_thread(write, group.record(topic))
         except OSError as error:
-            raise GroupNotDurable(group=group.name, topic=topic.name, position=group.position,
+            raise GroupNotDurable(message, group=group.name, topic=topic.name, position=group.position,
                                   reason=error.strerror or str(error)) from error
 
     async def forget_deleted(self) -> None:
@@ -211,10 +218,14 @@ class GroupService:
         topics = {topic_key(topic): topic for topic in self._node.topics.entries() if topic.replication_factor > 1}
         records = [group.record(topics[group.topic]) for group in self.table.entries(topics)] if topics else []
         known = self._files.stored()
-        if known == {record.file_name: record.version for record in records}:
+        if self._files.loaded and known == {record.file_name: record.version for record in records}:
             return
         try:
-            await asyncio.to_thread(self._files.keep, records, known)
+            if not self._files.loaded:
+                await asyncio.to_thread(self._files.load)
+                return                          # what went before we knew of it is looked at next time
+            await asyncio.to_thread(self._files.keep, records, known, {(each.name, each.created_ns)
+                                                                       for each in topics.values()})
             self._files_failed = False
         except OSError as error:
             if not self._files_failed:      # once: it is tried again until it works

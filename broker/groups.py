@@ -29,6 +29,7 @@ from broker.head import HeadView, head_of
 from broker.layout import GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
+from broker.recovery import read_manifests
 from broker.sessions import CursorTable
 from broker.topics import TopicEntry
 from sim.cxl.memory import Memory
@@ -68,6 +69,13 @@ class Group:
         """What of it is kept on disk."""
         return GroupRecord(topic=topic.name, created_ns=topic.created_ns, group=self.name, version=self.version,
                            position=self.position, protected=self.protected, committed_wall_ns=self.committed_wall_ns)
+
+
+def read_groups(folder: Path, topics: Collection[tuple[str, int]]) -> tuple[list[GroupRecord], list[str]]:
+    """The groups of these topics (name, created) in a data directory, and what is damaged there."""
+    began_by = {each.run_id: number for number, each in enumerate(read_manifests(folder), 1)}
+    records, damaged = read_group_files(sorted(folder.glob("broker-*")), lambda run_id: began_by.get(run_id, 0))
+    return [each for each in records if (each.topic, each.created_ns) in topics], damaged
 
 
 class GroupTable:
@@ -282,13 +290,12 @@ class GroupTable:
                     folder: Path) -> dict[str, Any]:
         """Bring back the groups of restored topics from a data directory; the report, as JSON values."""
         by_name = {(topic.name, topic.created_ns): topic for topic in topics}
-        records, damaged = read_group_files(sorted(folder.glob("broker-*")))
+        records, damaged = read_groups(folder, by_name)
         restored = []
         for record in records:
-            topic = by_name.get((record.topic, record.created_ns))
-            if topic is not None:
-                group = self.restore(topic, reader_of(topic), record)
-                restored.append({"topic": topic.name, "group": group.name, "position": group.position})
+            topic = by_name[record.topic, record.created_ns]
+            group = self.restore(topic, reader_of(topic), record)
+            restored.append({"topic": topic.name, "group": group.name, "position": group.position})
         return {"groups": restored, "damaged_groups": damaged}
 
     async def forget_deleted(self, alive: Collection[int]) -> None:

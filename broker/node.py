@@ -42,9 +42,11 @@ from typing import Any
 from broker.bank import Bank
 from broker.config import ClusterConfig, make_folder
 from broker.crash import arm, parse_crash_points
+from broker.data_directory import lock_broker_folder, refuse_half_moved, refuse_used
 from broker.doorbell import Doorbell
+from broker.durable_files import write_whole
 from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost
-from broker.groups import GroupTable
+from broker.groups import GroupTable, read_groups
 from broker.head import HeadDoorbell, HeadView, say_restored
 from broker.layout import BrokerState
 from broker.leadership import Leadership
@@ -52,10 +54,12 @@ from broker.log import BrokerLog
 from broker.membership import Membership, RegionMembership
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
+from broker.payload_places import limits_of
 from broker.pipeline import WAITING, Pipeline
 from broker.records import pack, unpack
+from broker.recovery import RecoveryPlan, make_plan
 from broker.region import Region, attach_region, create_region, too_small
-from broker.replica_files import ReplicaFolder
+from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.stages.ack import AckStage
@@ -256,7 +260,7 @@ class BrokerNode:
     def _replica_folder(self) -> ReplicaFolder:
         return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
                              self.layout.numbers["broker_count"], self.topics.entry_of,
-                             catalogue=bool(self.config.data_directory))
+                             catalogue=bool(self.config.data_directory), limits=limits_of(self.layout.numbers))
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -418,18 +422,28 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
             node.look_after_memory(idle_ns=STRANDED_NS)
 
 
-def _recover(config: ClusterConfig, region: Region) -> None:
-    """Fill the new region from the replicas in the data directory, before anybody else attaches to it."""
-    from broker.group_service import RECOVERY_FILE
-    from broker.recovery import make_plan
-    from broker.restore import restore
+def _plan_recovery(config: ClusterConfig) -> RecoveryPlan:
+    """What the data directory has, if a cluster with these settings can hold it. Raises `RecoveryError`."""
+    from broker.recovery_check import check_limits
 
     assert config.data_directory
-    plan = make_plan(Path(config.data_directory))
+    folder = Path(config.data_directory)
+    refuse_half_moved(folder)
+    plan = make_plan(folder)
+    groups, _ = read_groups(folder, {(topic.name, topic.options["created_ns"]) for topic in plan.topics})
+    check_limits(config, plan, len(groups))
+    return plan
+
+
+def _recover(config: ClusterConfig, region: Region, plan: RecoveryPlan) -> None:
+    """Fill the new region from the replicas in the data directory, before anybody else attaches to it."""
+    from broker.group_service import RECOVERY_FILE
+    from broker.restore import restore
+
     report = restore(region, plan, int(config.session_lease_seconds * 1e9))
     epoch = max((batch.record.fields["epoch"] for topic in plan.topics for batch in topic.batches), default=1)
     say_restored(region.memory(), region.layout, max(1, epoch))
-    (config.folder / RECOVERY_FILE).write_text(json.dumps(report))
+    write_whole(config.folder / RECOVERY_FILE, json.dumps(report).encode())
 
 
 def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: bool = False,
@@ -443,9 +457,14 @@ def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: 
     nobody has ever used: what others have written may be in no other place.
     """
     make_folder(config)
+    if config.data_directory:
+        lock_broker_folder(config.replica_folder(broker))       # open, and held, as long as this process lives
     founder = broker == FOUNDER and not join
     if founder:
-        region = create_region(config, prepare=lambda created: _recover(config, created) if recover else None)
+        if not recover:
+            refuse_used(config)
+        plan = _plan_recovery(config) if recover else None
+        region = create_region(config, prepare=lambda created: _recover(config, created, plan) if plan else None)
     else:
         region = attach_region(config.name, run_id=run_id, folder_root=Path(config.runtime_directory),
                                timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS)

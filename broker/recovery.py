@@ -4,34 +4,40 @@
 
 Level 2 was acknowledged only when everything below was on the disks, so it ends where the log has its first hole;
 records say how far it had come (`durable_position`). A hole below that is damage: what follows is kept. Above is a tail
-that no disk had yet: there, what comes behind a lost batch of its own session is given up too. Its publisher was never
-told of it, sends it again, and must find neither a gap nor a duplicate.
+that no disk had yet: there, at order 5, a batch is kept only if all that its session sent before is known to be in the
+log. The publisher of the others was never told of them, sends them again, and must find neither a gap nor a duplicate.
+So nothing counts as committed because it was not found: of what was reclaimed `.sessions` files tell whose it was.
 
 Runs of a cluster over the same folder follow one another: DIR/recoveries/<number>.json says up to which position of
 each topic earlier files count. Recovery changes nothing else there, so it can be killed and run again.
 """
 
-import contextlib
-import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from broker.errors import RecoveryError
+from broker.config import TopicConfig
+from broker.durable_files import FileDamaged, read_durable, write_durable
+from broker.errors import RecoveryError, TopicError
 from broker.replica_files import (
     DELETED_SUFFIX,
+    MANIFESTS,
+    SESSIONS_SUFFIX,
     TOPIC_SUFFIX,
     Damage,
     Record,
     ReplicaFile,
+    files_below,
     find_files,
     identity_of,
+    names_of,
     read_records,
 )
+from broker.replica_folder import add_sessions
+from broker.session_trail import TRAIL_WINDOW, SessionTrail
 
-MANIFESTS = "recoveries"
+BROKERS_MAX = 64
 _IDENTICAL = ("message_count", "payload_bytes", "payload_crc", "client_id", "session_epoch", "batch_sequence")
 
 
@@ -55,13 +61,14 @@ class RecoveredBatch:
 
 @dataclass
 class RecoveredSession:
-    """A publisher's last session: everything below `expected` is in the log."""
+    """A publisher's last session: everything below `expected` is, or was, in the log."""
 
     client_id: int
     epoch: int
     expected: int
     messages: int
     position: int       # behind its last message
+    in_log: int = 0     # bit n % 256: batch n of those from `expected` on as well, at order levels below 5
 
 
 @dataclass
@@ -89,7 +96,7 @@ class RecoveredTopic:
 
 @dataclass
 class DamagedFile:
-    """A damaged range of a file; nothing is removed from it."""
+    """A damaged range of a file; nothing is removed from it. Small files have neither source nor replica: -1."""
 
     path: str
     offset: int
@@ -111,6 +118,7 @@ class RecoveryPlan:
     topics: list[RecoveredTopic]
     damage: list[DamagedFile]
     ignored: list[str]                  # what is not restored on purpose, in words
+    limits: dict[str, int] = field(default_factory=dict)    # the numbers of the region that wrote last; empty: unknown
 
     def report(self) -> dict[str, Any]:
         """The plan for people and programs, as JSON values."""
@@ -143,44 +151,57 @@ class Manifest:
     lost: dict[str, list[tuple[int, int]]]
 
 
+def manifest_paths(folder: Path) -> list[Path]:
+    """The files of all earlier recoveries, oldest first."""
+    return sorted((folder / MANIFESTS).glob("*.json"))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """One earlier recovery. Raises `FileDamaged`, OSError."""
+    values = read_durable(path, "manifest").values
+    try:
+        return Manifest(int(path.stem), int(values["run_id"]),
+                        {key: int(each["end"]) for key, each in values["topics"].items()},
+                        {key: [(int(a), int(b)) for a, b in each["lost"]] for key, each in values["topics"].items()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileDamaged(f"it does not say what it should: {error!r}") from error
+
+
 def read_manifests(folder: Path) -> list[Manifest]:
-    """All earlier recoveries, oldest first. Raises `RecoveryError` for one that is damaged."""
-    found = []
-    for path in sorted((folder / MANIFESTS).glob("*.json")):
+    """All earlier recoveries, oldest first. Raises `RecoveryError` for one that is damaged or missing."""
+    found: list[Manifest] = []
+    for number, path in enumerate(manifest_paths(folder), 1):
         try:
-            values = json.loads(path.read_text())
-            found.append(Manifest(
-                int(path.stem), int(values["run_id"]),
-                {key: int(each["end"]) for key, each in values["topics"].items()},
-                {key: [(int(a), int(b)) for a, b in each["lost"]] for key, each in values["topics"].items()}))
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecoveryError(folder=folder, reason=(
+            if path.stem != f"{number:06d}":
+                raise FileDamaged(f"{number:06d}.json is missing before it")
+            found.append(read_manifest(path))
+        except FileDamaged as error:
+            raise RecoveryError(folder=folder, file=str(path), reason=(
                 f"{path} is damaged ({error}): restore it from a copy; without it nobody knows which batches "
                 "count")) from error
     return found
 
 
 def write_manifest(folder: Path, run_id: int, topics: Iterable[RecoveredTopic]) -> Path:
-    """Write down that `run_id` goes on where these topics end; durable when this returns."""
-    target = folder / MANIFESTS
-    target.mkdir(mode=0o700, exist_ok=True)
+    """Write down that `run_id` goes on where these topics end; durable, and read back, when this returns.
+
+    Raises OSError, `RecoveryError`: then the folder says what it said before.
+    """
     number = max((each.number for each in read_manifests(folder)), default=0) + 1
-    text = json.dumps({"run_id": run_id, "topics": {
+    path = folder / MANIFESTS / f"{number:06d}.json"
+    values = {"run_id": run_id, "topics": {
         topic.identity: {"end": topic.end_position, "lost": [[each.first, each.end] for each in topic.lost
                                                              if each.reason != "no room"]}
-        for topic in topics}}, indent=1)
-    path = target / f"{number:06d}.json"
-    with open(path.with_suffix(".writing"), "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".writing"), path)
-    for each in (target, folder):
-        descriptor = os.open(each, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        for topic in topics}}
+    write_durable(path, "manifest", values)
+    try:
+        well = read_durable(path, "manifest").values == values
+    except FileDamaged:
+        well = False
+    if not well:
+        path.unlink()
+        raise RecoveryError(folder=folder, file=str(path), reason=(
+            f"{path} does not hold what was written to it: this disk cannot be trusted"))
     return path
 
 
@@ -211,44 +232,123 @@ class Runs:
 
 
 def make_plan(folder: Path) -> RecoveryPlan:
-    """Read every file below the folder. Raises `RecoveryError` when there is nothing to recover from."""
+    """Read every file below the folder.
+
+    Raises `RecoveryError` when there is nothing to recover from, or one that all depends on is damaged or unreadable.
+    """
     if not folder.is_dir():
         raise RecoveryError(folder=folder, reason="there is no such folder")
-    files, known, deleted = find_files(folder), _catalogue(folder), _deleted(folder)
+    try:
+        return _make_plan(folder)
+    except OSError as error:
+        raise RecoveryError(folder=folder, file=error.filename, reason=(
+            f"{error.filename or 'a file'} cannot be read: {error.strerror or error}; nothing was changed, try again "
+            "when it can")) from error
+
+
+def _make_plan(folder: Path) -> RecoveryPlan:
+    files, damage = find_files(folder), list[DamagedFile]()
+    known, deleted = _catalogue(folder, files, damage), _deleted(folder, damage)
     if not files and not known:
         raise RecoveryError(folder=folder, reason="it has neither replica files nor topics; the data_directory of the "
                                                   "cluster is wanted, with its folders broker-0, broker-1 ...")
-    damage = [_damaged(file, Damage(0, 0, file.damage)) for file in files if file.damage]
+    damage += [_damaged(file, Damage(0, 0, file.damage)) for file in files if file.damage]
     by_topic: dict[str, list[ReplicaFile]] = {}
     for file in files:
         if not file.damage:
             by_topic.setdefault(file.identity, []).append(file)
-            known[file.identity] = _latest(known.get(file.identity), file.topic)
     runs = Runs(read_manifests(folder))
     chosen, ignored = _choose(known, deleted)
-    topics = [_recover_topic(options, by_topic.get(identity, []), runs, damage)
+    topics = [_recover_topic(options, by_topic.get(identity, []), runs, damage, _trail(folder, identity, damage))
               for identity, options in sorted(chosen.items(), key=lambda each: each[1]["created_ns"])]
-    return RecoveryPlan(folder, sorted({file.run_id for file in files}), topics, damage, ignored)
+    return RecoveryPlan(folder, sorted({file.run_id for file in files}), topics, damage, ignored,
+                        _limits([file for file in files if not file.damage and file.identity in chosen]))
 
 
-def _catalogue(folder: Path) -> dict[str, dict[str, Any]]:
-    """Topics that were written down, by identity."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.rglob("*" + TOPIC_SUFFIX)):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            options = json.loads(path.read_text())["topic"]
-            identity = identity_of(options["name"], options["created_ns"])
-            found[identity] = _latest(found.get(identity), options)
-    return found
+def _limits(files: list[ReplicaFile]) -> dict[str, int]:
+    """The numbers of the region that wrote last: it held all there is, but for what it dropped. None when unknown."""
+    return max(files, key=lambda each: each.created_ns).limits if files else {}
 
 
-def _latest(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """Of two descriptions of a topic, the one that was altered last: a broker may have been away then."""
-    return other if one is None or other.get("alteration", 0) > one.get("alteration", 0) else one
+def _catalogue(folder: Path, files: list[ReplicaFile], damage: list[DamagedFile]) -> dict[str, dict[str, Any]]:
+    """The options of every topic that is known, by identity: as they were written down last, with a checksum.
+
+    Without one (files of an earlier version) the superblocks of replicas are believed.
+    """
+    found: dict[str, tuple[tuple[bool, int, int], dict[str, Any]]] = {}
+    for file in files:
+        age = True, int(file.topic.get("alteration", 0)), 0
+        if not file.damage and (file.identity not in found or found[file.identity][0] < age):
+            found[file.identity] = age, file.topic
+    for path in files_below(folder, TOPIC_SUFFIX):
+        try:
+            content = read_durable(path, "topic")
+            options = checked_options(content.values["topic"])
+            # Of several descriptions the one counts that was altered last: a broker may have been away then.
+            age = content.checked, int(options.get("alteration", 0)), int(content.values.get("written_ns", 0))
+        except (FileDamaged, TopicError, KeyError, TypeError, ValueError) as error:
+            damage.append(_small(path, error if isinstance(error, FileDamaged) else f"no topic: {error!r}"))
+            continue
+        identity = identity_of(options["name"], options["created_ns"])
+        if path.name != identity + TOPIC_SUFFIX:
+            damage.append(_small(path, f"it describes another topic: {identity}"))
+            continue
+        other = found.get(identity)
+        if other is None or other[0] < age:
+            found[identity] = age, options
+        elif not age[0] and _promise(other[1]) != _promise(options):
+            damage.append(_small(path, "it has no checksum, and those that have one say otherwise"))
+    return {identity: options for identity, (_, options) in found.items()}
 
 
-def _deleted(folder: Path) -> set[str]:
-    return {path.name.removesuffix(DELETED_SUFFIX) for path in folder.rglob("*" + DELETED_SUFFIX)}
+def _promise(options: dict[str, Any]) -> list[Any]:
+    return [options[key] for key in _OPTIONS]
+
+
+_OPTIONS = ("name", "created_ns", "order", "ack", "replication_factor", "retention_bytes")
+
+
+def checked_options(options: Any) -> dict[str, Any]:
+    """The options of a topic, if they can be any. Raises ValueError, KeyError, TypeError."""
+    values = {key: options[key] for key in _OPTIONS}
+    TopicConfig(**{key: values[key] for key in _OPTIONS if key != "created_ns"}).validate(BROKERS_MAX)
+    if not all(isinstance(values[key], int) for key in _OPTIONS[1:]) or not 0 <= values["created_ns"] < 1 << 64:
+        raise ValueError("its numbers are none")
+    return dict(options)
+
+
+def _deleted(folder: Path, damage: list[DamagedFile]) -> set[str]:
+    """The topics that were deleted: a file says so by its name already, whatever became of what is in it."""
+    paths = files_below(folder, DELETED_SUFFIX)
+    for path in paths:
+        if not path.stat().st_size:
+            continue                            # of an earlier version
+        try:
+            read_durable(path, "deleted")
+        except FileDamaged as error:
+            damage.append(_small(path, error))
+    return {path.name.removesuffix(DELETED_SUFFIX) for path in paths}
+
+
+def _trail(folder: Path, identity: str, damage: list[DamagedFile]) -> SessionTrail:
+    """Whose batches were in files of a topic that were removed behind the reclaimed frontier."""
+    trail = SessionTrail()
+    for path in files_below(folder, identity + SESSIONS_SUFFIX):
+        if path.name != identity + SESSIONS_SUFFIX:
+            continue                            # of a topic whose name ends so
+        try:
+            add_sessions(trail, read_durable(path, "sessions").values)
+        except FileDamaged as error:
+            damage.append(_small(path, error))
+    return trail
+
+
+def _small(path: Path, what: object) -> DamagedFile:
+    try:
+        name = names_of(path.stem)[0]
+    except ValueError:
+        name = path.name
+    return DamagedFile(str(path), 0, path.stat().st_size, str(what), name, -1, -1, None, None)
 
 
 def _choose(known: dict[str, dict[str, Any]], deleted: set[str]) -> tuple[dict[str, dict[str, Any]], list[str]]:
@@ -283,11 +383,12 @@ class _Reading:
     durable: int = 0
     committed: int = 0
     reclaimed: int = 0
+    trail: SessionTrail = field(default_factory=SessionTrail)       # of what is reclaimed
 
 
-def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs,
-                   damage: list[DamagedFile]) -> RecoveredTopic:
-    topic, reading = RecoveredTopic(options), _Reading()
+def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs, damage: list[DamagedFile],
+                   trail: SessionTrail) -> RecoveredTopic:
+    topic, reading = RecoveredTopic(options), _Reading(trail=trail)
     given_up = runs.lost(topic.identity)
     for file in sorted(files, key=lambda each: each.created_ns):
         end = runs.end(topic.identity, file.run_id)
@@ -326,17 +427,22 @@ def _take(reading: _Reading, file: ReplicaFile, record: Record, given_up: list[t
 def _lay_out(topic: RecoveredTopic, reading: _Reading, damage: list[DamagedFile],
              given_up: list[tuple[int, int]]) -> None:
     """Put the batches into their order, name the holes, follow the sessions."""
-    kept = _without_gaps(topic, reading)
     position = topic.first_position
-    for batch in kept:
-        if batch.record.position < position:
-            continue                            # reclaimed, or overlapping one that is there
+    for batch in _provable(topic, reading, given_up):
         _lose(topic, position, batch.record.position, damage, given_up)
         topic.batches.append(batch)
         position = batch.record.end
     _lose(topic, position, reading.committed, damage, given_up)
     topic.end_position = max(position, reading.committed)
-    topic.sessions = list(_sessions(topic))
+    topic.sessions = list(_sessions(topic, reading))
+
+
+def _is_given_up(first: int, end: int, given_up: list[tuple[int, int]]) -> bool:
+    """Whether earlier recoveries have lost all of this already: together, for they may lie side by side."""
+    for low, high in sorted(given_up):
+        if low <= first < high:
+            first = high
+    return first >= end
 
 
 def _lose(topic: RecoveredTopic, first: int, end: int, damage: list[DamagedFile],
@@ -345,7 +451,7 @@ def _lose(topic: RecoveredTopic, first: int, end: int, damage: list[DamagedFile]
         return
     hit = any(each.first_position is not None and each.first_position < end
               and (each.end_position is None or each.end_position > first) for each in damage)
-    if any(a <= first and end <= b for a, b in given_up):
+    if _is_given_up(first, end, given_up):
         reason = "lost before"
     elif first >= topic.durable_position:
         reason = "unsynced"
@@ -354,39 +460,60 @@ def _lose(topic: RecoveredTopic, first: int, end: int, damage: list[DamagedFile]
     topic.lost.append(Range(first, end, reason))
 
 
-def _without_gaps(topic: RecoveredTopic, reading: _Reading) -> Iterator[RecoveredBatch]:
-    """The batches by position; at order 5, above what was durable, none that comes behind a lost one of its session."""
+def _provable(topic: RecoveredTopic, reading: _Reading, given_up: list[tuple[int, int]]) -> Iterator[RecoveredBatch]:
+    """The batches by position; at order 5, behind the first hole that no disk had, only those of whose session nothing
+    can have been in it: the one before was found, or the client had sent nothing before."""
     expected: dict[tuple[int, int], int] = {}
-    for position in sorted(reading.batches):
-        batch = reading.batches[position]
+    position, holed = topic.first_position, False
+    for at in sorted(reading.batches):
+        batch = reading.batches[at]
         fields = batch.record.fields
+        if batch.record.end <= topic.first_position:
+            reading.trail.note(fields["client_id"], fields["session_epoch"], fields["batch_sequence"], batch.record.end)
+        if at < position:
+            continue                            # reclaimed, or overlapping one that is there
+        first = max(position, topic.durable_position)
+        holed = holed or (first < at and not _is_given_up(first, at, given_up))
+        position = batch.record.end
         session = fields["client_id"], fields["session_epoch"]
-        if topic.options["order"] == 5:
-            behind_gap = fields["batch_sequence"] > expected.get(session, fields["batch_sequence"])
-            first_of_all = session not in expected and fields["batch_sequence"] > 0 and topic.first_position == 0
-            if position >= topic.durable_position and (behind_gap or first_of_all):
-                expected.setdefault(session, 0)
+        if holed and topic.options["order"] == 5:
+            # What an earlier session of the client has lost in the hole, nobody knows.
+            begins = 0 if fields["session_epoch"] <= 1 else -1
+            if fields["batch_sequence"] != expected.get(session, begins):
                 continue
         expected[session] = fields["batch_sequence"] + 1
         yield batch
 
 
-def _sessions(topic: RecoveredTopic) -> Iterator[RecoveredSession]:
-    """The last session of each client, as far as the log tells."""
-    latest: dict[int, list[dict[str, int]]] = {}
+def _sessions(topic: RecoveredTopic, reading: _Reading) -> Iterator[RecoveredSession]:
+    """The last session of each client, as far as the log, and what was written down of its reclaimed part, tell."""
+    kept: dict[int, list[dict[str, int]]] = {}
     for batch in topic.batches:
-        fields = batch.record.fields
-        seen = latest.setdefault(fields["client_id"], [])
-        if seen and fields["session_epoch"] > seen[0]["session_epoch"]:
-            seen.clear()
-        if not seen or fields["session_epoch"] == seen[0]["session_epoch"]:
-            seen.append(fields)
-    for client, batches in latest.items():
-        sequences = sorted({each["batch_sequence"] for each in batches})
-        if topic.options["order"] == 5:
-            expected = sequences[-1] + 1
-        else:                                   # batches may be beyond a gap: those are found by looking into the log
-            expected = next((at for at, each in enumerate(sequences, sequences[0]) if at != each), sequences[-1] + 1)
-        yield RecoveredSession(client, batches[0]["session_epoch"], expected,
-                               sum(each["message_count"] for each in batches),
-                               max(each["position"] + each["message_count"] for each in batches))
+        kept.setdefault(batch.record.fields["client_id"], []).append(batch.record.fields)
+    reclaimed = {each[0]: each for each in reading.trail.clients()}
+    whole = all(each.reason == "no room" for each in topic.lost)
+    for client in sorted({*kept, *reclaimed}):
+        _, epoch, highest, position, bits = reclaimed.get(client, (client, 0, 0, 0, 0))
+        latest = max([epoch, *(each["session_epoch"] for each in kept.get(client, ()))])
+        batches = [each for each in kept.get(client, ()) if each["session_epoch"] == latest]
+        # What is further back than the window was in the log before the highest was taken: reclaimed, as that is.
+        floor, known = 0, {each["batch_sequence"] for each in batches}
+        if epoch == latest and bits:
+            floor = max(0, highest - TRAIL_WINDOW + 1)
+            known |= {each for each in range(floor, highest + 1) if bits >> each % TRAIL_WINDOW & 1}
+        expected, in_log = _frontier(known, floor, whole, topic.options["order"] == 5)
+        yield RecoveredSession(client, latest, expected, sum(each["message_count"] for each in batches),
+                               max([position, *(each["position"] + each["message_count"] for each in batches)]), in_log)
+
+
+def _frontier(known: set[int], floor: int, whole: bool, in_order: bool) -> tuple[int, int]:
+    """The first batch of a session that may not be in the log, and a window of those beyond it that are.
+
+    A batch that was in the log once may be lost, where there are holes: then only those count that are known.
+    """
+    if in_order:
+        return max(known) + 1, 0                # behind a gap none was kept
+    expected = max(floor, max(known) - TRAIL_WINDOW + 1) if whole else floor
+    while expected in known:
+        expected += 1
+    return expected, sum(1 << each % TRAIL_WINDOW for each in known if expected < each < expected + TRAIL_WINDOW)

@@ -1,10 +1,12 @@
 """The files of replicas: made and removed here for the stage that fills them, and read back for recovery and verify.
 
     DIR/broker-<replica>/<topic>.<created>.<run>.s<source>.<number>.replica     batches of one source, in order
+                         <topic>.<created>.sessions                             whose batches were in files that went
                          <topic>.<created>.topic                                a topic that exists
                          <topic>.<created>.deleted                              one that was deleted, with all files
 
-A topic is told from a later one of its name by when it was created. Bytes: broker/replica_record.pxd.
+A topic is told from a later one of its name by when it was created. Bytes: broker/replica_record.pxd; of the small
+files, broker/durable_files.py. They are written by broker/replica_folder.py.
 """
 
 import contextlib
@@ -12,9 +14,8 @@ import json
 import os
 import re
 import struct
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from broker.replica_record import (
     crc32c,
     parse_record,
 )
-from broker.topics import TopicEntry
 
 MAGIC, FORMAT = b"CXLMQREP", 2
 _HEAD = struct.Struct("<8sIII")                 # magic, format, bytes of JSON, checksum of the superblock with 0 here
 _NAME = re.compile(r"(?P<topic>.+)\.(?P<created>[0-9a-f]+)\.(?P<run>[0-9a-f]+)\.s(?P<source>\d+)\.\d+\.replica")
 _SEARCH_BYTES = 1 << 20
-TOPIC_SUFFIX, DELETED_SUFFIX = ".topic", ".deleted"
+MANIFESTS = "recoveries"                        # a folder: what earlier recoveries decided (broker/recovery.py)
+SET_ASIDE = "set-aside"                         # a folder: data of clusters that were to begin anew
+TOPIC_SUFFIX, DELETED_SUFFIX, SESSIONS_SUFFIX = ".topic", ".deleted", ".sessions"
 
 
 class ReplicaFileError(Exception):
@@ -41,6 +43,21 @@ class ReplicaFileError(Exception):
 def identity_of(topic: str, created_ns: int) -> str:
     """What tells a topic from every other, in file names."""
     return f"{topic}.{created_ns:x}"
+
+
+def names_of(identity: str) -> tuple[str, int]:
+    """The name of a topic and when it was created: the inverse of `identity_of`. Raises ValueError."""
+    name, _, created = identity.rpartition(".")
+    return name, int(created, 16)
+
+
+def identity_in(file_name: str) -> str | None:
+    """The topic that a file belongs to by its name; None when it is no file of a topic."""
+    for suffix in (TOPIC_SUFFIX, DELETED_SUFFIX, SESSIONS_SUFFIX):
+        if file_name.endswith(suffix):
+            return file_name.removesuffix(suffix)
+    found = _NAME.fullmatch(file_name)
+    return f"{found['topic']}.{found['created']}" if found else None
 
 
 # ---- superblock ----------------------------------------------------------------------------------------------------
@@ -71,138 +88,6 @@ def decode_superblock(data: bytes) -> tuple[dict[str, Any], int]:
     return described, tag
 
 
-# ---- writing: for the replication stage ----------------------------------------------------------------------------
-
-
-class ReplicaFolder:
-    """One broker's folder of replica files.
-
-    `topic_of` finds the entry of an active topic by (number, generation). With `catalogue`, topics are written down
-    even when they have no replicas, so that recovery can say what it cannot bring back.
-    """
-
-    def __init__(self, folder: Path, broker: int, run_id: int, cluster: str, broker_count: int,
-                 topic_of: Callable[[int, int], TopicEntry], catalogue: bool = False) -> None:
-        self._folder = folder
-        self._described = {"run_id": run_id, "cluster": cluster, "replica": broker, "broker_count": broker_count}
-        self._topic_of = topic_of
-        self._catalogue = catalogue
-        self._topics: dict[tuple[int, int], TopicEntry] = {}
-        self._numbers: dict[str, int] = {}
-        self._by_tag: dict[int, Path] = {}
-        self._chains: dict[tuple[str, int], list[tuple[int, Path]]] = {}    # (first position, file) of each chain
-
-    def create(self, topic: int, generation: int, source: int, position: int, reclaimed: int) -> tuple[int, int]:
-        """Begin the next file of a chain at `position`; its descriptor and the tag of its records.
-
-        Files whose messages all lie below `reclaimed` are removed. Raises OSError.
-        """
-        entry = self._entry(topic, generation)
-        identity = identity_of(entry.name, entry.created_ns)
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        chain = self._chain(identity, source)
-        first, tag = encode_superblock({
-            **self._described, "source": source, "topic": asdict(entry), "first_position": position,
-            "created_ns": time.time_ns()})
-        descriptor, path = self._new_file(f"{identity}.{self._described['run_id']:x}.s{source}")
-        try:
-            if os.write(descriptor, first) < SUPERBLOCK_BYTES:
-                raise OSError(28, "the superblock was not written")
-            os.fdatasync(descriptor)
-            self._sync_folder()
-        except BaseException:
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                path.unlink()               # it holds nothing
-            raise
-        chain.append((position, path))
-        self._trim(chain, reclaimed)
-        self._by_tag[tag] = path
-        return descriptor, tag
-
-    def discard(self, tag: int) -> None:
-        """Remove a file that failed before anything in it was durable."""
-        path = self._by_tag.pop(tag, None)
-        if path is not None:
-            path.unlink(missing_ok=True)
-            for chain in self._chains.values():
-                chain[:] = [each for each in chain if each[1] != path]
-
-    def _new_file(self, stem: str) -> tuple[int, Path]:
-        while True:
-            number = self._numbers[stem] = self._numbers.get(stem, -1) + 1      # never one that was there before
-            path = self._folder / f"{stem}.{number:06d}.replica"
-            with contextlib.suppress(FileExistsError):
-                return os.open(path, os.O_CREAT | os.O_RDWR | os.O_EXCL | os.O_CLOEXEC, 0o600), path
-
-    def _entry(self, topic: int, generation: int) -> TopicEntry:
-        if (topic, generation) not in self._topics:
-            self._topics[topic, generation] = self._topic_of(topic, generation)
-        return self._topics[topic, generation]
-
-    def _chain(self, identity: str, source: int) -> list[tuple[int, Path]]:
-        """The files of a chain that are there, those of earlier runs too, by their first position."""
-        if (identity, source) not in self._chains:
-            found = [each for each in find_files(self._folder) if not each.damage
-                     and each.identity == identity and each.source == source]
-            self._chains[identity, source] = sorted((each.first_position, each.path) for each in found)
-        return self._chains[identity, source]
-
-    @staticmethod
-    def _trim(chain: list[tuple[int, Path]], reclaimed: int) -> None:
-        """A file ends where the next one begins: nobody needs it when that place is reclaimed."""
-        while len(chain) > 1 and chain[1][0] <= reclaimed:
-            _, path = chain.pop(0)
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self._folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def topic_appeared(self, topic: int, generation: int) -> None:
-        """Note a topic. Raises OSError."""
-        try:
-            entry = self._entry(topic, generation)
-        except LookupError:
-            return                          # it is being deleted again
-        self._write_down(entry)
-
-    def topic_altered(self, entry: TopicEntry) -> None:
-        """Note that a topic has other options. Raises OSError."""
-        known = self._topics.get((entry.number, entry.generation))
-        if known is not None and known.alteration < entry.alteration:
-            self._write_down(entry)
-            self._topics[entry.number, entry.generation] = entry
-
-    def _write_down(self, entry: TopicEntry) -> None:
-        if not self._catalogue:
-            return
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self._folder / (identity_of(entry.name, entry.created_ns) + TOPIC_SUFFIX)
-        path.with_suffix(".writing").write_text(json.dumps({**self._described, "topic": asdict(entry)}))
-        os.replace(path.with_suffix(".writing"), path)
-
-    def topic_deleted(self, topic: int, generation: int) -> None:
-        """Remove a deleted topic's files, those of earlier runs too. Raises OSError."""
-        entry = self._topics.pop((topic, generation), None)
-        if entry is None or not self._folder.is_dir():
-            return
-        identity = identity_of(entry.name, entry.created_ns)
-        # First that it is deleted: whoever finds what an interrupted removal left must not take it for a topic.
-        if self._catalogue:
-            (self._folder / (identity + DELETED_SUFFIX)).touch(mode=0o600)
-        for path in self._folder.glob("*.replica"):
-            if path.name.startswith(identity + "."):
-                path.unlink(missing_ok=True)
-        (self._folder / (identity + TOPIC_SUFFIX)).unlink(missing_ok=True)
-        self._sync_folder()
-        self._chains = {key: chain for key, chain in self._chains.items() if key[0] != identity}
-
-
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +105,7 @@ class ReplicaFile:
     created_ns: int
     tag: int = 0
     damage: str = ""
+    limits: dict[str, int] = field(default_factory=dict)    # the numbers of the region that it was written from
 
     @property
     def identity(self) -> str:
@@ -263,7 +149,8 @@ def read_superblock(path: Path) -> ReplicaFile:
     try:
         described, tag = decode_superblock(data)
         return ReplicaFile(path, described["topic"], described["run_id"], described["source"], described["replica"],
-                           described["broker_count"], described["first_position"], described["created_ns"], tag)
+                           described["broker_count"], described["first_position"], described["created_ns"], tag,
+                           limits=described.get("limits", {}))
     except (ReplicaFileError, ValueError, KeyError, TypeError) as error:
         found = _NAME.fullmatch(path.name)
         topic = {"name": found["topic"], "created_ns": int(found["created"], 16)} if found else {
@@ -272,10 +159,21 @@ def read_superblock(path: Path) -> ReplicaFile:
         return ReplicaFile(path, topic, run_id, source, 0, 0, 0, 0, damage=str(error) or "its superblock is damaged")
 
 
-def find_files(folder: Path) -> list[ReplicaFile]:
-    """The replica files below a folder, by path. Files that go away meanwhile are left out."""
+def files_below(folder: Path, suffix: str) -> list[Path]:
+    """The files of that kind in a data directory, or in one broker's folder. What was set aside counts no more."""
+    return [path for path in sorted(folder.rglob("*" + suffix)) if SET_ASIDE not in path.relative_to(folder).parts] \
+        if folder.is_dir() else []
+
+
+def find_files(folder: Path, identity: str | None = None) -> list[ReplicaFile]:
+    """The replica files below a folder, by path: all, or those that are called as files of a topic are.
+
+    Files that go away meanwhile are left out.
+    """
     found = []
-    for path in sorted(folder.rglob("*.replica")) if folder.is_dir() else ():
+    for path in files_below(folder, ".replica"):
+        if identity is not None and identity_in(path.name) != identity:
+            continue
         with contextlib.suppress(FileNotFoundError):
             found.append(read_superblock(path))
     return found

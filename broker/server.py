@@ -39,6 +39,7 @@ from broker.layout import BrokerState, SessionState
 from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.removals import Removals
 from broker.rights import METHODS
 from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
@@ -344,6 +345,7 @@ class BrokerServer:
     async def _look_after(self) -> None:
         """What nobody else would notice: deleted topics whose streams are idle, sessions whose publisher is gone."""
         seen = -1
+        removals = Removals(self.node)
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             with contextlib.suppress(BrokerUnavailable):        # a new head is taking over: next time
@@ -358,6 +360,7 @@ class BrokerServer:
                 if self.node.is_head:
                     await self.node.topics.complete_deletions(self.node.live_brokers)
                 await self.groups.look_after()
+                await removals.look_after()
 
     async def _write_down_alterations(self) -> None:
         """Every broker's disk says what topics promise: the head's alone could go with it."""

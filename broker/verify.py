@@ -8,12 +8,15 @@ is read: there a finding counts only when the same record contradicts itself aga
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from broker.config import check_topic_name
-from broker.errors import BadTopicName
+from broker.durable_files import FileDamaged
+from broker.errors import BadTopicName, RecoveryError
+from broker.group_files import damaged_group_files
 from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
@@ -28,7 +31,7 @@ from broker.layout import (
     TopicState,
 )
 from broker.records import record_bytes, tag_of, unpack
-from broker.recovery import make_plan
+from broker.recovery import make_plan, manifest_paths, read_manifest
 from broker.region import layout_from, read_superblock, with_head_bank
 from broker.wire import payload_status
 from sim.cxl.memory import MappedMemory, Memory, MemoryAccessError
@@ -404,21 +407,38 @@ class RegionChecks:
 
 
 def verify_replicas(folder: Path) -> list[Finding]:
-    """Every damaged range of the replica files below a folder, and every range that no file has.
+    """Every damaged range of the files of a data directory, and every range of messages that no file has.
 
     Raises `RecoveryError` when there is nothing to check.
     """
-    plan = make_plan(folder)
+    found = list(_check_small_files(folder))
+    try:
+        plan = make_plan(folder)
+    except RecoveryError:
+        if found:                               # what the rest depends on is damaged, and named
+            return found
+        raise
     durable = {topic.name: topic.durable_position for topic in plan.topics}
-    found = []
     for each in plan.damage:
         torn = each.end_position is None and each.first_position is not None
         tail = torn and (each.first_position or 0) >= durable.get(each.topic, 0)
-        record = "ReplicaRecord" if each.nbytes else "ReplicaSuperblock"
+        replica = each.path.endswith(".replica")
+        record = "file" if not replica else "ReplicaRecord" if each.nbytes else "ReplicaSuperblock"
         found.append(Finding("tail" if tail else "damage", each.path, record, "", each.offset, each.nbytes, each.what,
-                             each.topic, each.replica, each.first_position, each.end_position))
+                             each.topic, each.replica if replica else None, each.first_position, each.end_position))
     for topic in plan.topics:
         found += [Finding("tail" if lost.reason == "unsynced" else "damage", str(folder), "log", "", 0, 0,
                           f"no replica has these messages ({lost.reason})", topic.name, None, lost.first, lost.end)
                   for lost in topic.lost]
     return found
+
+
+def _check_small_files(folder: Path) -> Iterator[Finding]:
+    """Manifests and the files of groups: what a recovery plan does not read, or cannot go on without."""
+    for path in manifest_paths(folder):
+        try:
+            read_manifest(path)
+        except (FileDamaged, OSError) as error:
+            yield Finding("damage", str(path), "file", "", 0, path.stat().st_size, str(error))
+    for where, what in damaged_group_files(sorted({folder, *folder.glob("broker-*")})):
+        yield Finding("damage", str(where), "file", "", 0, where.stat().st_size, what)

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple
 
 import msgspec
 
+from broker import data_directory
 from broker.config import ClusterConfig, layout_of, load_config, resolved
 from broker.errors import CxlmqError, RegionForeign, from_code
 from broker.layout import BrokerState
@@ -82,18 +83,18 @@ class Cluster:
     free of default-2, default-3 ... None means: exact unless the name is "default". `on_note` is told what the user
     should know (another name was taken, leftovers were removed, a broker ended). `recover` is the data directory of a
     cluster whose memory is gone: topics, positions and sessions are rebuilt from its replicas, `recovery` then says
-    what was found and what was lost, and the cluster keeps its replicas there.
+    what was found and what was lost, and the cluster keeps its replicas there; `fresh` sets aside what is there.
     """
 
     def __init__(self, config: ClusterConfig | None = None, *, exact_name: bool | None = None,
                  ready_seconds: float = READY_SECONDS, stop_seconds: float = STOP_SECONDS,
                  on_note: Callable[[str], None] | None = None,
-                 recover: str | os.PathLike[str] | None = None) -> None:
+                 recover: str | os.PathLike[str] | None = None, fresh: bool = False) -> None:
         wanted = config or load_config()
         if recover is not None:
             wanted = msgspec.structs.replace(wanted, data_directory=resolved(recover, "recover"))
             ready_seconds = max(ready_seconds, RECOVERY_SECONDS)
-        self._recover = recover is not None
+        self._recover, self._fresh = recover is not None, fresh
         self.recovery: dict[str, Any] | None = None
         self.config: ClusterConfig = wanted
         self.notes: list[str] = []
@@ -164,6 +165,7 @@ class Cluster:
         self._collect_leftovers()
         self._take_name()
         try:
+            data_directory.before_start(self.config, self._recover, self._fresh, self._note)
             for broker in range(self.config.brokers):
                 self._spawn(broker)
             for broker, child in self._children.items():
@@ -533,13 +535,13 @@ def describe(cluster: Cluster) -> dict[str, Any]:
 
 
 def start_detached(config: ClusterConfig, exact_name: bool | None = None,
-                   recover: str | None = None) -> dict[str, Any]:
+                   recover: str | None = None, fresh: bool = False) -> dict[str, Any]:
     """Start a cluster whose supervisor outlives this process; return `describe` of it once it is ready.
 
     Stop it with `stop_cluster(name)`. Raises what `Cluster.start` raises.
     """
     request = json.dumps({"config": json.loads(config.to_json()), "exact_name": exact_name,
-                          "recover": recover and resolved(recover, "recover")})
+                          "recover": recover and resolved(recover, "recover"), "fresh": fresh})
     _fill_standard_streams()
     with subprocess.Popen([sys.executable, "-m", "client.cluster"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, cwd=_CODE_FOLDER, start_new_session=True) as supervisor:
@@ -578,10 +580,10 @@ def _fill_standard_streams() -> None:
 def supervise() -> int:
     """The supervisor in the background: a request on standard input, one line of answer, then it looks after it."""
     request = json.loads(sys.stdin.read())
-    config = ClusterConfig.from_json(json.dumps(request["config"]))
+    config = ClusterConfig.from_json(json.dumps(request.pop("config")))
     with interrupted_by_signals():
         try:
-            with Cluster(config, exact_name=request["exact_name"], recover=request["recover"]) as cluster:
+            with Cluster(config, **request) as cluster:
                 print(json.dumps(describe(cluster)), flush=True)
                 _leave_terminal(cluster.config.folder / "supervisor.log")
                 cluster.wait()

@@ -20,11 +20,12 @@ from broker.layout import ControlBits, Layout, ResultStatus
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
+from broker.payload_places import limits_of
 from broker.placement import live_brokers, replica_brokers
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.records import pack, unpack
-from broker.replica_files import ReplicaFolder
+from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable
@@ -188,7 +189,7 @@ class ManualBroker:
     def _folder(self) -> ReplicaFolder:
         assert self.cluster.folder
         return ReplicaFolder(self.cluster.folder / f"broker-{self.number}", self.number, 1, "manual", self.cluster.count,
-                             self._entry_of)
+                             self._entry_of, limits=self.cluster.limits)
 
     def _entry_of(self, topic: int, generation: int) -> TopicEntry:
         return self.cluster.table.entry_of(topic, generation)
@@ -206,13 +207,15 @@ class ManualCluster:
 
     def __init__(self, brokers: int = 2, scanners: int = 1, lock: str = "atomic", pool: str = "atomic",
                  folder: Path | None = None, semaphore: str | None = None, mapping: Any = None,
-                 replica_file_bytes: int = 64 * MIB, counters_start: int = 0, **numbers: int) -> None:
+                 replica_file_bytes: int = 64 * MIB, counters_start: int = 0, limits: bool = False,
+                 **numbers: int) -> None:
         self.layout = Layout.compute(broker_count=brokers, pool_strategy=pool, **{**TINY, **numbers})
         self.mapping = private_mapping(self.layout.numbers["region_bytes"]) if mapping is None else mapping
         self.count = brokers
         self.folder = folder
         self.replica_file_bytes = replica_file_bytes
         self.counters_start = counters_start
+        self.limits = limits_of(self.layout.numbers) if limits else None
         self.clock = ManualClock(SECOND)
         self.memory = MappedMemory(self.mapping)
         self.doorbells = [self._bell(b, 0) for b in range(brokers)]

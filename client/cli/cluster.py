@@ -36,10 +36,11 @@ def cluster() -> None:
 @cluster.command()
 @click.option("--recover", type=click.Path(file_okay=False), metavar="DIR", help=(
     "Rebuild topics and positions from the replicas in this data directory, after the memory was lost."))
+@click.option("--fresh", is_flag=True, help="Set aside what an earlier cluster left in the data directory.")
 @click.option("--detach", "-d", is_flag=True, help="Run in the background; return when every broker answers.")
 @config_options
 @common_options
-def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
+def up(recover: str | None, fresh: bool, detach: bool, overrides: dict[str, Any]) -> None:
     """Start a cluster; Ctrl-C stops it and leaves nothing behind.
 
     Without --name, a second cluster is called default-2, and so on. Settings come from --config, then from CXLMQ_*
@@ -60,21 +61,22 @@ def up(recover: str | None, detach: bool, overrides: dict[str, Any]) -> None:
         from client.cluster import start_detached
 
         _tell_profile(config)
-        values = start_detached(config, exact_name, recover)
+        values = start_detached(config, exact_name, recover, fresh)
         for note in values["notes"]:
             say(f"note: {note}")
         _print_cluster(values, detached=True)
         return
-    _foreground(config, exact_name, recover)
+    _foreground(config, exact_name, recover, fresh)
 
 
-def _foreground(config: Any, exact_name: bool | None, recover: str | None) -> None:
+def _foreground(config: Any, exact_name: bool | None, recover: str | None, fresh: bool) -> None:
     from client.cluster import Cluster, describe, interrupted_by_signals
     from client.coherence import tell_coherence
 
     stopped = False
     _tell_profile(config)
-    running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover)
+    running = Cluster(config, exact_name=exact_name, on_note=lambda text: say(f"note: {text}"), recover=recover,
+                      fresh=fresh)
     with interrupted_by_signals():
         with running:
             try:

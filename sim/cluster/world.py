@@ -26,7 +26,7 @@ from broker.membership import store_heartbeat
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.records import pack
-from broker.replica_files import ReplicaFolder
+from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
 from broker.sessions import CursorTable, SessionTable

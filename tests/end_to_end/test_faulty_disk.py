@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from broker.group_files import read_group_files
 from broker.replica_files import Damage, find_files, read_records
 from client.admin import Admin
 from client.cluster import Cluster
-from client.errors import ReplicaFailed
+from client.errors import DeletionNotDurable, GroupNotDurable, ReplicaFailed
 from client.publisher import Publisher
+from client.subscriber import Subscriber
 from sim.chaos.disk import SOURCE
 from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, inspected, numbered, read_topic
@@ -166,6 +168,31 @@ def test_a_degraded_topic_says_so(faulty: FaultyCluster, topic: str) -> None:
         assert "No space left on device" in line
         faulty.fail()
         assert eventually(lambda: admin.describe_topic(topic)["degraded"] == [])
+
+
+def test_a_deletion_that_no_disk_took_is_told_and_written_down_later(faulty: FaultyCluster) -> None:
+    name = unique("topic")
+    with Admin(cluster=faulty.cluster.name) as admin:
+        admin.create_topic(name, ack=2, replication_factor=2)
+        with publisher(faulty, name) as out:
+            out.publish(b"message").result()
+        with Subscriber(name, cluster=faulty.cluster.name, group="g") as reader:
+            reader.fetch(1, SECONDS)
+            reader.commit()
+        faulty.fail(f"sync eio -1 {name}-")             # the files of its groups
+        with pytest.raises(GroupNotDurable, match=r"group g of topic .* is deleted, but no disk"):
+            admin.delete_group(name, "g")
+        faulty.fail()
+        assert eventually(lambda: name not in {each.topic for each in read_group_files(
+            faulty.folder.glob("broker-*"))[0]})
+        faulty.fail(f"sync eio -1 {name}.")
+        with pytest.raises(DeletionNotDurable, match="is deleted, but that could not be written down"):
+            admin.delete_topic(name)
+        assert name not in {each["name"] for each in admin.list_topics()}
+        assert list(faulty.folder.rglob(f"{name}.*.replica")), "nothing is removed before that is on a disk"
+        faulty.fail()
+        assert eventually(lambda: not list(faulty.folder.rglob(f"{name}.*.replica")))
+        assert eventually(lambda: len(list(faulty.folder.rglob(f"{name}.*.deleted"))) == 4)
 
 
 def test_a_slow_disk_slows_level_2_alone(faulty: FaultyCluster, topic: str) -> None:
