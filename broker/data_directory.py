@@ -15,8 +15,8 @@ from broker.durable_files import make_folder, sync_folder
 from broker.errors import ConfigError, DataDirectoryBusy, DataDirectoryUsed, RecoveryError
 from broker.replica_files import DELETED_SUFFIX, MANIFESTS, SET_ASIDE, files_below, identity_in, names_of
 
-LOCK_FILE = ".lock"
 TOPICS_SHOWN = 5
+_POLL_SECONDS = 0.02
 _MOVING = ".moving"
 
 
@@ -86,21 +86,28 @@ def set_aside(folder: Path) -> Path | None:
                             "when it can be moved", folder=folder, file=error.filename) from error
 
 
-def lock_broker_folder(folder: Path) -> int | None:
+def lock_broker_folder(folder: Path, make: bool = False, wait_seconds: float = 0.0) -> int | None:
     """Take a broker's folder for this process, as long as the descriptor is open. Raises `DataDirectoryBusy`.
 
-    None where the disk cannot: what else it cannot do, replicas say.
+    None when it is not there, unless it is to be made, and where the disk cannot: what else it cannot do, replicas say.
     """
+    deadline = time.monotonic() + wait_seconds
     try:
         while True:
-            make_folder(folder)
-            descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if make:
+                make_folder(folder)
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK_FILE)):
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
                     return descriptor
             except FileNotFoundError:
-                pass                            # the folder was set aside just now
+                pass                            # it was set aside just now
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    os.close(descriptor)
+                    raise
+                time.sleep(_POLL_SECONDS)
             except OSError:
                 os.close(descriptor)
                 raise

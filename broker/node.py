@@ -92,6 +92,7 @@ MAP_FROM_BYTES = 8 << 20             # of payload that went through this process
 DRAIN_SECONDS = 2.0                 # for what is ordered and not on the disk yet
 LOOK_SECONDS = 0.5                  # how often it looks for attached clients that are gone
 HEAD_WAIT_SECONDS = 30.0
+LEAVE_SECONDS = 2 * DRAIN_SECONDS   # for brokers of a cluster that was killed, and which end by themselves
 BEATS_MISSED = 5                    # a broker is not away before it has missed so many
 PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
@@ -457,9 +458,10 @@ def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: 
     nobody has ever used: what others have written may be in no other place.
     """
     make_folder(config)
-    if config.data_directory:
-        lock_broker_folder(config.replica_folder(broker))       # open, and held, as long as this process lives
     founder = broker == FOUNDER and not join
+    # Held as long as this process lives. It is made only when nothing is refused any more: a refusal changes nothing.
+    held = lock_broker_folder(config.replica_folder(broker), wait_seconds=LEAVE_SECONDS) if (
+        config.data_directory) else None
     if founder:
         if not recover:
             refuse_used(config)
@@ -470,6 +472,8 @@ def run_broker(config: ClusterConfig, broker: int, recover: bool = False, join: 
                                timeout_seconds=RECOVERY_SECONDS if recover else REGION_WAIT_SECONDS)
     node, ended = None, False
     try:
+        if config.data_directory and held is None:
+            lock_broker_folder(config.replica_folder(broker), make=True)
         node = BrokerNode(config, broker, region, founder)
         arm(*parse_crash_points(config.crash_points).get(broker, ("", 1, False)))
         node.write_line(BrokerState.BROKER_STARTING)

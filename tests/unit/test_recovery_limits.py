@@ -15,7 +15,7 @@ from broker.errors import RecoveryError
 from broker.layout import LOST_BROKER_NUMBER
 from broker.payload_places import limits_of
 from broker.records import record_bytes, unpack
-from broker.recovery import RecoveryPlan, make_plan
+from broker.recovery import RecoveredSession, RecoveryPlan, make_plan
 from broker.recovery_check import check_limits
 from broker.region import Region, create_region
 from broker.restore import restore
@@ -187,3 +187,30 @@ def test_what_changes_while_it_is_copied_is_noticed(folder: Path) -> None:
         create_region(config_of(), prepare=lambda created: restore(created, plan, LEASE_NS) and None)
     path.write_bytes(data)
     assert not (folder / "recoveries").exists()
+
+
+def test_sessions_go_on_where_the_plan_says_and_topics_share_the_slots(folder: Path) -> None:
+    plan = make_plan(folder)
+    for topic in plan.topics:
+        topic.sessions = [RecoveredSession(100 * int(topic.name[1:]) + number, 3, 40, 7, 100 - number, 1 << 44 | 1 << 250)
+                          for number in range(20)]
+    region = create_region(config_of(), prepare=lambda created: restore(created, plan, LEASE_NS) and None)
+    try:
+        memory, place, found = region.memory(), region.layout.offset_of, {}
+        for slot in range(region.layout.numbers["session_count_max"]):
+            line = unpack("SessionLine", memory.read_line_bytes(place("session", slot)))
+            if not line["state"]:
+                continue
+            progress = unpack("SessionProgressLine", memory.read_line_bytes(place("session_progress", slot)))
+            window = unpack("SessionWindowLine", memory.read_line_bytes(place("session_window", slot)))
+            assert (progress["expected"], window["base"], window["generation"]) == (40, 40, line["state"] >> 8)
+            assert list(window["in_log"]) == [1 << 44, 0, 0, 1 << 250 - 192]
+            found[line["client_id"]] = line["topic"] & 0xFFFF
+        half = region.layout.numbers["session_count_max"] // 2
+        assert len(found) == half
+        assert {topic: sum(1 for each in found.values() if each == topic) for topic in range(6)} == {
+            topic: half // 6 + (topic < half % 6) for topic in range(6)}
+        assert all(client % 100 < -(-half // 6) for client in found), "the latest of each"
+    finally:
+        region.unlink()
+        region.close()

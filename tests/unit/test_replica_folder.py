@@ -227,7 +227,9 @@ def test_a_folder_that_a_living_broker_writes_into_is_nobody_elses(written: tupl
     assert batches_in(root) == set(range(60))
     os.close(held)
     assert set_aside(root) is not None
-    again = lock_broker_folder(root / "broker-1")
+    assert lock_broker_folder(root / "broker-1") is None, "a look makes nothing"
+    assert sorted(path.name for path in root.iterdir()) == ["set-aside"]
+    again = lock_broker_folder(root / "broker-1", make=True)
     assert again is not None
     os.close(again)
 
