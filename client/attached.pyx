@@ -519,6 +519,7 @@ cdef class AttachedCore(AttachedBooks):
     def submit_batch(self, Batch batch) -> bool:
         """Submit a private batch; False when there is no room for it now. The next `poll` tells what it settles."""
         cdef bint done
+        assert batch.data != NULL, "a released batch is sent no more"
         take_turn(&self.turn)
         done = self.submit_private(batch)
         give_turn(&self.turn)
@@ -532,7 +533,6 @@ cdef class AttachedCore(AttachedBooks):
         self.seal()                         # its lease must not be shared, and what it has comes first
         if self.fenced or self.shut or self.ending:
             return False
-        assert batch.data != NULL
         c = self.pick((batch.used + 63) & ~<uint64_t>63)
         if c < 0:
             self.refusals += 1

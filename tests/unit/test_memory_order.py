@@ -21,7 +21,7 @@ def follow_with_news(operation: int) -> bool:
     while not broker.resume():
         pass
     topic = session.topic
-    cursor, index = drive(broker.cursors.open(topic.generation << 16 | topic.number, 0, os.getpid(), start_time=1))
+    cursor, index = drive(broker.cursors.open(topic.generation << 16 | topic.number, 0, os.getpid(), presence=1))
     slot, _ = broker.attach.open_subscriber(topic.number, topic.generation, cursor, index, os.getpid(), 1)
     broker.attach.step_once()
 

@@ -27,11 +27,12 @@ def looking_after(versions: list[int | Exception], monkeypatch: pytest.MonkeyPat
         done.append(what)
 
     made: Any = found
-    made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version), attach=SimpleNamespace(open_slots=list),
+    made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version, entries=list), attach=SimpleNamespace(open_slots=list),
                                 config=SimpleNamespace(session_lease_seconds=1))
     made.sessions = SimpleNamespace(end_idle=lambda seconds: note("sessions"))
     made.cursors = SimpleNamespace(free_left=lambda left: None)
     made.groups = SimpleNamespace(look_after=lambda: note("groups"))
+    monkeypatch.setattr("broker.server.Removals", lambda node: SimpleNamespace(look_after=lambda: note("removals")))
     made._tell_of_deletions = lambda: done.append("deletions")
     made._write_down_alterations = lambda: note("alterations")
     return found, done
@@ -51,8 +52,9 @@ async def _until(found: BrokerServer, there: Callable[[], bool]) -> None:
 
 def test_a_takeover_stops_nothing_that_is_looked_after(monkeypatch: pytest.MonkeyPatch) -> None:
     found, done = looking_after([1, BrokerUnavailable(address="head"), 2, 2], monkeypatch)
-    asyncio.run(_until(found, lambda: len(done) >= 7))
-    assert done[:7] == ["deletions", "alterations", "sessions", "groups", "deletions", "alterations", "sessions"]
+    asyncio.run(_until(found, lambda: len(done) >= 8))
+    assert done[:8] == ["deletions", "alterations", "sessions", "groups", "removals", "deletions", "alterations",
+                        "sessions"]
 
 
 def test_what_ends_the_looking_after_is_not_kept_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
