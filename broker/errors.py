@@ -605,15 +605,6 @@ def shortened(text: str, most: int = TEXT_MAX) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
-HOLDER_BYTES = 63                       # of a group's reader, in its record
-
-
-def fitted(text: str, bytes_max: int) -> str:
-    """A text that fits into a record; where it is cut, it says so."""
-    data = text.encode()
-    return text if len(data) <= bytes_max else data[:bytes_max - 3].decode(errors="ignore") + "..."
-
-
 def from_metadata(status: str, message: str, metadata: Iterable[tuple[str, str | bytes]] | None) -> CxlmqError:
     """The error that a failed call stands for: from its trailers, or else from its status."""
     values = {key: value.decode() if isinstance(value, bytes) else value for key, value in metadata or ()

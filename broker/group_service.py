@@ -14,19 +14,18 @@ from broker.calls import unary_handlers
 from broker.config import check_group_name
 from broker.durable_files import write_whole
 from broker.errors import (
-    HOLDER_BYTES,
     BadRequest,
     CommitRefused,
     GroupFenced,
     GroupNotDurable,
     PositionLost,
     UnknownGroup,
-    fitted,
 )
 from broker.group_files import GroupFiles, GroupRecord
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
+from broker.records import HOLDER_BYTES, fitted
 from broker.rights import METHODS
 from broker.security import CALLER
 from broker.topics import TopicEntry

@@ -6,6 +6,7 @@ from typing import Any
 
 from broker.layout import RECORDS
 
+HOLDER_BYTES = 63                       # of a group's reader, in its record
 _LETTERS = {"B": "B", "H": "H", "I": "I", "Q": "Q"}
 
 
@@ -56,3 +57,9 @@ def unpack(record: str, data: bytes) -> dict[str, Any]:
 def tag_of(generation: int, sequence: int) -> int:
     """The commit word of a header, or an order entry (`make_tag` in broker/layout.pxd)."""
     return generation << 48 | (sequence + 1) % (1 << 48)
+
+
+def fitted(text: str, bytes_max: int) -> str:
+    """A text that fits into a record; where it is cut, it says so."""
+    data = text.encode()
+    return text if len(data) <= bytes_max else data[:bytes_max - 3].decode(errors="ignore") + "..."

@@ -14,7 +14,6 @@ from typing import Any
 
 from broker.config import check_group_name
 from broker.errors import (
-    HOLDER_BYTES,
     CommitRefused,
     ConfigError,
     CxlmqError,
@@ -22,9 +21,9 @@ from broker.errors import (
     GroupFenced,
     GroupNotDurable,
     UnknownGroup,
-    fitted,
 )
 from broker.proto import cxlmq_pb2 as pb
+from broker.records import HOLDER_BYTES, fitted
 from client.arguments import as_seconds
 from client.connection import Connection
 from client.start import Start, fill_start

@@ -17,13 +17,13 @@ from broker.errors import (
     PoolFull,
     PositionLost,
     UnknownTopic,
-    fitted,
     from_code,
     from_metadata,
     from_status,
     status_of,
     to_metadata,
 )
+from broker.records import fitted
 
 GRPC_STATUSES = {
     "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND", "ALREADY_EXISTS",
