@@ -463,6 +463,11 @@ cdef class AttachedCore(AttachedBooks):
         return self.current != NULL and self.current.batch == <PyObject*>batch
 
     @property
+    def busy(self) -> bool:
+        """Whether somebody has the open batch. Seen by another thread: a copy goes on without the GIL."""
+        return self.turn.owner != 0
+
+    @property
     def open_count(self) -> int:
         """Messages in the batch that is being packed."""
         return self.count if self.is_open else 0
