@@ -81,7 +81,7 @@ cdef class BrokerLog:
 
     cdef void lock(self) noexcept nogil
     cdef void unlock(self) noexcept nogil
-    cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
+    cdef int reserve(self, uint64_t topic, uint64_t generation, uint64_t nbytes, uint64_t messages,
                      uint64_t* slot, uint64_t* offset) noexcept nogil
     cdef void note_segments(self, uint64_t topic, uint64_t first, uint64_t run, bint leased) noexcept nogil
     cdef void begin_segment(self, uint64_t segment, uint64_t end_position) noexcept nogil
@@ -94,8 +94,8 @@ cdef class BrokerLog:
     cdef uint64_t segment_of(self, uint64_t offset) noexcept nogil
     cdef int lease(self, uint64_t topic, uint64_t nbytes, uint64_t* offset, uint64_t* granted) noexcept nogil
     cdef void end_lease(self, uint64_t topic, uint64_t offset, uint64_t nbytes) noexcept nogil
-    cdef int reserve_leased(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
-                            uint64_t* slot) noexcept nogil
+    cdef int reserve_leased(self, uint64_t topic, uint64_t generation, uint64_t offset, uint64_t nbytes,
+                            uint64_t messages, uint64_t* slot) noexcept nogil
     cdef void take_slot(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
                         uint64_t* slot) noexcept nogil
     cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil

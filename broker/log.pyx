@@ -438,13 +438,15 @@ cdef class BrokerLog:
         self.free_orphans()
         dirty_add(&self.to_release, topic)
 
-    cdef int reserve_leased(self, uint64_t topic, uint64_t offset, uint64_t nbytes, uint64_t messages,
-                            uint64_t* slot) noexcept nogil:
+    cdef int reserve_leased(self, uint64_t topic, uint64_t generation, uint64_t offset, uint64_t nbytes,
+                            uint64_t messages, uint64_t* slot) noexcept nogil:
         """Reserve a ring slot for a payload that lies in a lease already; a `ReserveStatus`."""
         cdef TopicLog* log = &self.topics[topic]
         cdef int status = RESERVED
         self.lock()
-        if log.generation == 0:
+        # Looked at under the lock: deleted and made again since the caller looked, it is another topic, and a slot whose
+        # result no stream of that one takes would block its ring.
+        if log.generation == 0 or log.generation != generation:
             status = RESERVE_TOPIC_CLOSED
         elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count + (
                 4 if planted(PLANT_RING_OVERRUN) else 0):
@@ -477,7 +479,7 @@ cdef class BrokerLog:
         cxl_fetch_add(&log.filling, 1)
         cxl_store_release(&log.head, log.head + 1)
 
-    cdef int reserve(self, uint64_t topic, uint64_t nbytes, uint64_t messages,
+    cdef int reserve(self, uint64_t topic, uint64_t generation, uint64_t nbytes, uint64_t messages,
                      uint64_t* slot, uint64_t* offset) noexcept nogil:
         """Reserve a ring slot and room for a payload; a `ReserveStatus`. What is reserved must be completed."""
         cdef TopicLog* log = &self.topics[topic]
@@ -486,7 +488,9 @@ cdef class BrokerLog:
         if nbytes == 0 or nbytes > self.layout.g.batch_bytes_max:
             return RESERVE_TOO_BIG
         self.lock()
-        if log.generation == 0:
+        # Looked at under the lock: deleted and made again since the caller looked, it is another topic, and a slot whose
+        # result no stream of that one takes would block its ring.
+        if log.generation == 0 or log.generation != generation:
             status = RESERVE_TOPIC_CLOSED
         elif log.head - cxl_load_acquire(&log.tail) >= self.layout.g.ring_slot_count + (
                 4 if planted(PLANT_RING_OVERRUN) else 0):

@@ -58,6 +58,9 @@ FRAME_BYTES = 1 << 20
 # A batch that finds no room waits so long before its publisher is told what is full; then it is for the publisher.
 PUSH_BACK_SECONDS = 1.0
 ACK_LINGER_SECONDS = 0.002
+# A publish stream says at once whose it is; so many may be about to.
+OPEN_SECONDS = 10.0
+STREAMS_BEGINNING_MAX = 256
 CLOSE_SECONDS = 5.0
 # What all streams of a broker may be receiving at once: gRPC holds a message several times while it is put together.
 RECEIVING_BYTES_MAX = 24 << 20
@@ -106,7 +109,7 @@ class PublishStream:
 
     async def run(self) -> None:
         """Serve the stream until the publisher closes it or it breaks."""
-        first = await self._context.read()
+        first = await self._first_message()
         if first is grpc.aio.EOF:
             return
         opened, payload = self._parse_open(first)
@@ -127,6 +130,19 @@ class PublishStream:
             self._server.sessions.detach(opened.session_slot)
             del self._server.publish_streams[self._number]
             self._acks.close_stream(self._number)
+
+    async def _first_message(self) -> Any:
+        """What the stream begins with. Streams that do not begin are few, and soon ended: anybody may open them."""
+        if self._server.streams_beginning >= STREAMS_BEGINNING_MAX:
+            raise StreamTableFull(broker=self._node.broker)
+        self._server.streams_beginning += 1
+        try:
+            async with asyncio.timeout(OPEN_SECONDS):
+                return await self._context.read()
+        except TimeoutError:
+            raise BadBatch(reason=f"a stream has to begin with `open` within {OPEN_SECONDS:g} s") from None
+        finally:
+            self._server.streams_beginning -= 1
 
     async def _serve(self, entry: TopicEntry, opened: pb.PublishOpen, first: bytes | None) -> None:
         """Take batches and write acks, side by side.
@@ -258,6 +274,7 @@ class BrokerServer:
         self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD),
                                    node.region.client_lives)
         self.publish_streams: dict[int, PublishStream] = {}
+        self.streams_beginning = 0
         self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}
         self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
         self.attached_sessions: dict[int, int] = {}

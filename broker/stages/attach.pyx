@@ -189,8 +189,8 @@ cdef class AttachStage(Stage):
             if descriptor.processor and descriptor.processor == self.memory.processor():
                 self.make_way(descriptor.processor)
             crash_point(CRASH_RESERVED)
-            status = self.log.reserve_leased(slot.topic, descriptor.payload_offset, descriptor.payload_bytes,
-                                             descriptor.message_count, &ring_slot)
+            status = self.log.reserve_leased(slot.topic, slot.topic_generation, descriptor.payload_offset,
+                                             descriptor.payload_bytes, descriptor.message_count, &ring_slot)
             if status == RESERVE_TOPIC_CLOSED:
                 self.fence_slot(i)
                 return done + 1
@@ -302,7 +302,7 @@ cdef class AttachStage(Stage):
         """Tell the sequencer, by a void batch; False while the ring has no room for it."""
         cdef BatchHeader header
         cdef uint64_t ring_slot = 0
-        cdef int status = self.log.reserve_leased(slot.topic, 0, 0, 0, &ring_slot)
+        cdef int status = self.log.reserve_leased(slot.topic, slot.topic_generation, 0, 0, 0, &ring_slot)
         if status == RESERVED:
             memset(&header, 0, sizeof(header))
             header.flags = BATCH_VOID | BATCH_FENCE

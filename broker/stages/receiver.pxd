@@ -15,6 +15,6 @@ cdef class Receiver:
     cdef Doorbell head_doorbell
     cdef int broker
 
-    cdef int receive_payload(self, uint64_t topic, const void* payload, uint64_t nbytes, uint64_t messages,
-                             uint64_t client, uint64_t session, uint64_t session_epoch, uint64_t sequence,
+    cdef int receive_payload(self, uint64_t topic, uint64_t generation, const void* payload, uint64_t nbytes,
+                             uint64_t messages, uint64_t client, uint64_t session, uint64_t session_epoch, uint64_t sequence,
                              uint64_t published_ns, uint64_t* slot) noexcept nogil

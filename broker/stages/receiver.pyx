@@ -38,12 +38,12 @@ cdef class Receiver:
         self.own_doorbell = own_doorbell
         self.head_doorbell = head_doorbell
 
-    cdef int receive_payload(self, uint64_t topic, const void* payload, uint64_t nbytes, uint64_t messages,
-                             uint64_t client, uint64_t session, uint64_t session_epoch, uint64_t sequence,
+    cdef int receive_payload(self, uint64_t topic, uint64_t generation, const void* payload, uint64_t nbytes,
+                             uint64_t messages, uint64_t client, uint64_t session, uint64_t session_epoch, uint64_t sequence,
                              uint64_t published_ns, uint64_t* slot) noexcept nogil:
         cdef BatchHeader header
         cdef uint64_t offset = 0
-        cdef int status = self.log.reserve(topic, nbytes, messages, slot, &offset)
+        cdef int status = self.log.reserve(topic, generation, nbytes, messages, slot, &offset)
         if status != RESERVED:
             return status
         crash_point(CRASH_RESERVED)
@@ -91,8 +91,8 @@ cdef class Receiver:
             checked = check_messages(fields.payload, fields.payload_bytes, fields.message_count,
                                      self.log.topics[topic].message_bytes_max)
             if checked == 0:
-                status = self.receive_payload(topic, fields.payload, fields.payload_bytes, fields.message_count,
-                                              client, session, session_epoch, fields.batch_sequence,
+                status = self.receive_payload(topic, self.acks.streams[stream].generation, fields.payload,
+                                              fields.payload_bytes, fields.message_count, client, session, session_epoch, fields.batch_sequence,
                                               fields.published_ns, &slot)
         if checked:
             cxl_count(&self.log.counters.batches_refused, 1)
@@ -112,7 +112,7 @@ cdef class Receiver:
         """Reserve a slot and complete it void, as a handler does that fails after reserving; for tests."""
         cdef BatchHeader header
         cdef uint64_t slot = 0, offset = 0
-        cdef int status = self.log.reserve(topic, 64, 0, &slot, &offset)
+        cdef int status = self.log.reserve(topic, self.log.topics[topic].generation, 64, 0, &slot, &offset)
         if status == RESERVED:
             header.payload_offset = offset
             header.payload_bytes = header.message_count = 0

@@ -40,7 +40,7 @@ def fill_ring(Receiver receiver, uint64_t topic, uint64_t client, uint64_t sessi
     memset(payload, 0, PAYLOAD_BYTES)
     with nogil:
         for i in range(count):
-            status = receiver.receive_payload(topic, payload, PAYLOAD_BYTES, 1, client, session, 1,
+            status = receiver.receive_payload(topic, log.generation, payload, PAYLOAD_BYTES, 1, client, session, 1,
                                               first_sequence + i, 0, &slot)
             if status != RESERVED:
                 break
@@ -211,7 +211,7 @@ cdef class Feeder:
         while lane.sent < lane.end and lane.sent - lane.acked < self.window:
             broker = lane.sent % self.brokers
             status = (<Receiver>self.receivers[broker]).receive_payload(
-                lane.topic, payload, PAYLOAD_BYTES, 1, lane.client, lane.session, 1, lane.sent, 0, &slot)
+                lane.topic, (<AckStage>self.acks[broker]).streams[self.streams[number * self.brokers + broker]].generation, payload, PAYLOAD_BYTES, 1, lane.client, lane.session, 1, lane.sent, 0, &slot)
             touched |= <uint64_t>1 << broker
             if status != RESERVED:
                 self.pushed_back += 1

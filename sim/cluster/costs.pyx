@@ -41,8 +41,9 @@ def time_stages(receivers, acks, streams, stages, uint64_t topic, uint64_t clien
             since = cxl_now_ns()
             for i in range(burst):
                 b = (first + sent) % brokers
-                status = (<Receiver>receivers[b]).receive_payload(topic, payload, PAYLOAD_BYTES, 1, client, session, 1,
-                                                                  first + sent, 0, &slot)
+                status = (<Receiver>receivers[b]).receive_payload(
+                    topic, (<AckStage>acks[b]).streams[numbers[b]].generation, payload, PAYLOAD_BYTES, 1, client,
+                    session, 1, first + sent, 0, &slot)
                 if status != RESERVED:
                     break
                 (<AckStage>acks[b]).expect(numbers[b], first + sent, slot, 1)

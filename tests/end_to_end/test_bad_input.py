@@ -7,6 +7,8 @@ or stream is held.
 import json
 import socket
 import struct
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from broker.errors import DETAILS_KEY, ERROR_KEY, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
+from broker.server import OPEN_SECONDS, STREAMS_BEGINNING_MAX
 from client import Admin, Publisher
 from client.cluster import Cluster
 from tests.end_to_end.library_support import (
@@ -160,6 +163,23 @@ def test_open_and_the_first_batch_may_be_one_message(raw: Raw, cluster: Cluster)
 @pytest.mark.parametrize("first", [b"", batch(0), *GARBAGE], ids=repr)
 def test_a_stream_begins_with_open(raw: Raw, first: bytes) -> None:
     refused(lambda: raw.publish(first), "INVALID_ARGUMENT", "bad-batch")
+
+
+def test_streams_that_never_begin_are_few_and_soon_ended(raw: Raw, cluster: Cluster) -> None:
+    silent = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        silent.wait(4 * OPEN_SECONDS)
+        yield from ()
+
+    call = raw.channel.stream_stream("/cxlmq.v1.PubSub/Publish", None, pb.PublishResponse.FromString)
+    streams = [call(nothing(), timeout=SECONDS) for _ in range(STREAMS_BEGINNING_MAX + 20)]
+    try:
+        ended = Counter(dict(each.trailing_metadata())[ERROR_KEY] for each in streams)      # which waits for its end
+        assert ended == {"stream-table-full": 20, "bad-batch": STREAMS_BEGINNING_MAX}
+        assert [each for answer in raw.publish(raw.open(), batch()) for each in answer.batch_sequences] == [0]
+    finally:
+        silent.set()
 
 
 @pytest.mark.parametrize("inner", [b"\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f"])
