@@ -20,6 +20,7 @@ from broker.errors import (
     CommitRefused,
     GroupBusy,
     GroupFenced,
+    GroupNotDurable,
     GroupTableFull,
     PositionLost,
     UnknownGroup,
@@ -221,9 +222,14 @@ class GroupTable:
                                   protected=protected, member_epoch=group.member_epoch + 1, **changed)
             try:
                 await durable(topic, written)
-            except BaseException:
+            except BaseException as error:
                 with contextlib.suppress(BrokerUnavailable):    # another head: what we wrote is for it to keep
                     self._undo(group, written)
+                if isinstance(error, GroupNotDurable):
+                    raise GroupNotDurable(
+                        f"group {group.name} of topic {topic.name} is as it was: its place cannot be written to disk "
+                        f"({error.details.get('reason')}); make room in the data directory and try again",
+                        **error.details) from error
                 raise
             return written
         finally:
