@@ -45,7 +45,7 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
     def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int, views: bool = True) -> None:
         super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
-        self.views = views
+        self.views, self.copies = views, not views
         self.slot: Slot | None = None
         self.buffer = BatchBuffer(self._refill)
         self.retired: list[AttachedReader] = []     # of brokers that died; views under them are held still

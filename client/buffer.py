@@ -87,6 +87,15 @@ class BatchBuffer:
         self._gave(1)
         return [message]
 
+    def next_ahead(self) -> Message | None:
+        """The next message, when it is taken apart already and another one of its batch is behind it."""
+        if len(self._ahead) < 2:
+            return None
+        message = self._ahead.popleft()
+        self.first += 1
+        self.handed = message.position + 1
+        return message
+
     def _gave(self, count: int) -> None:
         batch = self.batches[0]
         self.first += count

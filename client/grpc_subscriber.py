@@ -41,8 +41,8 @@ class SubscriberEngine(ReadingEngine[Stream]):
     def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int) -> None:
         super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
-        self.changed = threading.Condition()
-        self.lock = self.changed
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self.space = asyncio.Event()
         self.task: asyncio.Task[None] | None = None

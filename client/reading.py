@@ -28,6 +28,7 @@ from broker.proto import cxlmq_pb2 as pb
 from client.buffer import BatchBuffer
 from client.connection import BrokerAddress, ClientLoop, Connection
 from client.group import Membership
+from client.received import Message
 from client.start import Start, fill_start
 
 P = TypeVar("P")
@@ -39,6 +40,8 @@ REACH_SECONDS = 15.0                    # a broker that has not answered by then
 
 class ReadingEngine(Generic[P]):
     """A subscription; `P` is a place at a broker. Coroutines run on the client loop, taking in any thread."""
+
+    copies = True                           # what is taken apart is ours, and no view of what others may change
 
     def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int) -> None:
@@ -201,6 +204,11 @@ class ReadingEngine(Generic[P]):
     async def taken_async(self, take: Take[T], deadline: float | None) -> list[T]:
         """As `taken`, from any event loop. Whoever gives up waiting has taken nothing."""
         raise NotImplementedError
+
+    def next_ahead(self) -> Message | None:
+        """The next message when it is at hand already, copied; for loops, most of whose messages are."""
+        with self.lock:
+            return self.buffer.next_ahead() if self.copies and not self.closed else None
 
     def _take_now(self, take: Take[T]) -> list[T]:
         """The lock is held."""

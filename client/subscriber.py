@@ -146,6 +146,15 @@ class _SubscriberBase:
         if self._membership is not None:
             self._membership.processed = self._engine.buffer.handed
 
+    def _at_hand(self) -> Message | None:
+        """For loops: the next message when nothing has to be waited for or looked at, which is the rule."""
+        membership = self._membership
+        if membership is not None:
+            membership.processed = self._engine.buffer.handed
+            if not membership.valid():
+                return None
+        return self._engine.next_ahead()
+
     async def _end_now(self) -> int:
         engine = self._engine
         engine.require_open()
@@ -217,7 +226,11 @@ class Subscriber(_SubscriberBase):
     def __iter__(self) -> Iterator[Message]:
         """Messages, for ever: waits for what comes. What a loop that ends has not given out comes next."""
         while True:
-            yield from self._taken(BatchBuffer.take_message, None)
+            message = self._at_hand()
+            if message is not None:
+                yield message
+            else:
+                yield from self._taken(BatchBuffer.take_message, None)
 
     def get_next(self, timeout: float | None = None) -> Message | None:
         """The next message; None when none came in time. The paper's GetNext()."""
@@ -314,8 +327,12 @@ class AsyncSubscriber(_SubscriberBase):
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         while True:
-            for message in await self._taken(BatchBuffer.take_message, None):
+            message = self._at_hand()
+            if message is not None:
                 yield message
+            else:
+                for each in await self._taken(BatchBuffer.take_message, None):
+                    yield each
 
     async def seek(self, start: Start) -> None:
         """Go on from "beginning", "end", a position or a time. Refused or cancelled, reading goes on where it was."""

@@ -13,7 +13,7 @@ from tests.unit.test_received import framed, response
 
 STEPS = st.lists(st.one_of(
     st.tuples(st.just("messages"), st.integers(1, 9)), st.tuples(st.just("message"), st.just(1)),
-    st.tuples(st.just("batches"), st.just(1)), st.tuples(st.just("refused"), st.integers(0, 4)),
+    st.tuples(st.just("batches"), st.just(1)), st.tuples(st.just("ahead"), st.just(1)), st.tuples(st.just("refused"), st.integers(0, 4)),
 ), max_size=60)
 
 
@@ -46,6 +46,9 @@ def test_any_mix_gives_every_message_once(sizes: list[int], steps: list[tuple[st
             assert len(taken) <= limit
         elif kind == "message":
             taken = [each.payload for each in buffer.take_message()]
+        elif kind == "ahead":
+            at_hand = buffer.next_ahead()
+            taken = [] if at_hand is None else [at_hand.payload]
         elif kind == "batches":
             taken = [each for batch in buffer.take_batches() for each in batch.messages()]
         else:                               # somebody claims, and then takes none of it; others take what comes behind
