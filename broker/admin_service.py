@@ -19,6 +19,7 @@ from broker.errors import (
 )
 from broker.grpc_options import channel_options
 from broker.head import head_of
+from broker.holders import Holders, holders_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.rights import METHODS
@@ -122,12 +123,14 @@ class AdminService:
 
     async def list_topics(self, request: Any, context: Any) -> pb.ListTopicsResponse:
         seen = METHODS["Admin/ListTopics"].seen(CALLER.get(), self._node.topics.entries())
-        return pb.ListTopicsResponse(topics=[self._describe(entry) for entry in seen])
+        holders = holders_of(self._node.head, self._node.layout)
+        return pb.ListTopicsResponse(topics=[self._describe(entry, holders) for entry in seen])
 
     async def describe_topic(self, request: Any, context: Any) -> pb.Topic:
         return self._describe(self._node.topics.find(request.name))
 
-    def _describe(self, entry: TopicEntry) -> pb.Topic:
+    def _describe(self, entry: TopicEntry, holders: Holders | None = None) -> pb.Topic:
+        holders = holders or holders_of(self._node.head, self._node.layout)
         frontiers = self._node.topics.frontiers(entry)
         durable, failed_from, failed = self._node.topics.durability(entry)
         return pb.Topic(
@@ -135,7 +138,7 @@ class AdminService:
             failed_position=failed_from, failed_replica=failed,
             name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
             retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
-            created_ns=entry.created_ns, holder=self._server.holder(),
+            created_ns=entry.created_ns, holder=holders.of(entry.number).text,
             degraded=self._node.topics.degraded(entry), **frontiers)
 
     async def open_session(self, request: Any, context: Any) -> pb.Session:

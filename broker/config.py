@@ -29,7 +29,8 @@ from broker.errors import (
     PermissionDenied,
     RegionTooSmall,
 )
-from broker.layout import Layout, LayoutError
+from broker.layout import BANKS_MAX, TOPIC_COUNT_LIMIT, Layout, LayoutError
+from broker.records import record_bytes
 from sim.cxl.profiles import ProfileError, load_profile
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -105,14 +106,53 @@ _MESSAGE_BYTES_MAX = 16 * MIB
 _BATCH_BYTES_MAX = 4 * MIB
 
 
-def chosen_settings(region_bytes: int) -> dict[str, int]:
-    """What is chosen for a region of that size where a setting is 0."""
-    numbers = next(row for smallest, row in _TIERS if region_bytes >= smallest)
+# Of the region: the most that rings and indexes of all topics take when their sizes are chosen, and the most that
+# topics take which hold one message at each broker.
+_TABLES_PART, _FIRST_SEGMENTS_PART = 4, 2
+_LEADER_RUN = 64                        # segments that a leader gives out at once: what a batch may take
+
+
+def chosen_settings(region_bytes: int, topics: int = 0, brokers: int = 4, pool: str = "atomic") -> dict[str, int]:
+    """What is chosen for a region of that size where a setting is 0. Many topics have small rings, indexes and
+    segments each."""
+    numbers = dict(zip(_SIZED, next(row for smallest, row in _TIERS if region_bytes >= smallest), strict=True))
+    topics = numbers["topic_count_max"] = topics or numbers["topic_count_max"]
+    ring, order, segment = numbers["ring_slot_count"], numbers["order_entry_count"], numbers["segment_bytes"]
+    while topics * topic_bytes(brokers, ring, order) > region_bytes // _TABLES_PART and max(ring, order) > 16:
+        # An index is of more use than a ring of the same size: readers find their batches there.
+        if ring > 16 and (order <= 16 or 2 * ring_bytes(brokers, ring) >= order_bytes(brokers, order)):
+            ring //= 2
+        else:
+            order //= 2
+    while topics * brokers * segment > region_bytes // _FIRST_SEGMENTS_PART and segment > 4 * KIB:
+        segment //= 2
+    numbers.update(ring_slot_count=ring, order_entry_count=order, segment_bytes=segment)
+    largest = region_bytes // 16 if pool != "leader" else min(region_bytes // 16, (_LEADER_RUN - 1) * segment)
     return {
-        **dict(zip(_SIZED, numbers, strict=True)),
-        "message_bytes_max": min(_MESSAGE_BYTES_MAX, region_bytes // 16),
-        "batch_bytes_max": max(4 * KIB, min(_BATCH_BYTES_MAX, region_bytes // 16)),
+        **numbers,
+        "message_bytes_max": min(_MESSAGE_BYTES_MAX, largest),
+        "batch_bytes_max": max(4 * KIB, min(_BATCH_BYTES_MAX, largest)),
     }
+
+
+def _banks(brokers: int) -> int:
+    return max(2, min(BANKS_MAX, brokers))
+
+
+def ring_bytes(brokers: int, ring_slot_count: int) -> int:
+    """What the batch-header rings of one topic take, with their results in every bank."""
+    return brokers * ring_slot_count * (record_bytes("BatchHeader") + _banks(brokers) * record_bytes("BatchResult"))
+
+
+def order_bytes(brokers: int, order_entry_count: int) -> int:
+    """What the order index of one topic takes, in every bank."""
+    return _banks(brokers) * order_entry_count * record_bytes("OrderEntry")
+
+
+def topic_bytes(brokers: int, ring_slot_count: int, order_entry_count: int) -> int:
+    """What a place for a topic takes of the region, whether a topic has it or not."""
+    lines = brokers * (1 + brokers) + _banks(brokers) * (5 + brokers)
+    return 64 * lines + ring_bytes(brokers, ring_slot_count) + order_bytes(brokers, order_entry_count)
 
 
 # ---- what is allowed ------------------------------------------------------------------------------------------------
@@ -126,7 +166,7 @@ _DURATIONS = ("session_lease_seconds", "head_lease_seconds", "group_lease_second
 BROKERS_MAX = 64
 _RANGES: dict[str, tuple[int, int]] = {
     "brokers": (1, BROKERS_MAX), "region_bytes": (MIB, 1 << 46), "message_bytes_max": (1, GIB),
-    "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, 1024), "ring_slot_count": (16, 32768),
+    "batch_bytes_max": (4 * KIB, GIB), "topic_count_max": (1, TOPIC_COUNT_LIMIT), "ring_slot_count": (16, 32768),
     "order_entry_count": (16, 32768), "segment_bytes": (4 * KIB, GIB), "session_count_max": (1, 1 << 20),
     "cursor_count_max": (1, 1 << 20), "group_count_max": (1, 65536), "attach_slot_count": (0, 4096),
     "heartbeat_ms": (1, 60_000), "listen_port": (0, 65535), "replica_file_bytes": (64 * KIB, 1 << 40),
@@ -144,7 +184,7 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     region_bytes: int = GIB
     message_bytes_max: int = 0              # 16 MiB, or a sixteenth of a small region
     batch_bytes_max: int = 0                # 4 MiB, or a sixteenth of a small region
-    topic_count_max: int = 0
+    topic_count_max: int = 0                # with many, rings, indexes and segments are chosen smaller
     ring_slot_count: int = 0                # batch headers per topic and broker
     order_entry_count: int = 0              # batches per topic that readers can still find
     segment_bytes: int = 0
@@ -193,7 +233,11 @@ class ClusterConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     def _choose(self) -> None:
         """Fill in what depends on the size of the region."""
         _check_range("region_bytes", self.region_bytes)
-        for setting, value in chosen_settings(self.region_bytes).items():
+        for setting in ("brokers", "topic_count_max"):
+            if getattr(self, setting) not in (0, None):
+                _check_range(setting, getattr(self, setting))
+        chosen = chosen_settings(self.region_bytes, self.topic_count_max, max(self.brokers, 1), self.pool)
+        for setting, value in chosen.items():
             if getattr(self, setting) in (0, None):
                 setattr(self, setting, value)
         if not self.runtime_directory:

@@ -188,11 +188,13 @@ class TopicNotDurable(TopicError):
 
 
 class TopicTableFull(TopicError):
-    """The region has no place for another topic; details: topic_count_max."""
+    """The region has no place for another topic; details: topic_count_max, limit, topic_bytes."""
 
     code = "topic-table-full"
     status = "RESOURCE_EXHAUSTED"
-    template = "all {topic_count_max} places for topics are taken: delete one, or raise topic_count_max"
+    template = ("all {topic_count_max} places for topics are taken: delete one, or start the cluster with a larger "
+                "topic_count_max (--topic-count-max, up to {limit}; a place takes {topic_bytes} bytes of the region "
+                "now, and less when ring_slot_count and order_entry_count are left to be chosen)")
 
 
 class SessionError(CxlmqError):
@@ -240,13 +242,12 @@ class MessageTooBig(CxlmqError):
 
 
 class PoolFull(CxlmqError):
-    """No segment is free; details: holder (who keeps segments from being reclaimed)."""
+    """A topic gets no segment; details: holder (who keeps segments from being reclaimed), advice (what helps)."""
 
     code = "pool-full"
     status = "RESOURCE_EXHAUSTED"
     comes_back = True
-    template = ("no segment is free; {holder} holds the oldest: let it catch up or close it, set a retention, "
-                "or make region_bytes larger")
+    template = "no segment is free for this topic: {holder}; {advice}"
 
 
 class BufferFull(CxlmqError):

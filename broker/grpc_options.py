@@ -18,6 +18,8 @@ RECOMMENDED_WINDOW_BYTES = 16 << 20
 # window, so that the other half keeps the pipe full while the ack travels.
 RECOMMENDED_ACK_INTERVAL_BATCHES = 4
 
+# The user agent of a client's calls: this, a slash, and its process.
+PROCESS_AGENT = "cxlmq-process"
 # Room for what frames a batch (its header, the protobuf tags and lengths around it).
 MESSAGE_HEADROOM_BYTES = 64 * 1024
 
@@ -83,6 +85,8 @@ def channel_options(message_bytes_max: int) -> list[Option]:
     """Options for a client's channel. `message_bytes_max` is the largest framed batch, without gRPC's own framing."""
     return [
         *_common_options(message_bytes_max),
+        # Brokers name readers by their process, for people.
+        ("grpc.primary_user_agent", f"{PROCESS_AGENT}/{os.getpid()}"),
         # Channels of one process to the same broker get a connection each.
         ("grpc.use_local_subchannel_pool", 1),
         # A proxy from the environment would break local brokers, and carry every batch of remote ones.

@@ -22,6 +22,8 @@ cdef enum:
     NAME_BYTES = 128
     ADDRESS_BYTES = 128
     POOL_RING = 64              # grants and returns under way to and from the leader's pool
+    TOPICS_MAX = 16384          # sizes what stages keep of every topic
+    TOPIC_CHANGES = 24          # of the topic table, the last ones, in the directory line
     ATTACH_RING = 64            # descriptors and completions per attached client
     LEASE_RING = 16             # leases that an attached client may hold at once
     LOST_BROKER = 0xFFFF        # `broker` of an order entry whose messages no replica had at recovery
@@ -135,7 +137,7 @@ cdef packed struct HeadLine:                # writer: sequencer
 cdef packed struct DirectoryLine:           # writer: admin
     uint64_t topics_version                 # changes whenever a topic appears or goes
     uint64_t topic_generations              # last generation given out
-    uint64_t reserved[6]
+    uint16_t changed[24]                    # the topic that version n changed, at n % TOPIC_CHANGES
 
 cdef packed struct ActivityLine:            # one byte a topic: changes when the topic has news
     uint8_t counts[64]
@@ -160,7 +162,9 @@ cdef packed struct PoolWishLine:            # writer: broker
     uint64_t returned                       # segments given back so far
     uint64_t pressure                       # requests to the reclaimer so far: this broker lacks segments
     uint64_t pressure_bytes                 # how much it lacks
-    uint64_t reserved[3]
+    uint64_t pressure_topic                 # for which topic: generation << 16 | topic number
+    uint64_t entitled                       # 1: the run is for a topic that has less than its share
+    uint64_t reserved
 
 cdef packed struct PoolGrantLine:           # writer: sequencer (leader)
     uint64_t granted                        # runs granted so far
@@ -289,7 +293,8 @@ cdef packed struct CursorLine:              # writer: the broker that serves the
     uint64_t position
     uint64_t pid                            # a hint for people
     uint64_t presence                       # an attached reader's: number of its process's lock on the region file
-    uint64_t reserved[2]
+    uint64_t copies                         # 1: its reader checks, after each copy, that it was still kept
+    uint64_t reserved
 
 cdef packed struct CursorName:              # writer: as CursorLine; the group that reads, empty for a lone reader
     char text[64]
@@ -297,7 +302,8 @@ cdef packed struct CursorName:              # writer: as CursorLine; the group t
 cdef packed struct CursorGrantLine:         # writer: reclaim
     uint64_t granted                        # request number that is granted
     uint64_t index                          # never below the reclaimed frontier
-    uint64_t reserved[6]
+    uint64_t evicted                        # request number whose place is beyond the retention: it is to be let go
+    uint64_t reserved[5]
 
 cdef packed struct GroupLine:               # a consumer group of one topic; writer: admin, at the head
     uint64_t state                          # version << 8 | GroupState; the version counts changes of place
@@ -330,6 +336,7 @@ cpdef enum HolderKind:
     HOLDER_REPLICA = 3          # a replica that is behind; number: its broker
     HOLDER_RETENTION = 4        # a topic that never drops; number: the topic
     HOLDER_UNCOMMITTED = 5      # batches that wait for order; number: the topic
+    HOLDER_OTHERS = 6           # other topics within their shares; number: the topic that lacks room
 
 cdef packed struct AttachLine:              # writer: receiver (the attach stage)
     uint64_t state                          # generation << 8 | AttachState
@@ -345,11 +352,14 @@ cdef packed struct Lease:                   # 16 bytes, LEASE_RING of them; writ
     uint64_t offset
     uint64_t nbytes
 
+cdef enum:
+    NO_LEASE = 0xFFFFFFFF       # an idle client wants none
+
 cdef packed struct AttachClientLine:        # writer: client
     uint64_t heartbeat_ns
-    uint64_t using_lease                    # number of the lease that it fills now
+    uint64_t using_lease                    # the lease that it fills now; a subscriber's: entries below were viewed
     uint64_t retired                        # leases it is done with
-    uint64_t wanted_bytes                   # smallest lease that is of use to it
+    uint64_t wanted_bytes                   # smallest lease that is of use to it; NO_LEASE: none now
     uint64_t left                           # 1: it is gone, and writes no more
     uint64_t released_index                 # a subscriber's: order entries below it are no longer viewed
     uint64_t pid                            # a hint for people

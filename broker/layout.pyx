@@ -14,6 +14,8 @@ BANKS_MAX = 3                   # one serves, one is being filled, one may belon
 POOL_STRATEGIES = ("atomic", "partitioned", "leader")
 SEGMENT_ALIGNMENT = 2 << 20
 LOST_BROKER_NUMBER = LOST_BROKER
+TOPIC_COUNT_LIMIT = TOPICS_MAX
+DIRECTORY_CHANGES = TOPIC_CHANGES
 
 
 class LayoutError(ValueError):
@@ -132,7 +134,7 @@ cdef class Layout:
                 raise LayoutError(message)
 
         require(1 <= broker_count <= 64, f"broker_count must be 1 to 64, not {broker_count}")
-        require(1 <= topic_count_max <= 1024, f"topic_count_max must be 1 to 1024, not {topic_count_max}")
+        require(1 <= topic_count_max <= TOPICS_MAX, f"topic_count_max must be 1 to {TOPICS_MAX}, not {topic_count_max}")
         for name, value in (("ring_slot_count", ring_slot_count), ("order_entry_count", order_entry_count)):
             require(16 <= value <= 32768 and value & (value - 1) == 0,
                     f"{name} must be a power of two from 16 to 32768, not {value}")

@@ -8,7 +8,7 @@ from broker.segments cimport SegmentPool
 from sim.cxl.memory cimport Memory
 
 cdef enum:
-    DIRTY_WORDS = 16            # 1024 topics
+    DIRTY_WORDS = 256           # TOPICS_MAX topics, one bit each
 
 cpdef enum ReserveStatus:
     RESERVED = 0
@@ -29,6 +29,10 @@ cdef struct OpenSegment:
     uint64_t leased             # leases by which attached clients may still write here
     uint64_t orphan             # no topic here holds it: its line's owner word, and when that is 0, ours without a topic
     uint64_t end_position       # messages below it are those that the segment holds
+    uint32_t holder             # topic + 1 whose log has it; 0 none
+    uint32_t next               # segment + 1 of the same log, 0 the last
+    uint32_t previous
+    uint32_t reserved
 
 cdef struct TopicLog:
     # Invariant: released_to <= tail <= delegated <= head, and head - tail <= ring slots.
@@ -49,11 +53,12 @@ cdef struct TopicLog:
     uint64_t ends_known         # whether all segments' end_position is: until then none of them is given back
     uint64_t release_seen       # reclaimed frontier at the last look for segments to release
     uint64_t release_again      # some could not be released then for a reason that passes
+    uint64_t give_up_run        # room is short: the rest of an open run that holds nothing goes back as well
+    uint64_t first_held         # segment + 1, the head of the list of those held
     Slot* slots
-    uint64_t* held              # one bit for each segment of the region
 
 cdef struct DirtySet:
-    uint64_t words[16]
+    uint64_t words[256]
 
 cdef void dirty_add(DirtySet* dirty, uint64_t topic) noexcept nogil
 cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil
@@ -68,7 +73,15 @@ cdef class BrokerLog:
     cdef TopicLog* topics
     cdef uint64_t topic_count           # for __dealloc__: by then the collector may have taken `layout` away
     cdef OpenSegment* segments          # by segment number; of those that some topic holds
-    cdef uint64_t held_words
+    cdef uint64_t* left                 # segments that an earlier process had, until their topics are open
+    cdef uint64_t left_count
+    cdef bint left_known
+    cdef uint64_t dirty_words
+    cdef uint64_t open_count            # topics that are open here
+    cdef uint64_t share                 # segments that each of them can always have
+    cdef uint64_t deficit               # how many segments they have less than that
+    cdef uint64_t short_of              # topic + 1 below its share that was refused, until it gets something
+    cdef uint64_t short_tries
     cdef DirtySet to_delegate
     cdef DirtySet to_release
     cdef BrokerCounters* counters
@@ -100,7 +113,14 @@ cdef class BrokerLog:
                         uint64_t* slot) noexcept nogil
     cdef bint extend(self, uint64_t topic, uint64_t nbytes) noexcept nogil
     cdef void complete(self, uint64_t topic, uint64_t slot, BatchHeader* header) noexcept nogil
-    cdef void press(self, uint64_t nbytes) noexcept nogil
+    cdef void press(self, uint64_t topic, uint64_t nbytes) noexcept nogil
+    cdef void hold(self, uint64_t topic, uint64_t segment) noexcept nogil
+    cdef void unhold(self, uint64_t topic, uint64_t segment) noexcept nogil
+    cdef void set_shares(self) noexcept nogil
+    cdef bint may_take(self, uint64_t topic, uint64_t run) noexcept nogil
+    cdef int64_t allocate(self, uint64_t topic, uint64_t run) noexcept nogil
+    cdef void lack(self, uint64_t topic, uint64_t nbytes) noexcept nogil
+    cdef int find_left(self) except -1
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil
     cdef int open_topic(self, uint64_t topic, TopicLine* line) except -1
     cdef int resume_topic(self, uint64_t topic, TopicLine* line) except -1

@@ -21,6 +21,10 @@ from sim.cxl.primitives cimport (
     cxl_mutex_unlock, cxl_store_release, cxl_wall_ns,
 )
 
+cdef enum:
+    SHARED_PART = 4             # one of so many segments is kept for topics that have less than their share
+    SHORT_TRIES = 64            # refusals of others after which a topic that was refused is waited for no longer
+
 
 cdef void dirty_add(DirtySet* dirty, uint64_t topic) noexcept nogil:
     cdef uint64_t bit = <uint64_t>1 << (topic % 64)
@@ -32,6 +36,11 @@ cdef uint64_t dirty_take(DirtySet* dirty, uint64_t word) noexcept nogil:
     if not cxl_load_relaxed(&dirty.words[word]):
         return 0
     return cxl_fetch_and(&dirty.words[word], 0)
+
+
+cdef uint64_t kept_back(BrokerLog log) noexcept nogil:
+    """Segments that are kept for topics that have less than their share: so many, and no more than the part for that."""
+    return min(log.deficit, log.layout.g.segment_count // log.layout.g.broker_count // SHARED_PART)
 
 
 cdef class BrokerLog:
@@ -54,7 +63,7 @@ cdef class BrokerLog:
         self.topics = <TopicLog*>calloc(self.topic_count, sizeof(TopicLog))
         if self.topics == NULL:
             raise MemoryError
-        self.held_words = (layout.g.segment_count + 63) // 64
+        self.dirty_words = (self.topic_count + 63) // 64
         self.segments = <OpenSegment*>calloc(layout.g.segment_count, sizeof(OpenSegment))
         if self.segments == NULL:
             raise MemoryError
@@ -66,8 +75,8 @@ cdef class BrokerLog:
         if self.topics != NULL:
             for t in range(self.topic_count):
                 free(self.topics[t].slots)
-                free(self.topics[t].held)
             free(self.topics)
+        free(self.left)
         free(self.segments)
 
     cdef void lock(self) noexcept nogil:
@@ -83,9 +92,9 @@ cdef class BrokerLog:
         cdef uint64_t at = self.layout.offset_broker(topic, self.broker), generation = line.state >> 8
         if log.slots == NULL:
             log.slots = <Slot*>calloc(self.layout.g.ring_slot_count, sizeof(Slot))
-            log.held = <uint64_t*>calloc(self.held_words, 8)
-            if log.slots == NULL or log.held == NULL:
+            if log.slots == NULL:
                 raise MemoryError
+        self.find_left()
         log.head = log.tail = log.delegated = self.first_slot
         log.written = log.written_bytes = 0
         log.cursor = log.end = 0
@@ -110,6 +119,9 @@ cdef class BrokerLog:
         self.adopt_segments(topic, generation)
         log.opened = generation
         cxl_store_release(&log.generation, generation)
+        self.lock()
+        self.set_shares()
+        self.unlock()
         return 0
 
     cdef bint still_serves(self, uint64_t topic, uint64_t generation) noexcept nogil:
@@ -150,6 +162,9 @@ cdef class BrokerLog:
         dirty_add(&self.to_release, topic)
         log.opened = generation
         cxl_store_release(&log.generation, generation)
+        self.lock()
+        self.set_shares()
+        self.unlock()
         return 0
 
     cdef bint know_segment_ends(self, uint64_t topic) noexcept nogil:
@@ -192,18 +207,14 @@ cdef class BrokerLog:
         Called when all topics are known and nothing is taken yet. What a client may still write into, or view, comes back
         later. -1 while no head says which topics there are: ask again.
         """
-        cdef uint64_t segment, topic
+        cdef uint64_t segment
         cdef int64_t swept = 0
         if not self.topics_head.begin():
             return -1
         self.lock()
         for segment in range(self.layout.g.segment_count):
-            if self.segments[segment].orphan or not self.pool.owns(segment):
-                continue
-            for topic in range(self.topic_count):
-                if self.topics[topic].held != NULL and self.topics[topic].held[segment // 64] >> (segment % 64) & 1:
-                    break
-            else:
+            if (not self.segments[segment].orphan and not self.segments[segment].holder
+                    and self.pool.owns(segment)):
                 self.abandon_segment(segment)
         self.unlock()
         if not self.topics_head.same():
@@ -266,20 +277,127 @@ cdef class BrokerLog:
                 return True
         return False
 
-    # ---- rings -------------------------------------------------------------------------------------------------------------
+    cdef int find_left(self) except -1:
+        """Know, once, the segments that an earlier process of this broker had, or a recovery filled: each topic that opens
+        looks through these, and not through the whole table."""
+        cdef uint64_t segment
+        if self.left_known:
+            return 0
+        self.left_known = True
+        self.left = <uint64_t*>calloc(self.layout.g.segment_count, 8)
+        if self.left == NULL:
+            raise MemoryError
+        for segment in range(self.layout.g.segment_count):
+            if self.memory.load(self.layout.segment_line(segment)) & 0xFFFF == <uint64_t>self.broker + 1:
+                self.left[self.left_count] = segment
+                self.left_count += 1
+        return 0
 
     cdef void adopt_segments(self, uint64_t topic, uint64_t generation) noexcept nogil:
         """Segments of a restored topic are ours when the segment table says so."""
-        cdef TopicLog* log = &self.topics[topic]
-        cdef uint64_t segment, owner = (self.broker + 1) | topic << 16 | generation << 32
+        cdef uint64_t i = 0, segment, owner = (self.broker + 1) | topic << 16 | generation << 32
         cdef SegmentLine line
-        for segment in range(self.layout.g.segment_count):
+        while i < self.left_count:
+            segment = self.left[i]
             if self.memory.load(self.layout.segment_line(segment)) != owner:
+                i += 1
                 continue
+            self.left_count -= 1
+            self.left[i] = self.left[self.left_count]
             self.memory.read_line(self.layout.segment_line(segment), &line)
             self.begin_segment(segment, line.end_position)
-            log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
-            log.segment_count += 1
+            self.hold(topic, segment)
+
+    # ---- who holds what, and how much of it each topic may ------------------------------------------------------------
+
+    cdef void hold(self, uint64_t topic, uint64_t segment) noexcept nogil:
+        """The segment is one of this topic's log from now on."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef OpenSegment* open = &self.segments[segment]
+        if log.segment_count < self.share and log.opened:
+            self.deficit -= 1
+        open.holder = topic + 1
+        open.previous = 0
+        open.next = log.first_held
+        if log.first_held:
+            self.segments[log.first_held - 1].previous = segment + 1
+        log.first_held = segment + 1
+        log.segment_count += 1
+
+    cdef void unhold(self, uint64_t topic, uint64_t segment) noexcept nogil:
+        cdef TopicLog* log = &self.topics[topic]
+        cdef OpenSegment* open = &self.segments[segment]
+        if open.previous:
+            self.segments[open.previous - 1].next = open.next
+        else:
+            log.first_held = open.next
+        if open.next:
+            self.segments[open.next - 1].previous = open.previous
+        open.holder = open.next = open.previous = 0
+        log.segment_count -= 1
+        if log.segment_count < self.share and log.opened:
+            self.deficit += 1
+
+    cdef void set_shares(self) noexcept nogil:
+        """What each open topic can always have: an equal part of a quarter of the segments that are ours to take.
+
+        The lock is held.
+        """
+        cdef uint64_t topic, ours = self.layout.g.segment_count // self.layout.g.broker_count
+        self.open_count = self.deficit = 0
+        for topic in range(self.topic_count):
+            self.open_count += self.topics[topic].opened != 0
+        self.share = max(ours // SHARED_PART // max(self.open_count, <uint64_t>1), <uint64_t>1)
+        for topic in range(self.topic_count):
+            if self.topics[topic].opened:
+                self.deficit += self.share - min(self.share, self.topics[topic].segment_count)
+
+    cdef bint may_take(self, uint64_t topic, uint64_t run) noexcept nogil:
+        """Whether a topic that has its share leaves the others theirs. A topic that has nothing may take what it needs.
+
+        Invariant: what is free is enough for what the topics of this broker have less than their share, or only a topic
+        below its share takes of it.
+        """
+        cdef TopicLog* log = &self.topics[topic]
+        if log.segment_count == 0 or log.segment_count + run <= self.share:
+            return True
+        return self.pool.has_left(run, kept_back(self)) and (not self.short_of or self.short_of == topic + 1)
+
+    cdef int64_t allocate(self, uint64_t topic, uint64_t run) noexcept nogil:
+        """First segment of a free run that the topic may take, or -1."""
+        cdef TopicLog* log = &self.topics[topic]
+        cdef int64_t first = -1
+        if self.may_take(topic, run):
+            self.pool.entitled = log.segment_count + run <= self.share or log.segment_count == 0 or self.deficit == 0
+            first = self.pool.allocate(run)
+            if first >= 0 and self.short_of == topic + 1:
+                self.short_of = 0
+            elif first < 0 and self.short_of == 0 and (
+                    log.segment_count == 0 or log.segment_count + run <= self.share):
+                self.short_of = topic + 1
+                self.short_tries = 0
+        if first < 0 and self.short_of:
+            self.short_tries += 1
+            if self.short_tries > SHORT_TRIES:
+                self.short_of = 0               # whoever wanted it may have gone
+        return first
+
+    cdef void lack(self, uint64_t topic, uint64_t nbytes) noexcept nogil:
+        """There is no room: ask for some, and take back what lies open and holds nothing."""
+        cdef uint64_t other
+        cdef TopicLog* log
+        cxl_count(&self.counters.pool_empty, 1)
+        if not self.pool.is_asking():
+            self.press(topic, nbytes)
+        for other in range(self.topic_count):
+            log = &self.topics[other]
+            if log.end and log.opened and (other == topic or log.head == cxl_load_acquire(&log.tail)):
+                log.give_up_run = log.release_again = 1
+                dirty_add(&self.to_release, other)
+        self.topics[topic].release_again = 1
+        dirty_add(&self.to_release, topic)
+
+    # ---- rings -------------------------------------------------------------------------------------------------------------
 
     cdef void wipe_ring(self, uint64_t topic, uint64_t first, uint64_t last) noexcept nogil:
         """Make the slots of these sequences empty: nothing in them is taken for complete."""
@@ -308,17 +426,18 @@ cdef class BrokerLog:
         cdef TopicLog* log = &self.topics[topic]
         cdef uint64_t segment
         self.lock()
-        for segment in range(self.layout.g.segment_count):
-            if log.held[segment // 64] >> (segment % 64) & 1:
-                log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
-                self.abandon_segment(segment)
-        log.segment_count = 0
+        while log.first_held:
+            segment = log.first_held - 1
+            self.unhold(topic, segment)
+            self.abandon_segment(segment)
         log.cursor = log.end = 0
+        log.opened = 0
+        self.set_shares()
         self.unlock()
         self.free_orphans()
 
-    cdef void press(self, uint64_t nbytes) noexcept nogil:
-        """Ask the reclaimer for room, once until it has answered."""
+    cdef void press(self, uint64_t topic, uint64_t nbytes) noexcept nogil:
+        """Ask the reclaimer for room for a topic, once until it has answered."""
         cdef uint64_t wish = self.layout.pool_wish(self.broker), answer
         self.pressure_bytes = nbytes
         if not self.head.begin():
@@ -327,6 +446,7 @@ cdef class BrokerLog:
         self.memory.invalidate(answer, 64)
         if self.memory.load(answer) == self.pressure_sent:
             self.pressure_sent += 1
+            self.memory.store(wish + 40, self.topics[topic].opened << 16 | topic)
             self.memory.store(wish + 32, nbytes)
             self.memory.store(wish + 24, self.pressure_sent)
             self.memory.flush(wish, 64)
@@ -343,12 +463,12 @@ cdef class BrokerLog:
         if log.end:
             run = (log.cursor + nbytes - log.end + size - 1) // size
             next_segment = self.segment_of(log.end)
-            if self.pool.claim(next_segment, run):
+            if self.may_take(topic, run) and self.pool.claim(next_segment, run):
                 log.end += run * size
                 self.note_segments(topic, next_segment, run, False)
                 return True
         run = (nbytes + size - 1) // size
-        first = self.pool.allocate(run)
+        first = self.allocate(topic, run)
         if first < 0:
             return False
         log.release_again = 1           # the old run is no longer being filled
@@ -368,12 +488,11 @@ cdef class BrokerLog:
         for segment in range(first, first + run):
             self.begin_segment(segment, 0)
             self.segments[segment].leased += leased
-            log.held[segment // 64] |= <uint64_t>1 << (segment % 64)
+            self.hold(topic, segment)
             self.memory.write_line(self.layout.segment_line(segment), &line)
             self.memory.flush(self.layout.segment_line(segment), 64)
-        log.segment_count += run
-        if self.pool.is_low():
-            self.press(run * self.layout.g.segment_bytes)
+        if self.pool.is_low(kept_back(self)):
+            self.press(topic, run * self.layout.g.segment_bytes)
         cxl_count(&self.counters.segments_allocated, run)
         self.counters.segments_cold = self.pool.cold
 
@@ -388,9 +507,7 @@ cdef class BrokerLog:
 
     cdef void drop_segment(self, uint64_t topic, uint64_t segment) noexcept nogil:
         """Give a topic's segment back to the pool. The lock is held."""
-        cdef TopicLog* log = &self.topics[topic]
-        log.held[segment // 64] &= ~(<uint64_t>1 << (segment % 64))
-        log.segment_count -= 1
+        self.unhold(topic, segment)
         self.free_segment(segment)
 
     cdef void free_segment(self, uint64_t segment) noexcept nogil:
@@ -412,17 +529,14 @@ cdef class BrokerLog:
         if self.topics[topic].generation == 0:
             status = RESERVE_TOPIC_CLOSED
         else:
-            first = self.pool.allocate(run)
+            first = self.allocate(topic, run)
             if first >= 0:
                 offset[0] = self.layout.segment(first)
                 granted[0] = run * size
                 self.note_segments(topic, first, run, True)
             else:
                 status = RESERVE_POOL_EMPTY
-                cxl_count(&self.counters.pool_empty, 1)
-                if not self.pool.is_asking():
-                    self.press(nbytes)
-                dirty_add(&self.to_release, topic)
+                self.lack(topic, nbytes)
         self.unlock()
         return status
 
@@ -497,10 +611,7 @@ cdef class BrokerLog:
             cxl_count(&self.counters.ring_full, 1)
             status = RESERVE_RING_FULL
         elif log.cursor + need > log.end and not self.extend(topic, need):
-            cxl_count(&self.counters.pool_empty, 1)
-            if not self.pool.is_asking():
-                self.press(need)
-            dirty_add(&self.to_release, topic)
+            self.lack(topic, need)
             status = RESERVE_POOL_EMPTY
         else:
             offset[0] = log.cursor

@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from broker.config import MEMORIES, ClusterConfig, layout_of, make_folder, runtime_root
 from broker.errors import PermissionDenied, RegionError, RegionForeign, RegionMissing, RegionStale, TmpfsTooSmall
 from broker.hardware import Hardware, check_hardware, remove_hardware, report_path
+from broker.holders import Holders
 from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
@@ -33,7 +35,6 @@ from broker.layout import (
     ControlBits,
     CursorState,
     GroupState,
-    HolderKind,
     Layout,
     LayoutError,
     SessionState,
@@ -639,6 +640,9 @@ def inspect_region(region: Region) -> dict[str, Any]:
     """What a region holds: brokers, topics with their frontiers, sessions, cursors, pool. Works on a dead one."""
     memory, layout = region.memory(), layout_of_head(region)
     topics = list(_inspect_topics(memory, layout))
+    holders = Holders(partial(_one, memory, layout), partial(_indexed, memory, layout), layout.numbers)
+    for topic in topics:
+        topic["holder"] = _holder_of(holders, topic)
     return {
         "name": region.name,
         "superblock": region.superblock,
@@ -703,7 +707,7 @@ def _inspect_topics(memory: Memory, layout: Layout) -> Iterator[dict[str, Any]]:
             "generation": generation, "state": state, **line,
             "retention_bytes": _signed(line["retention_bytes"]),
             **_one(memory, layout, "TopicOrderLine", "topic_order", number),
-            **reclaim, "holder": _holder(reclaim["holder"]),
+            **reclaim,
             "brokers": [_inspect_offsets(memory, layout, number, b) for b in range(layout.numbers["broker_count"])],
         }
 
@@ -818,9 +822,14 @@ def _versioned(kind: Any, word: int) -> tuple[int, str]:
     return word >> 8, _state_name(kind, word & 0xFF)
 
 
-def _holder(word: int) -> str:
-    kind = _state_name(HolderKind, word >> 32)
-    return kind if kind == "none" else f"{kind} {word & 0xFFFFFFFF}"
+def _holder_of(holders: Holders, topic: dict[str, Any]) -> str:
+    """Who holds the topic's oldest data now; also of a region that is damaged."""
+    if topic["state"] != "active":
+        return "nobody"
+    try:
+        return holders.of(topic["topic"]).text
+    except (LookupError, ValueError, OverflowError) as error:
+        return f"damaged ({error})"
 
 
 def _signed(word: int) -> int:

@@ -10,7 +10,9 @@ cdef class SegmentPool:
     cdef readonly int broker
     cdef uint64_t share             # segments of one broker's part of the bitmap
     cdef uint64_t share_words
-    cdef uint64_t hint              # next-fit: where this broker looks first
+    cdef uint64_t hint              # first-fit: nothing of this broker's part is free below
+    cdef uint64_t cold_from         # nothing of it is both free and cold below
+    cdef bint entitled              # who asks now has less than its share
     cdef readonly uint64_t allocated
     cdef readonly uint64_t released
     cdef readonly uint64_t cold     # allocations that had to take a segment nobody had touched
@@ -20,7 +22,8 @@ cdef class SegmentPool:
     cdef void release(self, uint64_t segment) noexcept nogil
     cdef void poll(self) noexcept nogil
     cdef bint is_asking(self) noexcept nogil
-    cdef bint is_low(self) noexcept nogil
+    cdef bint is_low(self, uint64_t deficit) noexcept nogil
+    cdef bint has_left(self, uint64_t run, uint64_t deficit) noexcept nogil
     cdef bint take_bit(self, uint64_t segment) noexcept nogil
     cdef void give_bit(self, uint64_t segment) noexcept nogil
     cdef uint64_t word_of(self, uint64_t segment) noexcept nogil

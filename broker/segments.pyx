@@ -4,8 +4,9 @@
     partitioned  each broker owns whole lines of the bitmap and uses plain stores: no atomics anywhere
     leader       the head gives them out; brokers ask and give back through single-writer lines: no atomics either
 
-Segment s belongs to part s // share of the bitmap; a broker looks in its own part first, from where it stopped last
-(next-fit), so brokers drift to different words. Warm segments (touched before) are preferred to cold ones.
+Segment s belongs to part s // share of the bitmap; a broker looks in its own part first, so brokers work on different
+words. Single segments come from the low end of a part and runs from its high end: what is small and stays does not lie
+between what is large. Warm segments (touched before) are preferred to cold ones.
 """
 
 from libc.stdint cimport int64_t, uint64_t
@@ -19,6 +20,7 @@ from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_fetch_and, cxl_fet
 
 cdef enum:
     RESERVE_SHARE = 16              # of the segments that should be free
+    LEADER_SHARE = 8                # of those that a leader keeps for topics that have less than their share
     ANSWER_TRIES = 8                # failed allocations after which a leader that can has answered
     GRANTEE_SHIFT = 56              # of a segment's word: broker + 1 above, how many it had been granted before below
 
@@ -36,7 +38,8 @@ cdef class SegmentPool:
         self.broker = broker
         self.share = (layout.g.segment_count + layout.g.broker_count - 1) // layout.g.broker_count
         self.share_words = layout.bitmap_words() // layout.g.broker_count
-        self.hint = 0
+        self.hint = self.cold_from = 0
+        self.entitled = True
 
     cdef uint64_t word_of(self, uint64_t segment) noexcept nogil:
         return (segment // self.share * self.share_words + segment % self.share // 64) * 8
@@ -87,16 +90,15 @@ cdef class SegmentPool:
             self.mark_warm(segment)
 
     cdef int64_t allocate_one(self, uint64_t part, bint warm) noexcept nogil:
-        cdef uint64_t words = self.share_words, start = self.hint // 64 if part == <uint64_t>self.broker else 0
-        cdef uint64_t i, w, free_bits, base, bit, segment
-        for i in range(words + 1):
-            w = (start + i) % words
+        cdef uint64_t words = self.share_words, w = self.hint if part == <uint64_t>self.broker else 0
+        cdef uint64_t free_bits, base, bit, segment
+        for w in range(w, words):
             base = (part * words + w) * 8
             free_bits = ~self.taken_word(base)
+            if free_bits == 0 and part == <uint64_t>self.broker and w == self.hint and w + 1 < words:
+                self.hint += 1
             if warm:
                 free_bits &= self.warm_word(base)
-            if i == 0 and part == <uint64_t>self.broker:
-                free_bits &= <uint64_t>-1 << (self.hint % 64)
             while free_bits:
                 bit = cxl_count_trailing_zeros(free_bits)
                 free_bits &= free_bits - 1
@@ -104,30 +106,30 @@ cdef class SegmentPool:
                 if w * 64 + bit >= self.share or not self.valid(segment):
                     break
                 if self.take_bit(segment):
-                    if part == <uint64_t>self.broker:
-                        self.hint = w * 64 + bit
                     return <int64_t>segment
         return -1
 
     cdef int64_t allocate_run(self, uint64_t run) noexcept nogil:
-        """First segment of a free run, from our own part on. A run may lie in several parts if we may take from all."""
-        cdef uint64_t at, step, first = self.broker * self.share, count = self.layout.g.segment_count, length = 0, i
-        cdef uint64_t end = self.share if self.search_shares() == 1 else count + run
+        """First segment of a free run, downwards from the end of our own part. It may lie in several parts if we may take
+        from all."""
+        cdef uint64_t at, step, count = self.layout.g.segment_count, length = 0, i
+        cdef uint64_t last = min((<uint64_t>self.broker + 1) * self.share, count) - 1
+        cdef uint64_t end = count + run
+        if self.search_shares() == 1:
+            end = last + 1 - min(self.broker * self.share, last + 1)
         for step in range(end):
-            at = first + step if self.search_shares() == 1 else (first + step) % count
-            if not self.valid(at):
-                break
-            if at == 0:
+            at = (last + count - step % count) % count
+            if at == count - 1:
                 length = 0                      # a run does not go round
             if self.taken_word(self.word_of(at)) & self.bit_of(at):
                 length = 0
                 continue
             length += 1
             if length == run:
-                if self.claim(at + 1 - run, run):
+                if self.claim(at, run):
                     for i in range(run):
                         self.allocated -= 1     # claim counted them, allocate will
-                    return <int64_t>(at + 1 - run)
+                    return <int64_t>at
                 length = 0
         return -1
 
@@ -152,28 +154,40 @@ cdef class SegmentPool:
         """First segment of a free run, or -1."""
         cdef uint64_t i, count = self.search_shares(), brokers = self.layout.g.broker_count
         cdef int64_t found = -1
-        cdef int warm
+        cdef int warm, again
         if run > 1:
             found = self.allocate_run(run)
             if found >= 0:
                 self.allocated += run
             return found
-        for warm in range(1, -1, -1):
-            for i in range(count):
-                found = self.allocate_one((self.broker + i) % brokers, warm == 1)
-                if found >= 0:
-                    self.opened(found)
-                    return found
+        for again in range(2):
+            for warm in range(1, -1, -1):
+                for i in range(count):
+                    found = self.allocate_one((self.broker + i) % brokers, warm == 1)
+                    if found >= 0:
+                        self.opened(found)
+                        return found
+            if self.hint == 0:
+                break
+            self.hint = 0                       # others may have given something back below it
         return -1
 
-    cdef bint is_low(self) noexcept nogil:
-        """Whether so little is free that room should be made before somebody has to wait for it."""
+    cdef bint is_low(self, uint64_t deficit) noexcept nogil:
+        """Whether so little is free that room should be made before somebody has to wait for it. `deficit` is what
+        topics of this broker have less than their share."""
         cdef uint64_t segments, free_segments = count_free(self, &segments)
-        return free_segments < segments // RESERVE_SHARE
+        return free_segments < segments // RESERVE_SHARE + deficit * self.search_shares()
+
+    cdef bint has_left(self, uint64_t run, uint64_t deficit) noexcept nogil:
+        """Whether, behind a run, that much is left for each broker that takes from where we do."""
+        cdef uint64_t segments
+        return deficit == 0 or count_free(self, &segments) >= run + deficit * self.search_shares()
 
     cdef void release(self, uint64_t segment) noexcept nogil:
         self.released += 1
         self.give_bit(segment)
+        if segment // self.share == <uint64_t>self.broker:
+            self.hint = min(self.hint, segment % self.share // 64)
 
     cdef void poll(self) noexcept nogil:
         """Take in grants; nothing to do where the bitmap is reached directly."""
@@ -202,7 +216,9 @@ cdef class SegmentPool:
     cdef int64_t take_cold(self) noexcept nogil:
         """Take one free segment that nobody has touched yet, so that its pages can be made present; -1 when none."""
         cdef uint64_t segment, first = self.broker * self.share
-        for segment in range(first, first + self.share):
+        # What was taken when we came past is touched by whoever has it.
+        for segment in range(first + self.cold_from, first + self.share):
+            self.cold_from = segment - first + 1
             if self.valid(segment) and not self.is_warm(segment) and self.take_bit(segment):
                 return <int64_t>segment
         return -1
@@ -294,7 +310,9 @@ cdef class LeaderPool(SegmentPool):
             self.known = True
         return True
 
-    cdef bint is_low(self) noexcept nogil: return False     # what was granted says nothing about the rest
+    # What was granted says nothing about the rest: the leader looks.
+    cdef bint is_low(self, uint64_t deficit) noexcept nogil: return False
+    cdef bint has_left(self, uint64_t run, uint64_t deficit) noexcept nogil: return True
 
     cdef bint take_bit(self, uint64_t segment) noexcept nogil:
         cdef uint64_t word = self.word_of(segment) // 8, bit = self.bit_of(segment)
@@ -350,7 +368,14 @@ cdef class LeaderPool(SegmentPool):
             self.wanted = answered + 1
             self.asked = 0
             self.memory.store(wish + 8, run)    # the run before the count that makes it visible
+            self.memory.store(wish + 48, self.entitled)
             self.memory.store(wish, self.wanted)
+            self.memory.flush(wish, 64)
+            self.memory.fence()
+        elif self.entitled and (not self.memory.load(wish + 48) or self.memory.load(wish + 8) < run):
+            # A topic that has its share waits there: whoever has less does not wait behind it.
+            self.memory.store(wish + 8, max(run, self.memory.load(wish + 8)))
+            self.memory.store(wish + 48, 1)
             self.memory.flush(wish, 64)
             self.memory.fence()
         return -1
@@ -517,7 +542,7 @@ cdef class PoolLeader:
         free(self.granted_runs)
 
     cdef int64_t step(self) noexcept nogil:
-        cdef uint64_t b, wish, grant, run, i, slot
+        cdef uint64_t b, wish, grant, run, i, slot, segments
         cdef int64_t first, work = 0
         for b in range(self.layout.g.broker_count):
             wish = self.layout.pool_wish(b)
@@ -525,6 +550,9 @@ cdef class PoolLeader:
             work += self.take_returns(b)
             if self.memory.load(wish) > self.granted_runs[b]:
                 run = self.memory.load(wish + 8)
+                if not self.memory.load(wish + 48) and count_free(self.pool, &segments) < (
+                        run + self.layout.g.segment_count // LEADER_SHARE):
+                    continue                    # the rest is for topics that have less than their share
                 self.pool.grantee = (b + 1) << GRANTEE_SHIFT | self.granted_segments[b]
                 first = self.pool.allocate(run) if 0 < run <= POOL_RING else -1
                 if first < 0:

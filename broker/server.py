@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -33,8 +35,9 @@ from broker.errors import (
 )
 from broker.group_service import RECOVERY_FILE, GroupService, start_index
 from broker.groups import topic_key
-from broker.grpc_options import RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
+from broker.grpc_options import PROCESS_AGENT, RECOMMENDED_ACK_INTERVAL_BATCHES, server_options
 from broker.head import epoch_of, head_of
+from broker.holders import who_stops, why_full
 from broker.layout import BrokerState, SessionState
 from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
@@ -45,7 +48,7 @@ from broker.security import CALLER, Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.stages import receiver as receiving
 from broker.stages.receiver import Receiver
-from broker.topics import TopicEntry, holder_at
+from broker.topics import TopicEntry
 from sim.cxl.region import memory_identity
 
 _log = logging.getLogger("cxlmq")
@@ -228,8 +231,10 @@ class PublishStream:
 
     def _refuse(self, frame: bytes, status: int) -> None:
         what = {receiving.RING_FULL: "the batch-header ring", receiving.WINDOW_FULL: "the stream's window"}.get(status)
-        error = PoolFull(holder=self._server.holder()) if what is None else PoolFull(
-            f"{what} of this broker is full: batches before it wait for their order or their ack", holder=what)
+        number = self.entry.number if self.entry is not None else 0
+        error = self._server.why_full(number) if what is None else PoolFull(
+            f"{what} of this broker is full: batches before it wait for their order or their ack; "
+            f"{self._server.who_stops(number)}", holder=what)
         fields = Receiver.sequence_of(frame)
         assert fields is not None
         self._refusals.append(pb.Refusal(batch_sequence=fields[0], code=error.code, message=error.message,
@@ -263,6 +268,21 @@ class PublishStream:
             await self._context.write(response)
 
 
+@dataclass(eq=False)
+class Place:
+    """Where a subscriber reads; its cursor is None when it was passed over."""
+
+    cursor: int | None
+    reader: OrderReader
+
+
+def _process_of(context: Any) -> tuple[int, int]:
+    """The process that a subscriber says it is, for people; without a start time: it may be on another machine."""
+    agent = str(dict(context.invocation_metadata() or ()).get("user-agent", ""))
+    said = re.match(PROCESS_AGENT + r"/(\d{1,18})\b", agent)
+    return int(said[1]) if said else 0, 0
+
+
 class BrokerServer:
     """All services of one broker."""
 
@@ -280,6 +300,7 @@ class BrokerServer:
         self.attached_sessions: dict[int, int] = {}
         self._commit_events: dict[int, set[asyncio.Event]] = {}
         self._closing: set[asyncio.Task[None]] = set()
+        self._places = set[Place]()
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
         self._health = HealthServicer()
@@ -376,6 +397,7 @@ class BrokerServer:
                     if not each["left"] and (each["number"], each["generation"]) in self._inherited})
                 if self.node.is_head:
                     await self.node.topics.complete_deletions(self.node.live_brokers)
+                self._let_go_of_lost()
                 await self.groups.look_after()
                 await removals.look_after()
 
@@ -465,12 +487,13 @@ class BrokerServer:
         """The broker that is head, or becomes it."""
         return head_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
 
-    def holder(self) -> str:
-        """Who holds back what this broker would need, as the reclaimer said last."""
-        try:
-            return holder_at(self.node.head, self.node.memory, self.node.layout, self.node.broker) or "nobody"
-        except BrokerUnavailable:
-            return "nobody: a new head is taking over"
+    def why_full(self, topic: int) -> PoolFull:
+        """Why this broker gives a topic no segment."""
+        return why_full(self.node.head, self.node.layout, self.node.broker, topic)
+
+    def who_stops(self, topic: int) -> str:
+        """Why a topic takes no batch although there are segments, and what helps."""
+        return who_stops(self.node.head, self.node.layout, topic)
 
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:
@@ -514,7 +537,8 @@ class BrokerServer:
         node = self.node
         entry = self.topic_seen(request)
         reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await self.place(request, reader, entry)
+        place = Place(await self.place(request, reader, entry, _process_of(context), copies=True), reader)
+        self._places.add(place)
         node.watch_commits(+1)
         event = asyncio.Event()
         self._commit_events.setdefault(entry.number, set()).add(event)
@@ -525,24 +549,37 @@ class BrokerServer:
                 ("cxlmq-first-position", str(frontiers["reclaimed_position"])),
                 ("cxlmq-end-position", str(frontiers["committed_position"])),
                 ("cxlmq-run-id", str(node.region.run_id)), ("cxlmq-created-ns", str(entry.created_ns))))
-            await self._follow(request, context, reader, cursor, event)
+            await self._follow(request, context, reader, place, event)
         finally:
             self._commit_events[entry.number].discard(event)
             node.watch_commits(-1)
-            self.cursors.close(cursor)
+            self._places.discard(place)
+            self._let_go(place)
+
+    def _let_go(self, place: "Place") -> None:
+        if place.cursor is not None:
+            self.cursors.close(place.cursor)
+            place.cursor = None
+
+    def _let_go_of_lost(self) -> None:
+        """Readers that were passed over, and stand still: they learn of it when they read on, and need no place now."""
+        for place in self._places:
+            if place.reader.index < place.reader.frontiers()["reclaimed_index"]:
+                self._let_go(place)
 
     def topic_seen(self, request: Any) -> TopicEntry:
         """The topic that a request is about. Raises as `TopicTable.find_seen`."""
         return self.node.topics.find_seen(request.topic, request.seen, self.node.region.run_id)
 
     async def place(self, request: Any, reader: OrderReader, entry: TopicEntry,
-                    process: tuple[int, int] = (0, 0)) -> int:
+                    process: tuple[int, int],
+                    copies: bool = False) -> int:
         """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
         if request.group:
             self.groups.table.require_member(entry, request.group, request.member, request.member_epoch)
         start = request.WhichOneof("start") or "beginning"
-        cursor, granted = await self.cursors.open(topic_key(entry), start_index(request, reader),
-                                                  process[0] or self.node.pid, request.group, process[1])
+        cursor, granted = await self.cursors.open(topic_key(entry), start_index(request, reader), process[0],
+                                                  request.group, process[1], copies)
         try:
             reader.move_to(granted)
             first = reader.frontiers()["reclaimed_position"]
@@ -553,7 +590,7 @@ class BrokerServer:
             raise
         return cursor
 
-    async def _follow(self, request: Any, context: Any, reader: OrderReader, cursor: int,
+    async def _follow(self, request: Any, context: Any, reader: OrderReader, place: "Place",
                       event: asyncio.Event) -> None:
         """Send what is there, wait for what comes, until the reader goes."""
         frame_bytes = min(request.frame_bytes or FRAME_BYTES, self.message_limit - FRAME_BYTES)
@@ -561,7 +598,8 @@ class BrokerServer:
             frame = reader.read_frame(frame_bytes)
             if frame:
                 await context.write(frame)
-                self.cursors.move(cursor, reader.index)
+                if place.cursor is not None:
+                    self.cursors.move(place.cursor, reader.index)
                 self.node.log.note_delivered(len(frame))
                 del frame
                 continue

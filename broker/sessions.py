@@ -275,10 +275,12 @@ class CursorTable:
                 del self._left[cursor]
                 self.close(cursor)
 
-    async def open(self, topic: int, index: int, pid: int, name: str = "", presence: int = 0) -> tuple[int, int]:
+    async def open(self, topic: int, index: int, pid: int, name: str = "", presence: int = 0,
+                   copies: bool = False) -> tuple[int, int]:
         """Protect the log from `index` on; (cursor, first index that is kept). Raises `CursorTableFull`.
 
-        `name` is the group that reads, for people.
+        `name` is the group that reads, for people. A reader that `copies` looks, after each copy, whether what it
+        copied was still kept: where room is needed, it may be passed over.
         """
         if not self._free:
             raise CursorTableFull(broker=self._broker, cursor_count=self._count)
@@ -290,7 +292,7 @@ class CursorTable:
         at = self._layout.offset_of("cursor", cursor)
         request = (self._memory.load_word(at) >> 8) + 1
         line = {"state": request << 8 | CursorState.CURSOR_WANTED, "topic": topic, "index": index, "pid": pid,
-                "presence": presence}
+                "presence": presence, "copies": int(copies)}
         self._write(at, line)
         self._announce()
         try:

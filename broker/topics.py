@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
+
 from broker.bank import Bank
-from broker.config import TopicConfig, check_topic_name
+from broker.config import TopicConfig, check_topic_name, topic_bytes
 from broker.errors import (
     BrokerUnavailable,
     ClusterReplaced,
@@ -20,7 +22,7 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.head import HeadView
-from broker.layout import HolderKind, Layout, TopicState
+from broker.layout import DIRECTORY_CHANGES, TOPIC_COUNT_LIMIT, Layout, TopicState
 from broker.placement import durable_frontier
 from broker.records import pack, record_bytes, unpack
 from broker.replica_watch import replaced_replicas
@@ -68,6 +70,8 @@ class TopicTable:
         self._version = -1
         self._by_name: dict[str, TopicEntry] = {}
         self._unfinished = True             # whether there may be deletions that some broker has not noted
+        self._by_number: dict[int, TopicEntry] = {}
+        self._deleting = set[int]()
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -109,9 +113,10 @@ class TopicTable:
 
     def entry_of(self, number: int, generation: int) -> TopicEntry:
         """The active topic with this number. Raises `LookupError` when it is gone."""
-        for entry in self.entries():
-            if (entry.number, entry.generation) == (number, generation):
-                return entry
+        self._refresh()
+        entry = self._by_number.get(number)
+        if entry is not None and entry.generation == generation:
+            return entry
         raise LookupError(f"there is no topic {number} of generation {generation}")
 
     def lead(self, layout: Layout) -> None:
@@ -185,26 +190,51 @@ class TopicTable:
         return state >> 8, state & 0xFF
 
     def _refresh(self) -> None:
-        """Read the names anew when the table, or the head that writes it, has changed."""
-        version = self.version()
-        if (version, self._head.control) == (self._version, self._control):
-            return
+        """Read the names anew when the table, or its head, has changed: only what changed, if that is known."""
         while True:
-            control, found = self._head.control, {}
-            for number in range(self._numbers["topic_count_max"]):
-                line = self._head.read("TopicLine", "topic", number)
-                if line["state"] & 0xFF != TopicState.TOPIC_ACTIVE:
-                    continue
-                name = self._head.read("TopicName", "topic_name", number)
-                retention = line["retention_bytes"]
-                entry = TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
-                                   line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
-                                   line["created_wall_ns"], line["alteration"])
-                found[entry.name] = entry
-            if self._head.control == control:
-                self._by_name, self._version, self._control = found, version, control
+            line = self._head.read("DirectoryLine", "directory")
+            version, control = line["topics_version"], self._head.control
+            if (version, control) == (self._version, self._control):
                 return
-            version = self.version()
+            known = control == self._control and 0 < version - self._version < DIRECTORY_CHANGES
+            numbers = ([line["changed"][each % DIRECTORY_CHANGES] for each in range(self._version + 1, version + 1)]
+                       if known else numpy.flatnonzero(self._states() & 0xFF).tolist())
+            found = {number: self._entry(number) for number in numbers}
+            if self._head.control == control:
+                if not known:
+                    self._by_name, self._by_number, self._deleting = {}, {}, set()
+                for number, (state, entry) in found.items():
+                    self._note(number, state, entry)
+                self._version, self._control = version, control
+                return
+
+    def _note(self, number: int, state: int, entry: TopicEntry | None) -> None:
+        """What a number stands for now."""
+        before = self._by_number.pop(number, None)
+        if before is not None and self._by_name.get(before.name) is before:
+            del self._by_name[before.name]
+        if entry is not None:
+            self._by_number[number] = self._by_name[entry.name] = entry
+        (self._deleting.add if state == TopicState.TOPIC_DELETING else self._deleting.discard)(number)
+
+    def _states(self) -> Any:
+        """The state words of all places for topics."""
+        first, count = self._layout.offset_of("topic", 0), self._numbers["topic_count_max"]
+        stride = self._layout.offset_of("topic", 1) - first
+        data = self._head.read_bytes((count - 1) * stride + 64, "topic", 0)
+        return numpy.ndarray((count,), "<u8", data, strides=(stride,))
+
+    def _entry(self, number: int) -> tuple[int, TopicEntry | None]:
+        """The state of a number, and its topic if it is active."""
+        line = self._head.read("TopicLine", "topic", number)
+        state = line["state"] & 0xFF
+        if state != TopicState.TOPIC_ACTIVE:
+            return state, None
+        name = self._head.read("TopicName", "topic_name", number)
+        retention = line["retention_bytes"]
+        return state, TopicEntry(number, line["state"] >> 8, name["text"], line["order"], line["ack"],
+                                 line["replication_factor"], -1 if retention == KEEP_FOREVER else retention,
+                                 line["created_wall_ns"], line["alteration"])
 
     # ---- changing (head only) ---------------------------------------------------------------------------------------
 
@@ -286,9 +316,10 @@ class TopicTable:
 
     def finish_deletions(self, live_brokers: list[int]) -> bool:
         """Free the numbers of topics whose deletion was left before every broker had stopped; whether some remain."""
-        deleting = [(number, self._state(number)) for number in range(self._numbers["topic_count_max"])]
+        self._refresh()
         remain = False
-        for number, (generation, state) in deleting:
+        for number in sorted(self._deleting):
+            generation, state = self._state(number)
             if state != TopicState.TOPIC_DELETING:
                 continue
             if any(self._generation_at(number, broker) for broker in live_brokers):
@@ -298,10 +329,13 @@ class TopicTable:
         return remain
 
     def _free_number(self) -> int:
-        for number in range(self._numbers["topic_count_max"]):
-            if self._state(number)[1] == TopicState.TOPIC_FREE:
+        numbers = self._numbers
+        for number in range(numbers["topic_count_max"]):
+            if number not in self._by_number and self._state(number)[1] == TopicState.TOPIC_FREE:
                 return number
-        raise TopicTableFull(topic_count_max=self._numbers["topic_count_max"])
+        raise TopicTableFull(
+            topic_count_max=numbers["topic_count_max"], limit=TOPIC_COUNT_LIMIT, topic_bytes=topic_bytes(
+                numbers["broker_count"], numbers["ring_slot_count"], numbers["order_entry_count"]))
 
     def _next_generation(self, layout: Layout, number: int) -> int:
         """Generations are 16 bits of every tag: they come round after 65,535 topics. One that a line of a broker which
@@ -347,8 +381,11 @@ class TopicTable:
         self._memory.flush_range(at, 64)
         self._memory.store_fence()
         directory = layout.offset_of("directory")
-        self._memory.store_word(directory, self._memory.load_word(directory) + 1)
-        self._memory.flush_range(directory, 8)
+        changed = unpack("DirectoryLine", self._memory.read_line_bytes(directory))
+        changed["topics_version"] += 1
+        changed["changed"][changed["topics_version"] % DIRECTORY_CHANGES] = number
+        self._memory.write_line_bytes(directory, pack("DirectoryLine", **changed))
+        self._memory.flush_range(directory, 64)
         self._memory.store_fence()
         self._announce()
 
@@ -374,31 +411,6 @@ class TopicTable:
         return self._memory.load_word(at + 48)
 
 
+
 def _stored(retention_bytes: int) -> int:
     return KEEP_FOREVER if retention_bytes < 0 else retention_bytes
-
-
-def holder_at(head: HeadView, memory: Memory, layout: Layout, broker: int) -> str:
-    """Who holds back what a broker would need, as the reclaimer said last; empty when nobody does.
-
-    Raises `BrokerUnavailable` while a new head is taking over.
-    """
-    holder = head.read("ReclaimAnswerLine", "reclaim_answer", broker)["holder"]
-    if holder >> 32 not in (HolderKind.HOLDER_CURSOR, HolderKind.HOLDER_PROTECTED):
-        return holder_text(holder) if holder else ""
-    cursor = layout.offset_of("cursor", holder & 0xFFFFFFFF)
-    memory.invalidate_range(cursor, 64)
-    return f"{holder_text(holder)} (process {unpack('CursorLine', memory.read_line_bytes(cursor))['pid']})"
-
-
-def holder_text(holder: int) -> str:
-    """Who holds the reclaimed frontier back, in words."""
-    kind, number = holder >> 32, holder & 0xFFFFFFFF
-    return {
-        HolderKind.HOLDER_NONE: "nobody",
-        HolderKind.HOLDER_CURSOR: f"the live reader with cursor {number}",
-        HolderKind.HOLDER_PROTECTED: f"the protected consumer group {number}",
-        HolderKind.HOLDER_REPLICA: f"the replica at broker {number}",
-        HolderKind.HOLDER_RETENTION: f"topic {number}, which never drops data",
-        HolderKind.HOLDER_UNCOMMITTED: f"batches of topic {number} that wait for their order",
-    }.get(kind, f"holder {kind}:{number}")

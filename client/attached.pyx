@@ -543,6 +543,7 @@ cdef class AttachedCore(AttachedBooks):
             self.refusals += 1
             if self.refusals % ASK_ANOTHER == 0:
                 self.turn_of += 1
+            self.ring_all()                 # whoever we ask for a lease may sleep
             return False
         memcpy(&wall_ns, batch.data - REQUEST_HEADER_BYTES + PUBLISHED_NS_AT, 8)
         self.submit_new(c, self.copy_to(c, batch.data, batch.used), batch.used, batch.count, wall_ns,
@@ -665,6 +666,12 @@ cdef class AttachedCore(AttachedBooks):
             if sent.holder != NULL and sent.holder.batch == <PyObject*>batch:
                 found.append(batch)
         return found
+
+    def give_leases_back(self) -> None:
+        """Called when nothing was published for a while: our leases go back, unless somebody is at work just now."""
+        if not (self.turn.tickets != self.turn.serving or self.is_open or self.open_loans or self.in_flight
+                or self.fenced or self.ending or self.forked):
+            self.give_all_back()
 
     def loan(self, uint64_t nbytes) -> Loan:
         """A writable view of `nbytes` of a segment, published as one message when its block ends."""

@@ -31,6 +31,7 @@ cdef struct Channel:
     bint left                       # its slot is somebody else's by now
     bint loaned                     # a loan is open in its lease: nothing else goes there
     bint has_lease
+    bint idle                       # gave its leases back, and has not asked for one since
     uint64_t submitted
     uint64_t completed
     uint64_t granted
@@ -98,6 +99,7 @@ cdef class AttachedBooks:
     cdef bint has_lease_for(self, Channel* channel, uint64_t need, bint ask) noexcept nogil
     cdef void retire(self, Channel* channel) noexcept nogil
     cdef void tell(self, Channel* channel) noexcept nogil
+    cdef void give_all_back(self) noexcept nogil
     cdef bint takes(self, Channel* channel, uint64_t need, bint ask) noexcept nogil
     cdef int64_t pick(self, uint64_t need) noexcept nogil
     cdef void ring(self, Channel* channel) noexcept nogil

@@ -15,8 +15,9 @@ from libc.string cimport memset
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
-    ATTACH_OPEN, ATTACH_RING, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, RESULT_COMMITTED,
-    RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag, result_tag,
+    ATTACH_OPEN, ATTACH_RING, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, NO_LEASE,
+    RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
+    result_tag,
 )
 from client.batch cimport (
     OUTCOME_COMMITTED, OUTCOME_DUPLICATE, OUTCOME_FAILED, OUTCOME_SENT, OUTCOME_UNDURABLE, Batch, Outcome, PyObject, tell,
@@ -139,6 +140,9 @@ cdef class AttachedBooks:
                     return False
                 channel.granted = self.memory.load(at + 16)
                 if channel.granted <= channel.using:
+                    if channel.idle:
+                        channel.idle = False
+                        self.tell(channel)
                     if ask and need > self.layout.g.segment_bytes and channel.wanted != need:
                         channel.wanted = need
                         self.tell(channel)
@@ -162,12 +166,39 @@ cdef class AttachedBooks:
     cdef void tell(self, Channel* channel) noexcept nogil:
         """Write our line: which lease we fill, which we are done with, what we want."""
         cdef uint64_t at = self.layout.attach_client(channel.slot)
-        self.memory.store(at + 24, channel.wanted)
+        self.memory.store(at + 24, <uint64_t>NO_LEASE if channel.idle else channel.wanted)
         self.memory.store(at + 16, channel.retired)
         self.memory.store(at + 8, channel.using)
         self.memory.flush(at, 64)
         # Fenced here: whoever told may now wait for what the broker answers to it.
         self.memory.fence()
+
+    cdef void give_all_back(self) noexcept nogil:
+        """Give every lease back; nothing is open, lent or in flight. The next message asks for one."""
+        cdef uint64_t c
+        cdef Channel* channel
+        for c in range(self.channel_count):
+            channel = &self.channels[c]
+            if not channel.alive or channel.left:
+                continue
+            self.memory.invalidate(self.layout.attach_line(channel.slot), 64)
+            channel.granted = self.memory.load(self.layout.attach_line(channel.slot) + 16)
+            if channel.idle and channel.granted == channel.using:
+                continue
+            channel.idle = True
+            channel.has_lease = False
+            channel.wanted = 0
+            channel.using = channel.granted
+            self.retire(channel)
+            self.tell(channel)
+
+    def is_idle(self) -> bool:
+        """Whether we hold no leases because we gave them back, and have asked for none since."""
+        cdef uint64_t c
+        for c in range(self.channel_count):
+            if self.channels[c].alive and not self.channels[c].idle:
+                return False
+        return True
 
     cdef bint takes(self, Channel* channel, uint64_t need, bint ask) noexcept nogil:
         return (channel.alive and not channel.loaned and channel.submitted - channel.completed < self.ring_limit

@@ -18,17 +18,16 @@ from broker.errors import (
     ClosedError,
     CxlmqError,
     DeliveryTimeout,
-    PoolFull,
     SessionFenced,
     SessionUnknown,
     UnknownTopic,
 )
 from broker.head import HeadView
+from broker.holders import NOBODY, in_the_way, pool_full
 from broker.layout import BrokerState, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import Region, attach_region
-from broker.topics import holder_at
 from client.attached import AttachedCore, Loan
 from client.batch import Batch
 from client.connection import BrokerAddress
@@ -53,6 +52,7 @@ PATIENCE_SECONDS = {"block": 0.05}      # how long a lease is waited for before 
 SHORT_PATIENCE_SECONDS = 0.002
 UNLIMITED = 1 << 32
 SUPPLY_TRIES = 50
+IDLE_LEASE_SECONDS = 1.0                # who has published nothing for so long gives its leases back
 
 
 class AttachedEngine(Engine):
@@ -73,6 +73,8 @@ class AttachedEngine(Engine):
         self.next_beat = self.next_check = self.next_retry = 0.0
         self.final: dict[str, int] = {}
         self.submitted = 0                          # batches, when it was looked last
+        self.packed_before = 0                      # messages, when it was looked for idleness last
+        self.idle_since = time.monotonic()
         self.window = 0                             # bytes in flight
         self.targets = 0, 0, 0                      # bytes of a batch: at first, at least, at most
 
@@ -265,15 +267,17 @@ class AttachedEngine(Engine):
         region, core = self.region, self.core       # another thread may close
         if region is None or core is None or not core.lacks_leases():
             return None
-        memory = core.memory
-        head = HeadView(memory, region.layout)
-        for broker in core.brokers_alive():
+        brokers = core.brokers_alive()
+        if not brokers or core.is_idle():
+            return None
+        head = HeadView(core.memory, region.layout)
+        for broker in brokers:
             try:
-                holder = holder_at(head, memory, region.layout, broker)
+                holder = in_the_way(head, region.layout, broker, self.session.topic_number)
             except BrokerUnavailable:
                 break                       # a new head is taking over: nobody can say
-            if holder:
-                return PoolFull(holder=holder)
+            if holder.word != NOBODY:
+                return pool_full(holder)
         return None
 
     def loan(self, nbytes: int) -> Loan:
@@ -366,6 +370,10 @@ class AttachedEngine(Engine):
         if now >= self.next_check:
             self.next_check = now + CHECK_SECONDS
             self._check_brokers()
+        if core.in_flight or core.spilling or core.messages != self.packed_before:
+            self.packed_before, self.idle_since = core.messages, now
+        elif now - self.idle_since > IDLE_LEASE_SECONDS:
+            core.give_leases_back()
         if core.fenced:
             self._start_reopening(SessionFenced(reason="the broker ended it", committed=core.oldest))
         super()._step()

@@ -6,6 +6,7 @@ we publish is the first entry that some view still needs.
 
 cimport cython
 from cpython.buffer cimport PyBuffer_FillInfo
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from broker.layout cimport ATTACH_OPEN, Layout, OrderEntry
@@ -17,6 +18,7 @@ from sim.cxl.primitives cimport cxl_now_ns, cxl_yield
 cdef enum:
     LIVE_RING = 32768               # order entries that may be viewed at once: as many as an index can have
     YIELD_NS = 2000000
+    TAKE_MAX = 64                   # entries that are taken at once
 
 
 @cython.no_gc_clear                     # released by way of `reader`, whatever the collector took first
@@ -54,6 +56,8 @@ cdef class AttachedReader:
     cdef object topic
     cdef bint views
     cdef bint left                          # the slot is not ours any more
+    cdef readonly bint cut_off              # our place was let go: nothing more is read here
+    cdef bint leaving                       # it is to be given up as soon as nothing is viewed
     cdef uint8_t live[32768]
     cdef readonly uint64_t released         # entries below are viewed by nobody
     cdef readonly uint64_t next_index
@@ -88,39 +92,83 @@ cdef class AttachedReader:
             self.own.store(self.own_offset + 40, self.released)
             self.own.flush(self.own_offset + 40, 8)
             self.own.fence()
+        if self.leaving and self.released == self.next_index:
+            self.leave_now()
+
+    cdef void leave_now(self) noexcept:
+        if not self.left:
+            self.left = True
+            self.own.store(self.own_offset + 32, 1)
+            self.own.flush(self.own_offset + 32, 8)
+            self.own.full_fence()
+
+    cdef bint claims(self, uint64_t first, uint64_t end) noexcept:
+        """Say that entries up to `end` are viewed; False when our place was let go before anybody could see that.
+
+        The broker fences the slot and looks at what we say; we say it and look at the slot: one of us sees the other.
+        """
+        cdef uint64_t index
+        self.own.store(self.own_offset + 8, end)
+        self.own.flush(self.own_offset + 8, 8)
+        self.own.full_fence()
+        self.memory.invalidate(self.layout.attach_line(self.slot), 64)
+        if self.left or self.memory.load(self.layout.attach_line(self.slot)) == (self.generation << 8 | ATTACH_OPEN):
+            return True
+        for index in range(first, end):
+            self.live[index % LIVE_RING] = 0
+        self.publish_released()             # what was not viewed before counts as passed: nothing is to be waited for
+        return False
 
     def take(self, uint64_t limit) -> list:
-        """Up to `limit` batches that are there, as views. Raises ReadError, or ConnectionError when we were cut off."""
-        cdef OrderEntry entry
+        """Up to `limit` batches that are there, as views, or copied if we give out bytes. Raises ReadError. Nothing when
+        our place was let go: `is_open` says so."""
+        cdef OrderEntry[TAKE_MAX] entries
         cdef SegmentView view
         cdef ReceivedBatch batch
         cdef list out = []
-        cdef int status
-        while <uint64_t>len(out) < limit and self.next_index - self.released < LIVE_RING:
-            status = self.reader.peek(self.next_index, &entry)
+        cdef uint64_t first = self.next_index, count = 0, i
+        cdef int status = READ_OK
+        if self.cut_off:
+            return out
+        while count < min(limit, <uint64_t>TAKE_MAX) and first + count - self.released < LIVE_RING:
+            status = self.reader.peek(first + count, &entries[count])
             if status != READ_OK:
-                if status == READ_NOTHING or out:
-                    break
-                raise self.reader.error(status, self.next_index)
-            self.memory.invalidate(entry.payload_offset, entry.payload_bytes)
-            view = SegmentView.__new__(SegmentView)
-            view.index = self.next_index
-            view.data = self.memory.payload(entry.payload_offset, entry.payload_bytes)
-            view.nbytes = entry.payload_bytes
-            view.reader = self
-            self.live[self.next_index % LIVE_RING] = 1
-            self.next_index += 1
+                break
+            self.live[(first + count) % LIVE_RING] = 1
+            count += 1
+        if count == 0:
+            if status == READ_OK or status == READ_NOTHING:
+                return out
+            raise self.reader.error(status, first)
+        self.next_index = first + count
+        if not self.claims(first, first + count):
+            self.cut_off = True
+            return out
+        for i in range(count):
+            self.memory.invalidate(entries[i].payload_offset, entries[i].payload_bytes)
             batch = ReceivedBatch.__new__(ReceivedBatch)
-            batch.position = entry.position
-            batch.count = entry.message_count
-            batch.broker = entry.broker
-            batch.timestamp_ns = entry.wall_ns
+            batch.position = entries[i].position
+            batch.count = entries[i].message_count
+            batch.broker = entries[i].broker
+            batch.timestamp_ns = entries[i].wall_ns
             batch.topic = self.topic
-            batch.owner = view
             batch.is_view = self.views
-            batch.base = batch.data = view.data
-            batch.nbytes = entry.payload_bytes
+            batch.nbytes = entries[i].payload_bytes
+            batch.base = batch.data = self.memory.payload(entries[i].payload_offset, entries[i].payload_bytes)
+            if self.views:
+                view = SegmentView.__new__(SegmentView)
+                view.index = first + i
+                view.data = batch.data
+                view.nbytes = batch.nbytes
+                view.reader = self
+                batch.owner = view
+            else:                               # a reader that stands still holds nothing
+                batch.owner = PyBytes_FromStringAndSize(<const char*>batch.data, batch.nbytes)
+                batch.base = batch.data = <const uint8_t*>PyBytes_AS_STRING(batch.owner)
+                self.live[(first + i) % LIVE_RING] = 0
             out.append(batch)
+        if not self.views:
+            self.publish_released()
         return out
 
     def first_position(self) -> int:
@@ -173,11 +221,13 @@ cdef class AttachedReader:
 
     def leave(self) -> None:
         """Give up the slot. Views that are still held are protected no longer, and no longer told of."""
-        if not self.left:
-            self.left = True
-            self.own.store(self.own_offset + 32, 1)
-            self.own.flush(self.own_offset + 32, 8)
-            self.own.full_fence()
+        self.leave_now()
+
+    def leave_when_free(self) -> None:
+        """Give up the slot, once nothing of it is viewed any more."""
+        self.leaving = True
+        if self.released == self.next_index:
+            self.leave()
 
     def after_fork(self) -> None:
         """In a child: views that end here say nothing, for the slot is the parent's."""

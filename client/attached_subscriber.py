@@ -277,6 +277,19 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
+    async def end_dropped(self) -> None:
+        """Nobody reads any more. What is still viewed is protected until it is released; brokers see that."""
+        self.closed = True
+        if self.returning is not None:
+            self.returning.cancel()
+        await self._until_changed()
+        with self.lock:
+            slot, self.slot, retired, self.retired = self.slot, None, self.retired, []
+            self.buffer.clear()
+        for reader in (*retired, *(() if slot is None else (slot.reader,))):
+            reader.leave_when_free()
+        await self.connection.close()
+
     async def close(self) -> None:
         """Let go of the place. Views that are still held are no longer protected."""
         self.closed = True

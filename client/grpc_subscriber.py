@@ -156,6 +156,10 @@ class SubscriberEngine(ReadingEngine[Stream]):
             with contextlib.suppress(RuntimeError):     # that loop has ended
                 loop.call_soon_threadsafe(_wake_up, future)
 
+    async def end_dropped(self) -> None:
+        """Nobody reads any more."""
+        await self.close()
+
     async def close(self) -> None:
         """End the stream."""
         with self.changed:

@@ -5,13 +5,23 @@ mix, from several threads or tasks. Threads that share a subscriber share its st
 """
 
 import asyncio
+import contextlib
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from broker.config import check_topic_name
-from broker.errors import AttachSlotsFull, BrokerUnavailable, ClosedError, ConfigError, RegionError, TopicRecreated
+from broker.errors import (
+    AttachSlotsFull,
+    BrokerUnavailable,
+    ClosedError,
+    ConfigError,
+    CxlmqError,
+    RegionError,
+    TopicRecreated,
+)
 from broker.proto import cxlmq_pb2 as pb
 from client.arguments import as_count, as_seconds
 from client.attached_subscriber import AttachedSubscriberEngine
@@ -27,6 +37,23 @@ BUFFER_BYTES = 16 << 20
 TRANSPORTS = ("auto", "grpc", "attached")
 PROGRESS_SECONDS = 10.0
 NO_PROGRESS = f"the broker that serves this reader sent nothing for {PROGRESS_SECONDS:.0f} s: is it stopped?"
+
+
+_ending = set[asyncio.Task[None]]()     # kept until they are done
+
+
+def _end_dropped(loop: asyncio.AbstractEventLoop, engine: Any, membership: Membership | None) -> None:
+    """On the client loop: leave the group and the place of a subscriber that nobody has any more."""
+    async def end() -> None:
+        with contextlib.suppress(CxlmqError):           # its broker is gone, or its lease ended
+            if membership is not None:
+                await membership.leave(None)
+        with contextlib.suppress(CxlmqError):
+            await engine.end_dropped()
+
+    task = loop.create_task(end())
+    _ending.add(task)
+    task.add_done_callback(_ending.discard)
 
 
 class _SubscriberBase:
@@ -66,6 +93,17 @@ class _SubscriberBase:
         if isinstance(self._engine, AttachedSubscriberEngine):
             self._engine.after_fork()
         self._engine, self._membership = cast(SubscriberEngine, keep(self._engine)), None
+
+    def __del__(self) -> None:
+        """Dropped and never closed: brokers keep neither its place nor its group for it. What is viewed stays."""
+        engine = getattr(self, "_engine", None)
+        if engine is None or isinstance(engine, ForkedEngine) or not engine.opened or engine.closed:
+            return
+        with contextlib.suppress(RuntimeError):         # the interpreter ends, and the loop with it
+            warnings.warn(f"a subscriber of topic {engine.topic} was dropped without close()", ResourceWarning,
+                          source=self, stacklevel=2)
+            loop = engine.client_loop.loop
+            loop.call_soon_threadsafe(_end_dropped, loop, engine, self._membership)
 
     async def _open_engine(self) -> None:
         """On the client loop. Attaches when it can and may; what stands against it is an error only when asked for."""

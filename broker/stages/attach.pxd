@@ -33,6 +33,8 @@ cdef struct AttachSlot:
     uint64_t released           # a subscriber's released index
     uint64_t committed          # the committed index that a subscriber was told of
     uint64_t closing
+    uint64_t evicting           # a subscriber beyond the retention: its place is let go as soon as it views nothing
+    uint64_t lease_bytes        # what the next lease is to have: more each time one was filled
     uint64_t fence_due          # its session is to be fenced as soon as the ring has room for that
     int64_t heard_at
     uint64_t heartbeat
@@ -51,6 +53,7 @@ cdef class AttachStage(Stage):
     cdef uint64_t count
     cdef uint64_t limit                 # slots at and above were never opened
     cdef int64_t lease_ns
+    cdef uint64_t lease_bytes_max       # leases of a busy client grow up to this
     cdef int64_t next_check
     cdef int64_t met_at                 # when a client was on our processor
     cdef int64_t next_move              # not before
@@ -69,3 +72,4 @@ cdef class AttachStage(Stage):
                             uint64_t owner)
     cdef void publish_slot(self, uint64_t i) noexcept nogil
     cdef int64_t finish(self, uint64_t i) noexcept nogil
+    cdef int64_t evict(self, uint64_t i) noexcept nogil

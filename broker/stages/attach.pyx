@@ -16,7 +16,7 @@ from broker.doorbell cimport Doorbell
 from broker.head cimport HeadView
 from broker.layout cimport (
     ATTACH_CLOSING, ATTACH_FENCED, ATTACH_FREE, ATTACH_OPEN, ATTACH_RING, AttachClientLine, AttachLine, BATCH_FENCE,
-    BATCH_VOID, BatchHeader, Descriptor, LEASE_RING, Layout, make_tag,
+    BATCH_VOID, BatchHeader, Descriptor, LEASE_RING, Layout, NO_LEASE, make_tag,
 )
 from broker.log cimport BrokerLog, RESERVED, RESERVE_TOPIC_CLOSED
 from broker.stages.ack cimport AckStage
@@ -29,6 +29,8 @@ from sim.cxl.primitives cimport cxl_count, cxl_fetch_add, cxl_leave_processor, c
 cdef enum:
     STEP_DESCRIPTORS = 64
     LEASES_AHEAD = 2            # leases beyond the one in use that a busy client is given
+    LEASE_BYTES_MAX = 1 << 20   # leases of a busy client grow up to this where segments are smaller,
+    LEASE_PART = 256            # and to this part of the region
     CHECK_NS = 50000000
     STREAM_NS = 500000              # batches that come within that follow one another
     MOVE_NS = 20000000              # a thread changes its processor for a client at most so often
@@ -49,6 +51,8 @@ cdef class AttachStage(Stage):
         self.clock = clock
         self.broker = log.broker
         self.lease_ns = lease_ns
+        self.lease_bytes_max = max(self.layout.g.segment_bytes, min(
+            <uint64_t>LEASE_BYTES_MAX, self.layout.g.segment_count * self.layout.g.segment_bytes // LEASE_PART))
         self.count = self.layout.g.attach_per_broker
         self.first = self.broker * self.count
         self.slots = <AttachSlot*>calloc(max(self.count, 1), sizeof(AttachSlot))
@@ -255,12 +259,19 @@ cdef class AttachStage(Stage):
             return 1
         if retired > slot.retired:
             self.end_leases(slot, retired)
-        wanted = min(max(self.memory.load(at + 24), self.layout.g.segment_bytes), self.layout.g.batch_bytes_max)
-        # One large lease at a time: two would be a good part of a small region.
-        ahead = LEASES_AHEAD if wanted <= self.layout.g.segment_bytes else 1
+        wanted = self.memory.load(at + 24)
+        if wanted == NO_LEASE:
+            return done                         # idle: it asks when it needs one
+        wanted = min(max(wanted, self.layout.g.segment_bytes), self.layout.g.batch_bytes_max)
+        # One large lease at a time: two would be a good part of a small region. Who has filled none needs one.
+        ahead = LEASES_AHEAD if wanted <= self.layout.g.segment_bytes and using else 1
         while slot.granted - slot.retired < LEASE_RING and slot.granted < using + ahead:
-            if self.log.lease(slot.topic, wanted, &offset, &nbytes) != RESERVED:
-                break
+            if slot.granted > 1:
+                slot.lease_bytes = min(2 * max(slot.lease_bytes, self.layout.g.segment_bytes), self.lease_bytes_max)
+            if slot.lease_bytes <= wanted or self.log.lease(slot.topic, slot.lease_bytes, &offset, &nbytes) != RESERVED:
+                slot.lease_bytes = 0            # begin anew with little when there is little
+                if self.log.lease(slot.topic, wanted, &offset, &nbytes) != RESERVED:
+                    break
             lease = &slot.leases[slot.granted % LEASE_RING]
             lease.offset = offset
             lease.nbytes = nbytes
@@ -353,6 +364,8 @@ cdef class AttachStage(Stage):
             self.write_line(i)
             self.acks.ring_client(self.first + i)
             return 1
+        if slot.subscriber and self.evict(i):
+            return 1
         if slot.closing == 0:
             return 0
         if slot.subscriber or slot.client_id == 0:
@@ -376,6 +389,43 @@ cdef class AttachStage(Stage):
         cxl_fetch_add(&self.log.eager, <uint64_t>-1)
         cxl_store_release(&slot.state, ATTACH_FREE)
         return 1
+
+    cdef int64_t evict(self, uint64_t i) noexcept nogil:
+        """Let go of a place that the reclaimer wants back, once its reader is shut out and views nothing.
+
+        We fence the slot and look at what is viewed then; the reader says what it is about to view and looks at the slot
+        then: what it views before it sees the fence is seen here and waited for.
+        """
+        cdef AttachSlot* slot = &self.slots[i]
+        cdef uint64_t cursor = slot.subscriber - 1, at, released
+        if not slot.evicting:
+            if slot.state != ATTACH_OPEN or not self.head.begin():
+                return 0
+            at = self.head.layout.cursor_grant(cursor)
+            self.memory.invalidate(at, 64)
+            slot.evicting = self.memory.load(at + 16) == self.memory.load(self.layout.cursor(cursor)) >> 8
+            if not slot.evicting or not self.head.same():
+                slot.evicting = 0
+                return 0
+            slot.state = ATTACH_FENCED
+            self.write_line(i)                  # with a full fence
+            self.acks.ring_client(self.first + i)
+        at = self.layout.attach_client(self.first + i)
+        self.memory.invalidate(at, 64)
+        released = self.memory.load(at + 40)
+        if released != self.memory.load(at + 8) or not self.head.begin():
+            return 0
+        at = self.head.layout.topic_order(slot.topic)
+        self.memory.invalidate(at, 64)
+        released = self.memory.load(at)
+        if not self.head.same() or self.log.topics[slot.topic].opened != slot.topic_generation:
+            return 0
+        at = self.layout.cursor(cursor) + 16
+        if released > self.memory.load(at):
+            self.memory.store(at, released)
+            self.memory.flush(at, 8)
+            self.memory.fence()
+        return 0
 
     # ---- for the service ----------------------------------------------------------------------------------------------
 
@@ -409,6 +459,7 @@ cdef class AttachStage(Stage):
             return None
         self.slots[i].subscriber = cursor + 1
         self.slots[i].released = index
+        self.memory.store(self.layout.attach_client(self.first + i) + 8, index)
         self.memory.store(self.layout.attach_client(self.first + i) + 40, index)
         self.memory.flush(self.layout.attach_client(self.first + i), 64)
         self.publish_slot(i)

@@ -12,7 +12,7 @@ cdef class Delegation(Stage):
     cdef BrokerLog log
     cdef Doorbell head_doorbell
     cdef int broker
-    cdef uint64_t activity[128]     # our own copy of the activity line: 1024 topics, one byte each
+    cdef uint64_t activity[2048]    # our own copy of the activity line: TOPICS_MAX topics, one byte each
     cdef uint64_t* generations          # of the topics that the counts are of
     cdef uint64_t* counts           # messages and bytes delegated so far, two words a topic
 

@@ -10,7 +10,7 @@ from libc.stdlib cimport calloc, free
 
 from broker.doorbell cimport Doorbell
 from broker.layout cimport BatchHeader, Layout, make_tag
-from broker.log cimport BrokerLog, DIRTY_WORDS, TopicLog, dirty_add, dirty_take
+from broker.log cimport BrokerLog, TopicLog, dirty_add, dirty_take
 from broker.planted cimport PLANT_TAIL_UNFLUSHED, planted
 from broker.stages.stage cimport Stage
 from sim.cxl.memory cimport Memory
@@ -44,7 +44,7 @@ cdef class Delegation(Stage):
     cdef int64_t step(self) noexcept nogil:
         cdef uint64_t word, bits, topic
         cdef int64_t work = 0
-        for word in range(DIRTY_WORDS):
+        for word in range(self.log.dirty_words):
             bits = dirty_take(&self.log.to_delegate, word)
             while bits:
                 topic = word * 64 + cxl_count_trailing_zeros(bits)

@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint64_t
 
 from broker.head cimport HeadView
-from broker.layout cimport Layout, TOPIC_ACTIVE, TOPIC_DELETING, TopicLine
+from broker.layout cimport DirectoryLine, Layout, TOPIC_ACTIVE, TOPIC_CHANGES, TOPIC_DELETING, TopicLine
 from broker.log cimport BrokerLog
 from broker.stages.sequencer cimport OrderState, Scanner
 from broker.stages.stage cimport Stage
@@ -27,6 +27,9 @@ cdef class Directory(Stage):
     cdef OrderState order
     cdef list scanners
     cdef uint64_t version_seen
+    cdef uint64_t version_known         # all topics are as this version has them
+    cdef uint64_t control_known
+    cdef bint order_known               # and the sequencer's, if this broker is head
     cdef bint unfinished
     cdef object on_open
 
@@ -64,22 +67,41 @@ cdef class Directory(Stage):
         self.control_seen = self.head.control
         with gil:
             try:
-                work = self.look()
+                work = self.look(version)
             except BaseException as error:
                 self.failure = error
                 self.unfinished = True
                 work = 0
         return work
 
-    cdef int64_t look(self) except -1:
-        cdef uint64_t topic, generation, state
-        cdef OrderState order = self.order
-        cdef TopicLine line
+    cdef int64_t look(self, uint64_t version) except -1:
+        """Bring what we have open in line with the table. What changed last is named there: only that, if it is all."""
+        cdef DirectoryLine directory
+        cdef uint64_t change
         cdef int64_t work = 0
-        self.unfinished = False
+        cdef OrderState order = self.order
         if order is not None and order.control != self.head.control:
             order = None                        # it serves no longer
-        for topic in range(self.layout.g.topic_count_max):
+        self.unfinished = False
+        self.memory.read_line(self.layout.directory(), &directory)
+        if (self.control_known == self.head.control and self.order_known == (order is not None)
+                and version - self.version_known < TOPIC_CHANGES and directory.topics_version == version):
+            for change in range(self.version_known + 1, version + 1):
+                work += self.look_at(directory.changed[change % TOPIC_CHANGES], order)
+        else:
+            for change in range(self.layout.g.topic_count_max):
+                work += self.look_at(change, order)
+        if not self.unfinished:
+            self.version_known = version
+            self.control_known = self.head.control
+            self.order_known = order is not None
+        return work
+
+    cdef int64_t look_at(self, uint64_t topic, OrderState order) except -1:
+        cdef uint64_t generation, state
+        cdef TopicLine line
+        cdef int64_t work = 0
+        if topic < self.layout.g.topic_count_max:
             self.memory.invalidate(self.layout.topic(topic), 64)
             self.memory.read_line(self.layout.topic(topic), &line)
             if not self.head.same():

@@ -4,9 +4,9 @@ from libc.stdint cimport int64_t, uint64_t
 
 from broker.head cimport HeadView
 from broker.layout cimport Layout, RESULT_COMMITTED, RESULT_DUPLICATE, result_tag
-from broker.log cimport BrokerLog, DIRTY_WORDS, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
+from broker.log cimport BrokerLog, OpenSegment, Slot, TopicLog, dirty_add, dirty_take
 from broker.planted cimport PLANT_HELD_FREED, PLANT_RESULT_NOT_AWAITED, PLANT_SEGMENT_EARLY, planted
-from broker.stages.stage cimport Stage
+from broker.stages.stage cimport LOOK_TOPICS, Stage
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count_trailing_zeros, cxl_load_acquire, cxl_load_relaxed, cxl_store_release
 
@@ -34,18 +34,18 @@ cdef class Release(Stage):
             return 0
         if self.head.control != self.control_seen:
             self.control_seen = self.head.control
-            self.prepare_to_sleep()
+            self.look_at_all()
         answer = self.layout.reclaim_answer(self.broker)
         self.memory.invalidate(answer, 64)
         reclaims = self.memory.load(answer + 32)
         if reclaims != self.reclaims_seen:
             self.reclaims_seen = reclaims
-            self.prepare_to_sleep()
+            self.look_at_all()
         self.steps += 1
         if self.log.orphan_count and (self.orphans_due or self.steps % ORPHAN_STEPS == 0):
             self.orphans_due = 0
             work += self.log.free_orphans()
-        for word in range(DIRTY_WORDS):
+        for word in range(self.log.dirty_words):
             bits = dirty_take(&self.log.to_release, word)
             while bits:
                 topic = word * 64 + cxl_count_trailing_zeros(bits)
@@ -56,11 +56,19 @@ cdef class Release(Stage):
         return work
 
     cdef void prepare_to_sleep(self) noexcept nogil:
-        cdef uint64_t topic
         self.orphans_due = 1
-        for topic in range(self.layout.g.topic_count_max):
-            if cxl_load_relaxed(&self.log.topics[topic].generation):
-                dirty_add(&self.log.to_release, topic)
+        self.look(min(self.layout.g.topic_count_max, <uint64_t>LOOK_TOPICS))
+
+    cdef void look_at_all(self) noexcept nogil:
+        self.orphans_due = 1
+        self.look(self.layout.g.topic_count_max)
+
+    cdef void look(self, uint64_t count) noexcept nogil:
+        cdef uint64_t i
+        for i in range(count):
+            if cxl_load_relaxed(&self.log.topics[self.next_look].generation):
+                dirty_add(&self.log.to_release, self.next_look)
+            self.next_look = (self.next_look + 1) % self.layout.g.topic_count_max
 
     cdef int64_t release_slots(self, uint64_t topic) noexcept nogil:
         cdef TopicLog* log = &self.log.topics[topic]
@@ -106,7 +114,7 @@ cdef class Release(Stage):
     cdef int64_t release_segments(self, uint64_t topic) noexcept nogil:
         """Give back segments below the reclaimed frontier that nobody fills any more."""
         cdef TopicLog* log = &self.log.topics[topic]
-        cdef uint64_t reclaimed, filling_from, filling_to, word, bits, number
+        cdef uint64_t reclaimed, filling_from, filling_to, number, following
         cdef OpenSegment* segment
         cdef int64_t done = 0
         if log.segment_count == 0 or not log.ends_known:
@@ -120,25 +128,40 @@ cdef class Release(Stage):
         self.log.lock()
         log.release_seen = reclaimed
         log.release_again = 0
+        if log.give_up_run:
+            log.give_up_run = 0
+            self.give_up_run(log, reclaimed)
         # The run that is being filled keeps its segments from the cursor's on.
         filling_from = filling_to = 0
         if log.end:
             filling_from = self.log.segment_of(log.cursor)
             filling_to = self.log.segment_of(log.end)
-        for word in range(self.log.held_words):
-            bits = log.held[word]
-            while bits:
-                number = word * 64 + cxl_count_trailing_zeros(bits)
-                bits &= bits - 1
-                segment = &self.log.segments[number]
-                if planted(PLANT_SEGMENT_EARLY):
-                    reclaimed = segment.end_position
-                if segment.leased or segment.end_position > reclaimed or filling_from <= number < filling_to:
-                    continue
-                if segment.used_to > log.tail:
-                    log.release_again = 1           # a batch in it has no result yet
-                    continue
-                self.log.drop_segment(topic, number)
-                done += 1
+        following = log.first_held
+        while following:
+            number = following - 1
+            segment = &self.log.segments[number]
+            following = segment.next
+            if planted(PLANT_SEGMENT_EARLY):
+                reclaimed = segment.end_position
+            if segment.leased or segment.end_position > reclaimed or filling_from <= number < filling_to:
+                continue
+            if segment.used_to > log.tail:
+                log.release_again = 1           # a batch in it has no result yet
+                continue
+            self.log.drop_segment(topic, number)
+            done += 1
         self.log.unlock()
         return done
+
+    cdef void give_up_run(self, TopicLog* log, uint64_t reclaimed) noexcept nogil:
+        """Room is short: an open run whose messages are all reclaimed is no longer kept for the next ones. The lock is held."""
+        cdef uint64_t number
+        cdef OpenSegment* segment
+        if log.end == 0:
+            return
+        number = self.log.segment_of(log.cursor - 1)
+        segment = &self.log.segments[number]
+        if segment.used_to > log.tail:
+            log.give_up_run = log.release_again = 1
+        elif segment.end_position <= reclaimed:
+            log.cursor = log.end = 0

@@ -440,6 +440,8 @@ cdef class Replication(Stage):
                 continue
             if not self.topics[t].generation:
                 self.open_topic(t, generation, line.replication_factor)
+            if self.topics[t].factor < 2:
+                continue                    # nobody keeps copies of it
             for source in range(self.count):
                 chosen = replicas_of(t, generation, source, self.live_seen, self.count, self.topics[t].factor)
                 if chosen >> self.broker & 1:

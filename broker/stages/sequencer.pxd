@@ -91,7 +91,7 @@ cdef class OrderState:
     cdef uint64_t replicated_topics
     cdef Ordered* ordered               # topic * brokers + broker
     cdef uint64_t activity_claimed
-    cdef uint64_t activity[128]         # one byte a topic: the copy that the activity line is written from
+    cdef uint64_t activity[2048]        # TOPICS_MAX topics, one byte a topic: the copy that the activity line is written from
 
     cdef void load_sessions(self)
     cdef void open_topic(self, uint64_t topic, TopicLine* line) noexcept nogil
@@ -122,6 +122,7 @@ cdef class Scanner(Stage):
     cdef uint64_t* pending              # topics to look at, broker * words + word
     cdef uint64_t activity_words
     cdef uint64_t pending_words
+    cdef uint64_t next_look             # where the look before sleeping goes on
     cdef uint64_t* sessions_seen        # sessions_version of each broker
     cdef Fresh* fresh                   # entries written in this step
     cdef uint64_t fresh_count

@@ -28,7 +28,7 @@ from broker.planted cimport (
     PLANT_DONE_BEFORE_FENCE, PLANT_DUPLICATE_TWICE, PLANT_GAP_SKIPPED, PLANT_INDEX_OVERRUN, PLANT_ORDERED_OVERWRITTEN,
     PLANT_SKIPPED_NUMBERED, PLANT_VOID_BLOCKS, planted,
 )
-from broker.stages.stage cimport Stage
+from broker.stages.stage cimport LOOK_TOPICS, Stage
 from broker.wire cimport MESSAGE_HEADER_BYTES
 from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
@@ -304,7 +304,8 @@ cdef class Scanner(Stage):
         if self.state.gaps and self.number == 0:
             work += self.check_gaps()
         if work:
-            work += self.retry_stalled()
+            if self.state.counters.order_full:
+                work += self.retry_stalled()
             self.finish()
         elif self.state.counters.order_full:
             work = self.retry_stalled()
@@ -315,8 +316,11 @@ cdef class Scanner(Stage):
         return work
 
     cdef void prepare_to_sleep(self) noexcept nogil:
-        cdef uint64_t b, t
-        for t in range(self.layout.g.topic_count_max):
+        cdef uint64_t b, t, i
+        # Of very many topics, some each time: a mark is lost when a count of one byte came round, which is seldom.
+        for i in range(min(self.layout.g.topic_count_max, <uint64_t>LOOK_TOPICS)):
+            t = self.next_look
+            self.next_look = (t + 1) % self.layout.g.topic_count_max
             if cxl_load_relaxed(&self.state.topics[t].generation):
                 for b in range(self.layout.g.broker_count):
                     self.pending[b * self.pending_words + t // 64] |= <uint64_t>1 << (t % 64)

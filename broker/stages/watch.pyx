@@ -21,9 +21,9 @@ cdef class Watch(Stage):
     cdef uint64_t control_seen
     cdef Notifier notifier
     cdef uint64_t activity_words
-    cdef uint64_t seen[128]
-    cdef uint64_t wanted[16]
-    cdef uint64_t fired[16]
+    cdef uint64_t seen[2048]            # TOPICS_MAX topics, one byte each
+    cdef uint64_t wanted[256]           # and one bit each
+    cdef uint64_t fired[256]
 
     def __init__(self, Memory memory, Layout layout, Notifier notifier):
         self.memory = memory
@@ -74,7 +74,7 @@ cdef class Watch(Stage):
         """The topics that got news since they were wanted."""
         cdef uint64_t word, bits
         topics = []
-        for word in range(16):
+        for word in range((self.activity_words + 7) // 8):
             if cxl_load_relaxed(&self.fired[word]):
                 bits = cxl_fetch_and(&self.fired[word], 0)
                 while bits:

@@ -169,7 +169,8 @@ _SETTINGS: tuple[tuple[str, str, str], ...] = (
                              "acks, replicas and readers [1GiB]."),
     ("message_bytes_max", "SIZE", "Largest message that is taken [16MiB, or a sixteenth of a small region]."),
     ("batch_bytes_max", "SIZE", "Largest batch of a publisher [4MiB, or a sixteenth of a small region]."),
-    ("topic_count_max", "N", "Topics that can exist at once [by region size]."),
+    ("topic_count_max", "N", "Topics that can exist at once, up to 16384; with many, rings, indexes and segments are "
+                             "chosen smaller [by region size: 64 from 512MiB]."),
     ("ring_slot_count", "N", "Batches per topic and broker that may wait for order; a power of two "
                              "[by region size]."),
     ("order_entry_count", "N", "Batches per topic that readers can still find; a power of two [by region size]."),

@@ -72,6 +72,28 @@ def test_a_small_region_scales_its_tables_and_its_largest_message() -> None:
     assert load(region_bytes="64MiB", message_bytes_max="1MiB").message_bytes_max == MIB
 
 
+@pytest.mark.parametrize(("mebibytes", "topics"), [(1024, 10_000), (1024, 16_384), (256, 2000), (64, 600), (16, 100)])
+@pytest.mark.parametrize("brokers", [1, 2, 4])
+@pytest.mark.parametrize("pool", ["atomic", "partitioned", "leader"])
+def test_many_topics_fit_with_a_segment_each_at_every_broker(mebibytes: int, topics: int, brokers: int, pool: str) -> None:
+    config = load(region_bytes=mebibytes * MIB, topic_count_max=topics, brokers=brokers, pool=pool)
+    numbers = layout_of(config).numbers
+    assert numbers["segment_count"] >= topics * brokers * 5 // 4
+    tables = mebibytes * MIB - numbers["segment_count"] * numbers["segment_bytes"]
+    assert tables <= mebibytes * MIB * 2 // 5
+    assert config.order_entry_count >= 32 and config.ring_slot_count >= 16
+
+
+def test_what_is_set_is_not_chosen() -> None:
+    config = load(topic_count_max=10_000, ring_slot_count=32, order_entry_count=16, segment_bytes="16KiB")
+    assert (config.ring_slot_count, config.order_entry_count, config.segment_bytes) == (32, 16, 16 * KIB)
+
+
+def test_more_topics_than_there_can_be_are_refused_with_the_limit() -> None:
+    with pytest.raises(ConfigError, match="from 1 to 16384"):
+        load(topic_count_max=20_000)
+
+
 @pytest.mark.parametrize("mebibytes", [4, 16, 63, 64, 100, 255, 256, 511, 512, 1024, 4096])
 @pytest.mark.parametrize("brokers", [1, 4, 8])
 def test_what_is_chosen_fits_the_region(mebibytes: int, brokers: int) -> None:

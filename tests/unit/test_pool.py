@@ -85,6 +85,21 @@ def test_each_segment_has_one_holder_and_none_is_lost(strategy: str, steps: list
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_full_pool_of_many_words_says_so_and_finds_what_comes_back(strategy: str) -> None:
+    pools = Pools(strategy, region_bytes=4 * MIB)
+    assert pools.count > 3 * 128
+    for _ in range(2):
+        for broker in range(3):
+            while pools.allocate(broker, 1) >= 0:
+                pass
+        assert len(pools.held) == pools.count
+        assert pools.allocate(0, 1) == -1
+        for segment in sorted(pools.held)[::3]:
+            pools.release(segment)
+        pools.settle()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_pool_gives_out_everything_it_has(strategy: str) -> None:
     pools = Pools(strategy)
     for broker in range(3):

@@ -29,6 +29,7 @@ def looking_after(versions: list[int | Exception], monkeypatch: pytest.MonkeyPat
     made: Any = found
     made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version, entries=list), attach=SimpleNamespace(open_slots=list),
                                 config=SimpleNamespace(session_lease_seconds=1))
+    made._places = set()
     made.sessions = SimpleNamespace(end_idle=lambda seconds: note("sessions"))
     made.cursors = SimpleNamespace(free_left=lambda left: None)
     made.groups = SimpleNamespace(look_after=lambda: note("groups"))

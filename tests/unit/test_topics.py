@@ -19,7 +19,6 @@ from broker.layout import ResultStatus, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.stages.receiver import RECEIVED, TOPIC_CLOSED
-from broker.topics import holder_text
 from tests.manual_cluster import KIB, LEASE_NS, ManualCluster, drive
 
 GOOD = ("a", "A.b-c_9", "x" * 120, "_private", "9", "a..b")
@@ -170,14 +169,6 @@ def test_a_broker_that_takes_no_note_leaves_no_half_made_topic() -> None:
     assert cluster.create("half").generation > 1
     states = [cluster.record("TopicLine", "topic", number)["state"] & 0xFF for number in range(4)]
     assert states.count(TopicState.TOPIC_DELETING) == 0
-
-
-def test_every_holder_has_words() -> None:
-    from broker.layout import HolderKind
-
-    assert [holder_text(kind << 32 | 3) for kind in HolderKind] == [
-        "nobody", "the live reader with cursor 3", "the protected consumer group 3", "the replica at broker 3",
-        "topic 3, which never drops data", "batches of topic 3 that wait for their order"]
 
 
 # ---- identity, and what remains of a deletion ------------------------------------------------------------------------
