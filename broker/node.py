@@ -112,6 +112,7 @@ class BrokerNode:
         self.notifier = Notifier()
         region.hardware.be_broker(broker, config.host_numbers())
         self.memory = self._door(Role.ROLE_BROKER)
+        self._say_starting()
         count = self.layout.numbers["broker_count"]
         self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
         self.replication_bells = [self._bell(b, REPLICATION_BELL) for b in range(count)]
@@ -146,6 +147,13 @@ class BrokerNode:
         self.was_ready = False
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
+
+    def _say_starting(self) -> None:
+        """Whoever sees our lock must not take "ready", which a process before us has left there, for ours."""
+        at = self.layout.offset_of("broker", self.broker)
+        self.memory.store_word(at, BrokerState.BROKER_STARTING)
+        self.memory.flush_range(at, 8)
+        self.memory.store_fence()
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from broker.config import ClusterConfig
 from broker.errors import CxlmqError, PermissionDenied, RegionForeign, RegionMissing
 from broker.layout import BrokerState
 from broker.node import BrokerNode, serve
+from broker.records import pack
 from broker.region import create_region, find_regions
 from client.admin import Admin
 from client.claim import supervisor_of
@@ -205,6 +206,20 @@ def test_a_broker_that_dies_by_the_same_signal_again_and_again_is_given_up() -> 
         assert joined.wait(END_SECONDS) == 0
         joined.stderr.close()
     assert traces(running.name) == []
+
+
+def test_what_a_dead_broker_left_is_not_taken_for_its_successors() -> None:
+    config = small_config(brokers=1)
+    with create_region(config) as region:
+        line = pack("BrokerLine", state=BrokerState.BROKER_READY, pid=1, start_time=1, incarnation=1)
+        region.memory().write_line_bytes(region.layout.offset_of("broker", 0), line)
+        node = BrokerNode(config, 0, region)
+        assert region.broker_lives(0)
+        with pytest.raises(RegionMissing, match="no live broker"):
+            addresses_of_region(config.name)
+        node.stop()
+        node.notifier.close()
+        assert region.unlink()
 
 
 def test_a_broker_says_that_it_has_stopped_when_nothing_of_it_runs() -> None:
