@@ -51,7 +51,7 @@ LONG_FILES = {
     "broker/segments.pyx": (630, "three strategies behind one interface"),
     "broker/stages/sequencer.pyx": (910, "one protocol, whose parts share every structure"),
     "broker/errors.py": (700, "every error of the product, in one list"),
-    "broker/region.py": (820, "creation, attaching, inspection and removal judge one superblock"),
+    "broker/region.py": (840, "creation, attaching, inspection and removal judge one superblock"),
     "client/attached.pyx": (800, "the attached publisher: one structure that packing, sessions and loans share"),
     "client/engine.py": (660, "a publisher's state, which all its parts share"),
     "client/cluster.py": (640, "starting, watching and stopping processes is one story"),
