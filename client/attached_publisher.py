@@ -415,30 +415,34 @@ class AttachedEngine(Engine):
         core = self.core
         if core is None or self.reopening or self.closed:
             return
-        while self._submit_next(core):
-            pass
+        while self._submit_pending(core):
+            self.seal_current()             # more was packed meanwhile
         core.poll()                         # what they settled
 
-    def _submit_next(self, core: AttachedCore) -> bool:
-        """Give the core one batch; False when it has no room, or nothing is left."""
-        with self.sealing:                  # from here to there, no thread sees it in neither
-            try:
-                batch = self.pending.popleft()
-            except IndexError:
-                if self.packer is None or self.packer.batch is None or not self.packer.batch.count:
-                    core.end_spilling()
-                    return False
-                batch = None
-            if batch is not None:
+    def _submit_pending(self, core: AttachedCore) -> bool:
+        """Give the core what is pending, as far as it has room; whether all of it went, and more is packed."""
+        gone: list[Batch] = []
+        # From here to there, no thread sees a batch in neither. Once for all: threads that publish much hold it often.
+        with self.sealing:
+            while self.pending:
+                try:
+                    batch = self.pending.popleft()
+                except IndexError:
+                    break                   # dropped by another thread
                 if not core.submit_batch(batch):
                     self.pending.appendleft(batch)
-                    return False
-                with self.account:          # the core has it now
+                    break
+                gone.append(batch)
+            with self.account:              # the core has them now
+                for batch in gone:
                     del self.unsettled[batch.number]
                     self.held -= batch.nbytes
-        if batch is None:
-            self.seal_current()
-        return True
+            if self.pending:
+                return False
+            if self.packer is not None and self.packer.batch is not None and self.packer.batch.count:
+                return True
+            core.end_spilling()
+            return False
 
     def _resend_due(self) -> None:
         core, now = self.core, time.monotonic()
