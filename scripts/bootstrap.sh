@@ -105,7 +105,8 @@ cxlmq_progress() {
 
 # Runs in a subshell of its own. The dependencies come over the network while the compiler has the processors.
 cxlmq_install() {
-    local python compiler wanted progress installing='' status=0
+    local python compiler wanted status=0
+    progress='' installing=''           # of the whole subshell: its last words need them, when this has returned
     local install=("$CXLMQ_PYTHON" -m pip --disable-pip-version-check -q install --no-compile)
     compiler="$(cxlmq_find_compiler)" || return 1
     cd "$CXLMQ_ROOT" || return 1
