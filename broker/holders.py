@@ -29,7 +29,8 @@ _ADVICE = {
                                  "`cxlmq group reset {topic} {group} --no-protect`",
     HolderKind.HOLDER_REPLICA: "wait until it has caught up; `cxlmq cluster status` shows whether broker {replica} "
                                "lives",
-    HolderKind.HOLDER_RETENTION: "delete the topic (`cxlmq topic delete {topic}`), or make region_bytes larger",
+    HolderKind.HOLDER_RETENTION: "let it drop messages (`cxlmq topic alter {topic} --retention SIZE`), delete it "
+                                 "(`cxlmq topic delete {topic}`), or make region_bytes larger",
     HolderKind.HOLDER_UNCOMMITTED: "publish again: they are ordered when the batches before them come, or the lease of "
                                    "their session ends",
     HolderKind.HOLDER_OTHERS: "delete a topic, or make region_bytes larger",
