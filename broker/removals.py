@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from broker.node import BrokerNode
 
 TRIM_SECONDS = 30.0
+TURN_TOPICS = 64
 _log = logging.getLogger("cxlmq")
 
 
@@ -46,6 +47,15 @@ class Removals:
             await asyncio.to_thread(folder.tend)
         if (now := time.monotonic()) >= self._trim_at:
             self._trim_at = now + TRIM_SECONDS
-            await asyncio.to_thread(folder.trim, {
-                identity_of(each.name, each.created_ns): self._node.topics.frontiers(each)["first_position"]
-                for each in self._node.topics.entries() if each.replication_factor > 1})
+            await asyncio.to_thread(folder.trim, await self._reclaimed(await asyncio.to_thread(folder.found)))
+
+    async def _reclaimed(self, found: set[str]) -> dict[str, int]:
+        """Up to where the topics that have files here are reclaimed. Many topics: others have their turn in between."""
+        reclaimed: dict[str, int] = {}
+        for each in self._node.topics.entries():
+            identity = identity_of(each.name, each.created_ns)
+            if each.replication_factor > 1 and identity in found:
+                reclaimed[identity] = self._node.topics.frontiers(each)["first_position"]
+                if len(reclaimed) % TURN_TOPICS == 0:
+                    await asyncio.sleep(0)
+        return reclaimed
