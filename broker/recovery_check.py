@@ -101,8 +101,7 @@ def _holds(config: ClusterConfig, plan: RecoveryPlan) -> bool:
 
 def _region_bytes(config: ClusterConfig, plan: RecoveryPlan, settings: dict[str, int], group_count: int) -> int:
     """The size of a region that holds everything with these settings, whether the others stay or follow the size."""
-    chosen = [setting for setting, value in chosen_settings(config.region_bytes).items()
-              if getattr(config, setting) == value]
+    chosen = _chosen(config)
     payload = sum(each.record.fields["payload_bytes"] for topic in plan.topics for each in topic.batches)
     region_bytes = config.region_bytes
     while region_bytes < REGION_BYTES_MAX:
@@ -114,6 +113,16 @@ def _region_bytes(config: ClusterConfig, plan: RecoveryPlan, settings: dict[str,
     raise RecoveryError(folder=plan.folder, reason=(
         "no region can hold what is there with these settings: leave out the settings of sizes, so that they follow "
         "the size of the region"))
+
+
+def _chosen(config: ClusterConfig) -> list[str]:
+    """The settings that are as they would have been chosen: with another size they are chosen anew."""
+    size, brokers, pool = config.region_bytes, config.brokers, config.pool
+    topics = config.topic_count_max
+    if topics == chosen_settings(size, 0, brokers, pool)["topic_count_max"]:
+        topics = 0
+    return [setting for setting, value in chosen_settings(size, topics, brokers, pool).items()
+            if getattr(config, setting) == value and not (topics and setting == "topic_count_max")]
 
 
 def _works(config: ClusterConfig, plan: RecoveryPlan, settings: dict[str, Any], group_count: int) -> bool:
