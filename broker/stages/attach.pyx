@@ -259,6 +259,8 @@ cdef class AttachStage(Stage):
             return 1
         if retired > slot.retired:
             self.end_leases(slot, retired)
+        if cxl_load_acquire(&self.log.topics[slot.topic].generation) != slot.topic_generation:
+            return done                         # deleted, perhaps made again: the next look fences the slot
         wanted = self.memory.load(at + 24)
         if wanted == NO_LEASE:
             return done                         # idle: it asks when it needs one

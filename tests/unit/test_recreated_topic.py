@@ -28,8 +28,8 @@ def submitted(cluster: ManualCluster, stage: AttachStage, count: int) -> Attache
     return client
 
 
-@pytest.mark.parametrize("count", [1, RING // 2, RING])
-def test_a_descriptor_for_the_first_topic_takes_no_slot_of_the_second(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, RING // 2, RING])
+def test_a_client_of_the_first_topic_takes_no_slot_and_no_segment_of_the_second(count: int) -> None:
     cluster = ManualCluster(brokers=1, attach_slot_count=4, region_bytes=2 * MIB, ring_slot_count=RING, order_entry_count=256)
     stage = AttachStage(cluster.door(0, Role.ROLE_RECEIVER), cluster.brokers[0].log, cluster.brokers[0].acks,
                         cluster.clock, LEASE_NS)
@@ -37,6 +37,11 @@ def test_a_descriptor_for_the_first_topic_takes_no_slot_of_the_second(count: int
     client = submitted(cluster, stage, count)
     cluster.delete()                        # the attach stage looks only when both has happened
     topic = cluster.create()
+    if count == 0:
+        client.word("using", 1)             # it has begun its second lease, so one more is due
+    stage.step_once()
+    assert cluster.brokers[0].log.topic_state(topic.number)["segments"] == 0
+    cluster.clock.advance(60_000_000)
     stage.step_once()
     cluster.settle()
     assert client.state == AttachState.ATTACH_FENCED
