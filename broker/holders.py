@@ -35,8 +35,8 @@ _ADVICE = {
                                    "their session ends",
     HolderKind.HOLDER_OTHERS: "delete a topic, or make region_bytes larger",
 }
-_READER_ADVICE = ("let it read on, or close it; a topic with retention_bytes goes on, and the reader is told what it "
-                  "missed")
+_READER_ADVICE = ("let it read on, or close it, or give the topic a retention (`cxlmq topic alter {topic} --retention "
+                  "SIZE`): readers hold no more than that")
 _VIEWER_ADVICE = "let it read on and release what it views, or close it"
 
 
@@ -129,7 +129,7 @@ class Holders:
         names: dict[str, object] = {"topic": "", "group": "", "replica": number}
         advice = _ADVICE.get(kind, "")
         if kind == HolderKind.HOLDER_CURSOR:
-            text, advice = self._reader(number)
+            text, advice, names["topic"] = self._reader(number)
         elif kind == HolderKind.HOLDER_PROTECTED:
             line = self._read("GroupLine", "group", number)
             names.update(topic=self._topic_name(line["topic"] & 0xFFFF),
@@ -146,7 +146,7 @@ class Holders:
                     HolderKind.HOLDER_OTHERS: "other topics, none with more than its share"}[kind]
         return Holder(word, index, text, advice.format(**names))
 
-    def _reader(self, cursor: int) -> tuple[str, str]:
+    def _reader(self, cursor: int) -> tuple[str, str, str]:
         line = self._read("CursorLine", "cursor", cursor)
         name = self._read("CursorName", "cursor_name", cursor)["text"]
         process = f"process {line['pid']}" if line["pid"] else "another machine"
@@ -154,7 +154,7 @@ class Holders:
         broker = cursor // self._numbers["cursors_per_broker"]
         topic = self._topic_name(line["topic"] & 0xFFFF)
         text = f"the reader of topic {topic} in {process}{group} (through broker {broker})"
-        return text, _READER_ADVICE if line["copies"] else _VIEWER_ADVICE
+        return text, _READER_ADVICE if line["copies"] else _VIEWER_ADVICE, topic
 
 
 def holders_of(head: HeadView, layout: Layout) -> Holders:

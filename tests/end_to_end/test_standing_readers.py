@@ -98,6 +98,20 @@ def test_a_reader_without_retention_stops_its_topic_alone(pair: Cluster, admin: 
     assert publish(pair, topic, "grpc") == ROUNDS
 
 
+@pytest.mark.parametrize("retention", [0, -1])
+def test_a_topic_that_is_given_a_retention_goes_on(pair: Cluster, admin: Admin, retention: int) -> None:
+    topic = unique("t")
+    admin.create_topic(topic, retention_bytes=retention)
+    with Subscriber(topic, cluster=pair.name, transport="grpc") as reader:
+        error = refusal(pair, topic, "grpc")
+        assert f"cxlmq topic alter {topic} --retention" in error.message
+        admin.alter_topic(topic, retention_bytes=1 << 20)
+        assert publish(pair, topic, "grpc") == ROUNDS
+        with pytest.raises(PositionLost):
+            while reader.fetch(100, timeout=10):
+                pass
+
+
 def test_views_that_are_held_stay_what_they_are(pair: Cluster, admin: Admin) -> None:
     topic = unique("t")
     admin.create_topic(topic, retention_bytes=1 << 20)
