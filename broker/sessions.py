@@ -62,7 +62,7 @@ class SessionTable:
         for slot in range(self._first, self._first + self._count):
             if (line := self.line(slot))["state"] & 0xFF == SessionState.SESSION_OPEN:
                 self._lines[slot] = line            # restored: its publisher may come back
-                self._idle_since[slot] = time.monotonic()
+                self._idle_since[slot] = now()
 
     async def open(self, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
         """Open a session and wait for the sequencer; its slot and progress line.

@@ -207,6 +207,7 @@ class AttachedSubscriber(Subscriber):
         super().__init__(world, number, topic)
         self.control, self.door = client_door(world, world.scenario.hosts + world.scenario.attached + number)
         self.attached: AttachedReader | None = None
+        self.views_memory = 1
         self.views: deque[tuple[int, Any]] = deque()            # order index, batch
 
     def end(self) -> None:
@@ -295,7 +296,9 @@ def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int]
 
 
 def close_gone(host: "Host") -> None:
-    """What a broker does about clients that left, never came, or are dead."""
+    """What a broker does about clients that left, never came, or are dead, and cursors of its last incarnation."""
+    host.cursors.free_left({(slot["pid"], slot["start_time"]) for slot in host.attach.open_slots()
+                            if not slot["left"] and (slot["number"], slot["generation"]) in host.inherited})
     for slot in host.attach.open_slots():
         number, generation = slot["number"], slot["generation"]
         gone = slot["left"] or (slot["pid"] < READERS and host.world.publishers[slot["pid"]].state == "dead")

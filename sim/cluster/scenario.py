@@ -21,12 +21,14 @@ class Fault:
     where: int
     argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host
     policy: str = "lost"                    # crash: what becomes of lines that were not fenced
+    again: int = 0                          # crash: steps until the broker is started again; 0 never
     stage: int = -1                         # stall: only this stage of the host, a thread that gets no processor
 
     def __str__(self) -> str:
         what = {"crash": f"host {self.where} loses power {abs(self.argument)} "
                          f"{'fences' if self.argument < 0 else 'operations'} later; "
-                         f"unfenced lines: {self.policy}",
+                         f"unfenced lines: {self.policy}"
+                         f"{f'; started again {self.again} steps later' if self.again else ''}",
                 "client": f"client {self.where} dies",
                 "pause": f"client {self.where} stands still for {self.argument} steps",
                 "stall": f"{'' if self.stage < 0 else f'stage {self.stage} of '}host {self.where} stands still for "
@@ -142,4 +144,13 @@ def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:
         for _ in range(random.choice((0, 1, 3, 6))):
             found.append(Fault(moment(), "cut", random.randrange(scenario.publishers),
                                random.randrange(scenario.hosts)))
+    found = [_again(scenario, fault) for fault in found]
     return tuple(sorted(found, key=lambda fault: (fault.step, fault.kind, fault.where)))
+
+
+def _again(scenario: Scenario, fault: Fault) -> Fault:
+    """Whether a broker that lost power is started again, and when: before or after others take its place."""
+    random = scenario.random(f"again {fault.step}")
+    if fault.kind != "crash" or random.random() < 0.4:
+        return fault
+    return replace(fault, again=random.choice((10, 300, 1_500, 4_000)))

@@ -26,9 +26,11 @@ class Succession:
         self.world = world
         self.random = world.scenario.random("succession")
         self.head = 0
+        self.incarnation = 1                # of the head's broker
         self.banks = {0: 0}                 # host -> bank that it has written as head
         self.takeover: Takeover | None = None
         self.candidate = self.unit = -1
+        self.candidate_incarnation = 0
         self.silent_since = -1
 
     @property
@@ -39,7 +41,13 @@ class Succession:
     @property
     def served(self) -> bool:
         """Whether a head serves that has power."""
-        return bool(self.control & ControlBits.CONTROL_SERVING) and self.world.hosts[self.head].powered
+        return bool(self.control & ControlBits.CONTROL_SERVING) and self._is_there
+
+    @property
+    def _is_there(self) -> bool:
+        """Whether the head's process has power: not one that was started after it."""
+        head = self.world.hosts[self.head]
+        return head.powered and head.incarnation == self.incarnation
 
     def look(self) -> None:
         """Go on with a takeover, or begin one."""
@@ -49,14 +57,15 @@ class Succession:
             return
         head = world.hosts[self.head]
         head.attend()
-        if head.powered and not head.stalled:
+        if self._is_there and not head.stalled:
             self.silent_since = -1
             return
         if self.silent_since < 0:
             self.silent_since = world.step
-        if head.powered and world.step - self.silent_since < SILENCE_STEPS:
+        if self._is_there and world.step - self.silent_since < SILENCE_STEPS:
             return
-        ready = [host for host in world.hosts if host.powered and not host.stalled and host.number != self.head]
+        ready = [host for host in world.hosts if host.powered and not host.stalled
+                 and (host.number != self.head or host.incarnation != self.incarnation)]
         if ready:
             self._begin(self.random.choice(ready))
 
@@ -81,6 +90,7 @@ class Succession:
         world.note(f"host {host.number}", f"takes over, bank {bank}")
         if takeover.begin(self.control, bank) and not host.control.dead:
             self.takeover, self.candidate = takeover, host.number
+            self.candidate_incarnation = host.incarnation
             self.banks[host.number] = bank
             self.unit = world.schedule.add("takeover", takeover, host.control, 4)
             host.units.append(self.unit)
@@ -89,13 +99,15 @@ class Succession:
     def _go_on(self) -> None:
         takeover, host = self.takeover, self.world.hosts[self.candidate]
         assert takeover is not None
-        if not host.powered:
+        if not host.powered or host.incarnation != self.candidate_incarnation:
             self.takeover, self.head, self.silent_since = None, self.candidate, -1
+            self.incarnation = self.candidate_incarnation
         elif takeover.done or takeover.lost:
             host.units.remove(self.unit)
             self.takeover, self.silent_since = None, -1
             if takeover.done:
                 old, self.head = self.world.hosts[self.head], self.candidate
+                self.incarnation = host.incarnation
                 host.lead(takeover)
                 self.world.note(f"host {host.number}", "is head")
                 self.world.at(self.world.step + ZOMBIE_STEPS, old.resign)

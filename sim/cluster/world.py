@@ -25,7 +25,7 @@ from broker.log import BrokerLog
 from broker.membership import store_heartbeat
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
-from broker.records import pack
+from broker.records import pack, unpack
 from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
@@ -61,6 +61,7 @@ from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 SECOND = 1_000_000_000
 SESSIONS_WORD, CURSORS_WORD, WATCHERS_WORD = 5, 6, 4
+LEARN_STEPS = 50                            # how often a broker that was started again looks
 GRACE_TICKS = 2_000                         # a broker that is silent for so long loses its replicas
 CALL_TICKS = 20_000                         # a call that takes longer has failed
 EARLIER_BATCHES, EARLIER_TRIES = 10, 400
@@ -79,7 +80,7 @@ class Host:
     def __init__(self, world: "World", number: int) -> None:
         self.world, self.number = world, number
         self.incarnation = 0
-        self.powered = self.stalled = False
+        self.powered = self.stalled = self.booting = False
         self.connections: list[Connection] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
@@ -87,6 +88,41 @@ class Host:
         self.attached_cursors: dict[int, int] = {}              # slots of attached readers -> their cursors
         self.ending_cursors: list[tuple[int, int, int]] = []    # slot, its generation, cursor
         self.replica_watch: ReplicaWatch | None = None          # while it is head
+        self.inherited = set[tuple[int, int]]()                 # slots of readers of the last incarnation
+
+    def begin_again(self) -> None:
+        """The broker that lost power is started anew: first it learns what the last one left."""
+        if self.powered or self.booting:
+            return
+        self.world.note(f"host {self.number}", "is started again")
+        if self.world.folder is not None:
+            self.replication.close()
+        self.world.succession.banks.pop(self.number, None)
+        self.connections.clear()
+        self.attached.clear()
+        self.attached_cursors.clear()
+        self.ending_cursors.clear()
+        self.replica_watch = None
+        self.start()
+        self.powered, self.booting = False, True
+        self._learn()
+
+    def _learn(self) -> None:
+        """One look at what is there (`BrokerNode.resume`); when all is known the stages run."""
+        world = self.world
+        self.directory.step_once()
+        if not self.control.dead and self.directory.complete and self.log.sweep() >= 0 and not self.control.dead:
+            self.powered, self.booting = True, False
+            world.note(f"host {self.number}", "goes on")
+            world.witness.follow(self.number, self.log)
+            world.allow()
+        elif self.control.dead:
+            self.booting = False            # its power went once more
+            world.hardware.crash(self.number, "lost")
+            self.loop.end()
+            self.notifier.close()
+        else:
+            world.at(world.step + LEARN_STEPS, self._learn)
 
     def start(self) -> None:
         """Put the broker together, as `broker.node` does."""
@@ -107,15 +143,21 @@ class Host:
         self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
         self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
         self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD),
-                                   lambda presence: False)
+                                   bool)
         self.disk_bells, self.head_units = disk_bells, list[int]()
         stages = dict(self._stages())
         self.units = [world.schedule.add(f"{name}", stage, self.control, world.weights.choice(WEIGHTS))
                       for name, stage in stages.items()]
         self.head_units = [unit for unit, name in zip(self.units, stages, strict=True) if name.startswith(HEAD_STAGES)]
-        world.witness.follow(number, self.log)
-        self.memory.write_line_bytes(layout.offset_of("broker", number),
-                                     pack("BrokerLine", state=BrokerState.BROKER_READY))
+        if self.incarnation == 1:
+            world.witness.follow(number, self.log)
+        elif world.scenario.attached:
+            self.attach.keep_leases()
+            self.inherited = {(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
+                              if slot["reads"]}
+        line = unpack("BrokerLine", self.memory.read_line_bytes(layout.offset_of("broker", number)))
+        line["state"] = BrokerState.BROKER_READY
+        self.memory.write_line_bytes(layout.offset_of("broker", number), pack("BrokerLine", **line))
         self._flush("broker")
 
     def _stages(self) -> Iterator[tuple[str, Stage]]:
@@ -123,7 +165,7 @@ class Host:
         self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
         order: OrderState | None = None
         scanners: list[Scanner] = []
-        if self.number == 0:
+        if self.number == 0 and self.incarnation == 1:
             order = OrderState(self.door(Role.ROLE_SEQUENCER), world.layout, self.number, LOCK_MODES[scenario.lock],
                                scenario.scanners)
             scanners = self._scanners(order)
@@ -409,6 +451,10 @@ class World:
                 self.note(f"host {host.number}", f"power lost; unfenced lines: {policy}")
                 self.hardware.crash(host.number, policy)
                 host.lose_power()
+                again = next((fault.again for fault in self.scenario.faults
+                              if fault.kind == "crash" and fault.where == host.number and fault.again), 0)
+                if again:
+                    self.at(self.step + again, host.begin_again)
                 self.allow()
                 if self.witness.check_now():
                     raise Violation(*self.witness.describe())
