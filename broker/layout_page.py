@@ -45,7 +45,8 @@ def data_structures_markdown(layout: Layout) -> str:
     for name, offset, nbytes in layout.sections:
         lines.append(f"| {name} | {offset} | {nbytes or numbers['region_bytes'] - offset} |")
     lines += ["", "## Tags", "",
-              "A tag is `(generation << 48) | (sequence + 1)`. It stands in the commit word (word 0) of a line that is "
+              "A tag is `(generation << 48) | (sequence + 1) % 2^48`, a result's has 40 bits of it. It stands in the "
+              "commit word (word 0) of a line that is "
               "reused, is stored last and loaded first. The generation tells a deleted topic's leftovers, the sequence "
               "another lap's; zeroed memory never matches, because sequence 0 is tagged 1.", "", "## Records"]
     for record, dtype in record_dtypes().items():

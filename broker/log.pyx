@@ -13,7 +13,7 @@ from broker.layout cimport (
     BatchHeader, BrokerCounters, CURSOR_FREE, CursorLine, Layout, OrderEntry, OffsetBrokerLine, SegmentLine, TOPIC_ACTIVE,
     TOPIC_DELETING, TopicLine, make_tag,
 )
-from broker.planted cimport PLANT_RING_OVERRUN, planted
+from broker.planted cimport PLANT_ENDS_UNKNOWN, PLANT_RING_OVERRUN, planted
 from broker.segments cimport SegmentPool
 from sim.cxl.memory cimport LINE_BYTES, Memory
 from sim.cxl.primitives cimport (
@@ -176,7 +176,9 @@ cdef class BrokerLog:
         cdef uint64_t index, segment, first, last
         cdef OrderEntry entry
         cdef bint done = False
-        log.ends_known = 0
+        log.ends_known = planted(PLANT_ENDS_UNKNOWN)
+        if log.ends_known:
+            return True
         while not done and self.topics_head.begin():
             done = True
             index = self.memory.load(self.topics_head.layout.topic_reclaim(topic))

@@ -25,7 +25,7 @@ from broker.stages.sequencer cimport OrderState, TopicOrder
 from broker.stages.stage cimport LOOK_TOPICS, Stage
 from libc.string cimport memset
 from sim.cxl.memory cimport Memory
-from sim.cxl.primitives cimport cxl_load_acquire, cxl_load_relaxed, cxl_store_release
+from sim.cxl.primitives cimport cxl_load_acquire, cxl_load_relaxed, cxl_popcount, cxl_store_release
 
 cdef enum:
     STEP_ENTRIES = 4096
@@ -235,6 +235,11 @@ cdef class Reclaim(Stage):
             for b in range(self.layout.g.broker_count):
                 chosen = replicas_of(topic, wanted >> 16, b, live, self.layout.g.broker_count,
                                      self.replication[topic])
+                if cxl_popcount(chosen) < <int64_t>self.replication[topic] - 1:
+                    # Too few brokers live. What has not reached as many disks as it wants is kept until one is back: a
+                    # replica that begins behind it would seem to have it.
+                    chosen = replicas_of(topic, order.generation, b, <uint64_t>-1, self.layout.g.broker_count,
+                                         self.replication[topic])
                 for r in range(self.layout.g.broker_count):
                     if not chosen >> r & 1:
                         continue

@@ -297,7 +297,7 @@ def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int]
 
 def close_gone(host: "Host") -> None:
     """What a broker does about clients that left, never came, or are dead, and cursors of its last incarnation."""
-    host.cursors.free_left({(slot["pid"], slot["start_time"]) for slot in host.attach.open_slots()
+    host.cursors.free_left({slot["presence"] for slot in host.attach.open_slots()
                             if not slot["left"] and (slot["number"], slot["generation"]) in host.inherited})
     for slot in host.attach.open_slots():
         number, generation = slot["number"], slot["generation"]

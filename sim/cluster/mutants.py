@@ -101,6 +101,7 @@ FLUSH, INVALIDATE, STORE, COPY_IN = (
 ATTACHED = (("attached", 2), ("publishers", 4), ("region_bytes", 3 << 20))
 CALM = frozenset({"net"})                   # nothing that would write a forgotten line back by itself
 STALLS = frozenset({"stall"})
+CRASHES = frozenset({"crash"})
 
 
 def _to_reclaim_line(layout: Layout, host: int) -> int:
@@ -198,6 +199,10 @@ MUTANTS: tuple[Mutant, ...] = (
            shape=(("replication_factor", 2), ("entries", 32), ("batches", 150))),
     Mutant("segment-early", 25, "segments come back before their messages are reclaimed",
            switch=Planted.PLANT_SEGMENT_EARLY, tests=("tests/unit/test_reclaim.py",)),
+    Mutant("ends-unknown", 25, "a broker that is started again takes ends of segments that it does not know for zero",
+           switch=Planted.PLANT_ENDS_UNKNOWN, tests=("tests/unit/test_restart.py",), needs=CRASHES,
+           shape=(("entries", 256), ("batches", 150), ("publishers", 4), ("segment_bytes", 16 << 10),
+                  ("region_bytes", 1 << 20), ("attached", 0), ("attached_readers", 0))),
     Mutant("gap-skipped", 28, "a missing batch is not waited for", switch=Planted.PLANT_GAP_SKIPPED,
            tests=("tests/unit/test_sequencer.py",)),
     Mutant("duplicate-twice", 28, "a batch that is in the log is ordered again", switch=Planted.PLANT_DUPLICATE_TWICE,

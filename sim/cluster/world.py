@@ -74,6 +74,13 @@ FOLDER_PREFIX = "cxlmq-sim-"                # then the process, so that what a k
 PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
 
 
+class KeptFiles(ReplicaFolder):
+    """Files stay when what they hold is reclaimed: at the end they show where each batch was."""
+
+    def _trim(self, identity: str, reclaimed: int) -> None:
+        pass
+
+
 class Host:
     """One host: its power, its event loop, and the stages of its broker."""
 
@@ -95,6 +102,7 @@ class Host:
         if self.powered or self.booting:
             return
         self.world.note(f"host {self.number}", "is started again")
+        self.world.hardware.restart(self.number)
         if self.world.folder is not None:
             self.replication.close()
         self.world.succession.banks.pop(self.number, None)
@@ -182,8 +190,8 @@ class Host:
         yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
         yield "release", Release(self.door(Role.ROLE_RECLAIM), self.log)
         if world.folder is not None:
-            files = ReplicaFolder(world.replica_folder(self.number), self.number, 1, "simulated", world.scenario.hosts,
-                                  self.topics.entry_of)
+            files = KeptFiles(world.replica_folder(self.number), self.number, 1, "simulated", world.scenario.hosts,
+                              self.topics.entry_of)
             self.replication = Replication(self.door(Role.ROLE_REPLICATION), world.layout, self.number, files,
                                            world.clock, self.bells)
             yield "replication", self.replication

@@ -151,7 +151,7 @@ def test_a_replica_that_did_not_see_that_it_was_replaced_goes_on_behind_what_is_
     assert not topic.lost
 
 
-def test_a_cluster_too_small_to_replace_a_replica_goes_on_at_level_one_and_says_so(tmp_path: Path) -> None:
+def test_a_cluster_too_small_to_replace_a_replica_keeps_what_no_disk_has_and_says_so(tmp_path: Path) -> None:
     cluster = ManualCluster(brokers=2, folder=tmp_path)
     cluster.watch = ReplicaWatch(cluster.memory, cluster.order.layout, cluster.clock, 3 * SECOND)
     session = cluster.open_session(cluster.create(replication_factor=2), ack=2)
@@ -159,10 +159,16 @@ def test_a_cluster_too_small_to_replace_a_replica_goes_on_at_level_one_and_says_
     stop(cluster, 1)
     for _ in range(5):
         beat(cluster, 0)
-    cluster.publish_all(session, range(200))
+    cluster.publish_all(session, range(50))
     assert statuses(cluster, session) == []
     assert any("acks of level 2 wait until it is back" in each for each in cluster.table.degraded(session.topic))
-    assert cluster.reader(session.topic).frontiers()["committed_index"] == 200
+    cluster.publish(session, 50)
+    cluster.settle()
+    assert cluster.reader(session.topic).frontiers()["reclaimed_index"] == 0
+    start(cluster, 1)
+    beat(cluster, 0, 1)
+    assert statuses(cluster, session) == [ResultStatus.RESULT_COMMITTED] * 51
+    assert positions_in(tmp_path, 0, 1) == list(range(51))
 
 
 @pytest.mark.parametrize("stride", [1, 7])
