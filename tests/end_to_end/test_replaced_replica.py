@@ -41,7 +41,7 @@ def test_level_two_and_the_region_go_on_without_a_replica_that_died() -> None:
         with Publisher("t", cluster=cluster.name, transport="grpc", ack=2) as publisher:
             last = [publisher.publish(bytes(64 * KIB)) for _ in range(1_600)][-1]       # 100 MiB through 64 MiB
             assert last.result(120).position == 1_601
-        with Subscriber("t", cluster=cluster.name, start="earliest", transport="grpc") as subscriber:
+        with Subscriber("t", cluster=cluster.name, start="beginning", transport="grpc") as subscriber:
             first = subscriber.get_next(30)
             assert first is not None
             assert first.position > 2
