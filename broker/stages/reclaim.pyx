@@ -238,7 +238,7 @@ cdef class Reclaim(Stage):
                 if cxl_popcount(chosen) < <int64_t>self.replication[topic] - 1:
                     # Too few brokers live. What has not reached as many disks as it wants is kept until one is back: a
                     # replica that begins behind it would seem to have it.
-                    chosen = replicas_of(topic, order.generation, b, <uint64_t>-1, self.layout.g.broker_count,
+                    chosen = replicas_of(topic, wanted >> 16, b, <uint64_t>-1, self.layout.g.broker_count,
                                          self.replication[topic])
                 for r in range(self.layout.g.broker_count):
                     if not chosen >> r & 1:

@@ -41,8 +41,6 @@ MAY_MEET_ONE = {
     "client.turn.tell_watcher": "calls what a test put there",
     "client.attached.AttachedCore.__dealloc__": "a destructor: the hooks of tests and brokers tell",
     "client.attached.Loan.__del__": "a destructor: the hooks of tests and brokers tell",
-    "client.attached.Loan.__releasebuffer__": "a buffer's release, which cannot raise: the hooks tell",
-    "client.turn.tell_watcher": "tests alone watch: their hooks tell",
     "sim.cluster.door.HostControl.call_now": "what the call raises is kept in `raised`",
 }
 
