@@ -17,6 +17,7 @@ from broker.config import check_topic_name
 from broker.durable_files import FileDamaged
 from broker.errors import BadTopicName, RecoveryError
 from broker.group_files import damaged_group_files
+from broker.inspection import with_head_bank
 from broker.layout import (
     LAYOUT_MAGIC,
     LAYOUT_VERSION,
@@ -32,7 +33,7 @@ from broker.layout import (
 )
 from broker.records import record_bytes, tag_of, unpack
 from broker.recovery import make_plan, manifest_paths, read_manifest
-from broker.region import layout_from, read_superblock, with_head_bank
+from broker.region import layout_from, read_superblock
 from broker.wire import payload_status
 from sim.cxl.memory import MappedMemory, Memory, MemoryAccessError
 

@@ -7,6 +7,7 @@ even the collector: each is one step for all other threads, and the compiler see
 by these functions and told outside of them, where callbacks may do what they like.
 """
 
+import time
 from array import array
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -16,8 +17,7 @@ from libc.string cimport memset
 from broker.doorbell cimport Doorbell
 from broker.layout cimport (
     ATTACH_OPEN, ATTACH_RING, CONTROL_BROKER, CONTROL_EPOCH_SHIFT, Descriptor, LEASE_RING, Layout, NO_LEASE,
-    RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag,
-    result_tag,
+    RESULT_COMMITTED, RESULT_DAMAGED, RESULT_DUPLICATE, RESULT_FENCED, RESULT_UNDURABLE, make_tag, result_tag,
 )
 from client.batch cimport (
     OUTCOME_COMMITTED, OUTCOME_DUPLICATE, OUTCOME_FAILED, OUTCOME_SENT, OUTCOME_UNDURABLE, Batch, Outcome, PyObject, tell,
@@ -26,8 +26,6 @@ from client.pages cimport Pages
 from client.turn cimport PLACE_TELLING, PyThread_get_thread_ident, pass_by
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_now_ns, cxl_yield
-
-import time
 
 from broker.errors import CxlmqError, replica_failed
 
@@ -569,9 +567,8 @@ cdef class AttachedBooks:
 
     def lost(self) -> list[int]:
         """Sequences that were refused, or went to a broker that died."""
-        cdef uint64_t sequence
-        cdef list found = [sequence for sequence in range(self.oldest, self.next_sequence)
-                           if self.sent[sequence % SENT_RING].state == SENT_RETRY]
+        cdef uint64_t each
+        found = [each for each in range(self.oldest, self.next_sequence) if self.sent[each % SENT_RING].state == SENT_RETRY]
         self.retry_wanted = bool(found)
         return found
 

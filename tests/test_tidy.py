@@ -23,7 +23,7 @@ MAY_MAP_MEMORY = {
     "client/bench/harness.py": "the warm mapping that the gRPC baseline copies into, which is no region",
 }
 MAY_IMPORT_GRPC = {
-    "broker/server.py": "the broker's adapter", "broker/admin_service.py": "its Admin service",
+    "broker/server.py": "the broker's adapter", "broker/publish_stream.py": "its publish streams", "broker/admin_service.py": "its Admin service",
     "broker/calls.py": "what all its methods share", "broker/group_service.py": "its Groups service", "client/connection.py": "channels", "client/transport.py": "publish",
     "client/grpc_subscriber.py": "subscribe", "client/bench/grpc_limit.py": "the bare gRPC baseline",
     "client/admin.py": "admin calls", "sim/chaos/garbage.py": "nonsense for every method",
@@ -52,7 +52,6 @@ LONG_FILES = {
     "broker/segments.pyx": (630, "three strategies behind one interface"),
     "broker/stages/sequencer.pyx": (940, "one protocol, whose parts share every structure"),
     "broker/errors.py": (700, "every error of the product, in one list"),
-    "broker/region.py": (840, "creation, attaching, inspection and removal judge one superblock"),
     "client/attached.pyx": (800, "the attached publisher: one structure that packing, sessions and loans share"),
     "client/engine.py": (660, "a publisher's state, which all its parts share"),
     "sim/cluster/world.py": (630, "hosts, their lives and the clock that all share"),

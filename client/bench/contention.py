@@ -20,10 +20,11 @@ from typing import Any
 
 from broker.config import SEQUENCER_LOCKS, ClusterConfig, TopicConfig, load_config
 from broker.doorbell import Doorbell
+from broker.inspection import region_statistics
 from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
-from broker.region import Region, create_region, region_statistics
+from broker.region import Region, create_region
 from broker.segments import make_pool
 from broker.sessions import SessionTable
 from broker.stages.ack import AckStage

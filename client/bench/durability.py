@@ -19,7 +19,8 @@ from typing import Any
 import numpy
 
 from broker.config import load_config
-from broker.region import attach_region, region_statistics
+from broker.inspection import region_statistics
+from broker.region import attach_region
 from client.admin import Admin
 from client.cluster import Cluster
 from client.publisher import Publisher

@@ -26,7 +26,8 @@ import click
 import psutil
 
 from broker import grpc_options
-from broker.region import Region, inspect_region
+from broker.inspection import inspect_region
+from broker.region import Region
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory
 

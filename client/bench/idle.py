@@ -8,7 +8,8 @@ from typing import Any
 
 import psutil
 
-from broker.region import attach_region, region_statistics
+from broker.inspection import region_statistics
+from broker.region import attach_region
 from client.bench.contention import bench_name
 from client.bench.throughput import process_cpu_seconds
 from client.bench.workload import Workload

@@ -24,7 +24,8 @@ import numpy
 from numpy.typing import NDArray
 
 from broker.errors import CxlmqError
-from broker.region import attach_region, region_statistics
+from broker.inspection import region_statistics
+from broker.region import attach_region
 from client.admin import Admin
 from client.bench import load
 from client.bench.harness import Child, LimitError, wait_until_warm

@@ -201,7 +201,8 @@ def _folder_of(name: str) -> Path:
 
 def _signal_brokers(name: str, number: int = signal.SIGTERM) -> bool:
     """Signal a cluster's brokers, for one that has no supervisor; False when none runs."""
-    from broker.region import attach_region, inspect_region
+    from broker.inspection import inspect_region
+    from broker.region import attach_region
     from sim.cxl.region import host_identity
 
     try:
@@ -265,7 +266,8 @@ def list_() -> None:
 
 def _summary(found: Any) -> dict[str, Any]:
     """What a region says of its cluster; None for what a damaged one does not."""
-    from broker.region import attach_region, inspect_region
+    from broker.inspection import inspect_region
+    from broker.region import attach_region
 
     values: dict[str, Any] = {"name": found.name, "live": found.live, "reason": found.reason,
                               "region_bytes": found.bytes, "brokers": None, "head": None, "topics": None}

@@ -39,7 +39,8 @@ def inspect(name: str | None) -> None:
       cxlmq region inspect
       cxlmq region inspect lab --json | jq .statistics.sequencer
     """
-    from broker.region import attach_region, inspect_region, region_statistics
+    from broker.inspection import inspect_region, region_statistics
+    from broker.region import attach_region
 
     with attach_region(name or default_cluster(), writable=False) as attached:
         values = {**inspect_region(attached), "statistics": region_statistics(attached)}

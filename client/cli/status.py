@@ -6,7 +6,8 @@ from typing import Any
 
 import psutil
 
-from broker.region import Region, attach_region, inspect_region, region_statistics
+from broker.inspection import inspect_region, region_statistics
+from broker.region import Region, attach_region
 from broker.replica_watch import replaced_replicas
 from client.cli import common, output
 from client.restarts import endings_in

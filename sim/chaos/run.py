@@ -28,7 +28,8 @@ from typing import Any
 from broker.config import ClusterConfig, load_config
 from broker.errors import CxlmqError
 from broker.head import epoch_of, head_of
-from broker.region import Region, attach_region, inspect_region, layout_of_head
+from broker.inspection import inspect_region, layout_of_head
+from broker.region import Region, attach_region
 from client.admin import Admin
 from client.cluster import Cluster
 from sim.chaos.beside import OtherClusters
@@ -386,7 +387,7 @@ class ChaosRun:
         room = {"region_bytes": 2 * config.region_bytes, "order_entry_count": 2 * config.order_entry_count}
         return [("the same", {"brokers": config.brokers, **room}),
                 ("one broker more", {"brokers": config.brokers + 1, **room}),
-                ("one broker", {"brokers": 1, **room}),
+                ("fewer brokers", {"brokers": 2, **room}),
                 (MAY_BE_REFUSED, {"brokers": config.brokers, "region_bytes": config.region_bytes // 16})]
 
     def _recover_into(self, disks: Path, config: ClusterConfig, acked: dict[tuple[int, int], int]) -> str:

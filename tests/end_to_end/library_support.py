@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from broker.region import attach_region, inspect_region
+from broker.inspection import inspect_region
+from broker.region import attach_region
 from client.admin import Admin
 from client.cluster import Cluster
 from client.subscriber import Subscriber

@@ -13,7 +13,8 @@ import numpy
 import pytest
 
 from broker.errors import ClosedError, ConfigError, MessageTooBig, PoolFull, SessionFenced, UnknownTopic
-from broker.region import attach_region, inspect_region
+from broker.inspection import inspect_region
+from broker.region import attach_region
 from client import Admin, Publisher, Subscriber
 from client.cluster import Cluster
 from sim.cxl.memory import Role

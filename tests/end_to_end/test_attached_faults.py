@@ -266,7 +266,7 @@ def test_a_subscriber_killed_with_views_lets_go_and_nobody_elses_views_change(sm
 
 
 def test_what_attached_clients_flush_and_fence_is_counted_in_the_region(pair: Cluster) -> None:
-    from broker.region import region_statistics
+    from broker.inspection import region_statistics
 
     def client() -> dict[str, int]:
         with attach_region(pair.name, writable=False) as region:

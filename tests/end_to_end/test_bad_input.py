@@ -19,7 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from broker.errors import DETAILS_KEY, ERROR_KEY, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
-from broker.server import OPEN_SECONDS, STREAMS_BEGINNING_MAX
+from broker.publish_stream import OPEN_SECONDS, STREAMS_BEGINNING_MAX
 from client import Admin, Publisher
 from client.cluster import Cluster
 from tests.end_to_end.library_support import (

@@ -311,7 +311,8 @@ def test_follow_prints_at_once_and_ctrl_c_ends_it(cli: Cli, made: str) -> None:
 
 
 def cursors(name: str) -> list[dict[str, Any]]:
-    from broker.region import attach_region, inspect_region
+    from broker.inspection import inspect_region
+    from broker.region import attach_region
 
     with attach_region(name, writable=False) as region:
         return inspect_region(region)["cursors"]

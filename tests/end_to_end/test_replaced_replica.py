@@ -1,6 +1,7 @@
 """A replica whose broker dies is kept by another broker: level 2 and the region go on, and the cluster says who does it."""
 
-from broker.region import attach_region, inspect_region
+from broker.inspection import inspect_region
+from broker.region import attach_region
 from client.admin import Admin
 from client.cli.status import Sampler
 from client.cluster import Cluster

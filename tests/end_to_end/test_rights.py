@@ -11,8 +11,9 @@ from typing import Any
 import grpc
 import pytest
 
+from broker.inspection import inspect_region
 from broker.proto import cxlmq_pb2 as pb
-from broker.region import attach_region, inspect_region
+from broker.region import attach_region
 from broker.rights import METHODS
 from broker.security import Security
 from client import Admin, Publisher, Subscriber

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from broker.inspection import layout_of_head, with_head_bank
 from broker.layout import RECORDS
 from broker.records import pack, record_bytes, unpack
-from broker.region import attach_region, layout_from, layout_of_head, read_superblock, with_head_bank
+from broker.region import attach_region, layout_from, read_superblock
 from broker.verify import Finding, verify_region
 from client.admin import Admin
 from client.cluster import Cluster

@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from broker.errors import CxlmqError
+from broker.inspection import inspect_region, region_statistics
 from broker.layout import RECORDS, Layout
 from broker.reader import ReadError
-from broker.region import Region, inspect_region, region_statistics
+from broker.region import Region
 from sim.cxl.region import host_identity
 from tests.manual_cluster import SECOND, TINY, ManualCluster, Session
 

@@ -29,18 +29,10 @@ from broker.errors import (
     TmpfsTooSmall,
 )
 from broker.hardware import report_path
+from broker.inspection import inspect_region, region_statistics
 from broker.layout import LAYOUT_VERSION, BrokerState, CursorState, HolderKind, Layout, SessionState, TopicState
 from broker.layout_page import data_structures_markdown
-from broker.region import (
-    Region,
-    attach_region,
-    collect_garbage,
-    create_region,
-    find_regions,
-    inspect_region,
-    presence_at_region,
-    region_statistics,
-)
+from broker.region import Region, attach_region, collect_garbage, create_region, find_regions, presence_at_region
 from sim.cxl import locks
 from sim.cxl import region as files
 from sim.cxl.memory import MemoryAccessError, Role
