@@ -17,7 +17,7 @@ from broker.layout import (
     SessionState,
     TopicState,
 )
-from broker.records import DTYPES, decoded, read_indexed, read_one
+from broker.record_arrays import DTYPES, decoded, read_indexed, read_one
 from broker.region import Region
 from broker.unread import lost_from
 from sim.cxl.memory import Memory, Role

@@ -30,7 +30,7 @@ from broker.layout import (
     Layout,
     LayoutError,
 )
-from broker.records import DTYPES, decoded, read_indexed, read_one, read_table
+from broker.record_arrays import DTYPES, decoded, read_indexed, read_one, read_table
 from sim.cxl import locks
 from sim.cxl import region as files
 from sim.cxl.memory import MappedMemory, Memory, Role

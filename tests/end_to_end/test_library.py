@@ -170,16 +170,16 @@ def test_leaving_the_block_delivers_everything(cluster: Cluster, made: str) -> N
     assert delivery.result().position == 0
 
 
-def test_an_exception_in_the_block_settles_everything_at_once(cluster: Cluster, made: str) -> None:
+def test_an_exception_in_the_block_sends_what_was_published_before_it(cluster: Cluster, made: str) -> None:
     with pytest.raises(ZeroDivisionError), Publisher(made, cluster=cluster.name, linger_ms=60_000) as publisher:
         delivery = publisher.publish(b"packed, not sent")
         _ = 1 / 0
     assert delivery.done()
-    assert isinstance(delivery.exception(), ClosedError)
+    assert delivery.receipt().position == 0
     with pytest.raises(ClosedError):
         publisher.publish(b"after")
     publisher.close()                       # once more does no harm
-    assert read_topic(cluster.name, made) == []
+    assert read_topic(cluster.name, made) == [b"packed, not sent"]
 
 
 def test_flush_waits_only_for_what_was_published_before(cluster: Cluster, made: str) -> None:
@@ -433,7 +433,9 @@ def test_one_address_is_enough(cluster: Cluster, topic: str, kind: str) -> None:
             admin.create_topic(name)
             with Publisher(name, bootstrap=address, batch_bytes=500) as publisher:
                 deliveries = [publisher.publish(message) for message in messages]
-                assert {each.result().broker for each in deliveries} == {0, 1, 2, 3}
+                seen = {each.result().broker for each in deliveries}
+                # Which broker gets which batch is decided by who is free: each gets some sooner or later.
+                assert eventually(lambda: seen.add(publisher.publish(b"more").result().broker) or seen == {0, 1, 2, 3})
             with Subscriber(name, bootstrap=address) as subscriber:
                 assert read(subscriber, 300) == messages
             assert admin.describe_cluster()["name"] == cluster.name
@@ -584,21 +586,18 @@ def test_deleting_a_topic_reaches_everybody_who_uses_it(cluster: Cluster, topic:
         assert read_topic(cluster.name, topic) == []
 
 
-def test_more_topics_than_places_are_refused(cluster: Cluster, topic: str) -> None:
+def test_more_topics_than_places_are_refused() -> None:
     from broker.errors import TopicTableFull
 
-    made = []
-    with Admin(cluster=cluster.name) as admin:
-        try:
-            with pytest.raises(TopicTableFull):
-                for number in range(100):
-                    admin.create_topic(f"{topic}-{number}")
-                    made.append(f"{topic}-{number}")
-            assert len(admin.list_topics()) == len(made) == 16
-        finally:
-            for name in made:
-                admin.delete_topic(name)
-        assert admin.create_topic(topic)["name"] == topic
+    with Cluster(small_config(brokers=2, topic_count_max=16)) as cluster, Admin(cluster=cluster.name) as admin:
+        for number in range(16):
+            admin.create_topic(f"topic-{number}")
+        with pytest.raises(TopicTableFull, match="topic_count_max"):
+            admin.create_topic("one-more")
+        assert len(admin.list_topics()) == 16
+        for number in range(16):
+            admin.delete_topic(f"topic-{number}")
+        assert admin.create_topic("one-more")["name"] == "one-more"
 
 
 # ---- sizes -----------------------------------------------------------------------------------------------------------
