@@ -50,9 +50,12 @@ class Supervised:
     def ready(self) -> list[int]:
         """Wait until it is ready; the brokers' process ids."""
         assert self.process.stdout
-        readable, _, _ = select.select([self.process.stdout], [], [], 20.0)
+        readable, _, _ = select.select([self.process.stdout], [], [], 90.0)
         line = self.process.stdout.readline() if readable else b""
-        assert line, self.process.stderr.read().decode() if self.process.stderr else ""
+        if not line:
+            self.process.kill()             # else what it said would have no end
+            assert self.process.stderr
+            raise AssertionError(self.process.stderr.read().decode())
         return [broker["pid"] for broker in json.loads(line)["brokers"]]
 
 
