@@ -353,18 +353,25 @@ cdef class AttachedCore(AttachedBooks):
         return self.append_spilled(data)
 
     def append_many(self, messages) -> Delivery:
-        """Pack an iterable of messages; the delivery of the last."""
-        cdef object last = None
-        cdef bint there = False
-        # One behind: only the last one needs a delivery.
+        """Pack an iterable of messages; the delivery of the last.
+
+        Each at once, before the next is asked for: what makes them may use their memory again, wait, or fail.
+        """
+        cdef Delivery delivery = None
+        cdef Batch spare
+        cdef bint packed = False
         for data in messages:
-            if there and (self.spilling or not self.pack_object(last, None)):
-                self.append_spilled(last)
-            last = data
-            there = True
-        if not there:
+            if packed and self.spare is not None:
+                spare, self.spare = self.spare, None
+                delivery.batch = spare      # nobody has seen this delivery yet: it is the next one's
+            else:
+                delivery = self.new_delivery()
+            packed = not self.spilling and self.pack_object(data, delivery)
+            if not packed:
+                delivery = self.append_spilled(data)
+        if delivery is None:
             raise ValueError("publish_many needs at least one message")
-        return self.append(last)
+        return delivery
 
     cdef object append_spilled(self, data):
         """Pack into private memory. The client loop may meanwhile have found nothing there and ended the spilling: what

@@ -238,6 +238,28 @@ def test_arrays_and_generators_are_messages_too(cluster: Cluster, made: str) -> 
     assert [batch.position for batch in batches] == [0, *numpy.cumsum([batch.count for batch in batches])[:-1]]
 
 
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_each_of_many_messages_is_packed_before_the_next_is_asked_for(cluster: Cluster, made: str,
+                                                                      transport: str) -> None:
+    """Whoever makes them may write the next one into the same memory, wait for the last one, or fail."""
+    memory = bytearray(8)
+
+    def messages(subscriber: Subscriber) -> Iterator[bytearray]:
+        for number in range(3):
+            memory[:] = b"%08d" % number
+            yield memory
+            assert [bytes(each.payload) for each in subscriber.fetch(1, timeout=10)] == [memory]
+        raise OSError("no more")
+
+    with Publisher(made, cluster=cluster.name, transport=transport) as publisher:
+        publisher.publish_many(memory[:0] for _ in range(1)).result()
+        with Subscriber(made, cluster=cluster.name, start="end") as subscriber, pytest.raises(OSError, match="no more"):
+            publisher.publish_many(messages(subscriber))
+        with pytest.raises(ValueError, match="at least one"):
+            publisher.publish_many([])
+    assert read_topic(cluster.name, made) == [b"", b"00000000", b"00000001", b"00000002"]
+
+
 def test_compressed_batches_arrive_as_they_were(cluster: Cluster, made: str) -> None:
     messages = numbered(5000, 200)
     for compression in ("gzip", "deflate"):
