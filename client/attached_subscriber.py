@@ -163,11 +163,11 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
                 self.slot, self.ended = place, False
                 self.retired.append(before.reader)
                 self.wanted = self.next_position if self.next_position is not None else self.wanted
-                self.seen = self._identity(place)
                 try:
-                    self._check_end(place.attachment.end_position)
+                    self._check_end(place.attachment.end_position, place.attachment.run_id)
                 except CxlmqError as error:
                     self.failure = error
+                self.seen = self._identity(place)
             self._let_go()
 
     def _let_go(self, all_of_them: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import grpc
 import grpc.aio
 
-from broker.errors import BrokerUnavailable, CxlmqError
+from broker.errors import BrokerUnavailable, CxlmqError, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
 from client.connection import BrokerAddress, translated
 from client.reading import ReadingEngine, T, Take, left_until
@@ -87,8 +87,8 @@ class SubscriberEngine(ReadingEngine[Stream]):
                     await self._read(call)
                 except grpc.aio.AioRpcError as failed:
                     error = translated(failed)
-                    if not error.comes_back:
-                        raise error from None
+                    if not error.comes_back and not isinstance(error, UnknownTopic):
+                        raise error from None       # a topic that has gone may have been made again: who asks is told
                 finally:
                     call.cancel()
                 call = await self._subscribe_again()
@@ -109,7 +109,7 @@ class SubscriberEngine(ReadingEngine[Stream]):
                     raise
                 continue
             try:
-                self._check_end(place.end_position)
+                self._check_end(place.end_position, place.seen.run_id)
             except CxlmqError:
                 place.call.cancel()
                 raise

@@ -150,10 +150,13 @@ class ReadingEngine(Generic[P]):
             await self.membership.renew()      # a recovered cluster knows of no member
         return await self._reach(self.start if self.next_position is None else self.next_position, self.seen)
 
-    def _check_end(self, end: int) -> None:
-        """Raise `RangeLost` when the log that we came back to has not what we had: others take those positions."""
+    def _check_end(self, end: int, run_id: int) -> None:
+        """Raise `RangeLost` when the log that we came back to has not what we had: others take those positions.
+
+        In the memory that we knew nothing of that is lost: we may have read on since that end was looked at.
+        """
         reached = self.next_position
-        if reached is not None and end < reached:
+        if run_id != self.seen.run_id and reached is not None and end < reached:
             raise RangeLost(
                 f"messages {end} up to {reached} of topic {self.topic}, which this reader had come to, were lost with "
                 f"the memory, and new ones take their positions: go on with seek({end})",

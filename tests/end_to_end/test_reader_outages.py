@@ -1,5 +1,6 @@
 """Readers over outages: they wait, and go on in the same topic; in another one of its name never, but by their own wish."""
 
+import asyncio
 import contextlib
 import shutil
 import time
@@ -11,7 +12,9 @@ import pytest
 
 from broker.errors import ClusterReplaced, CxlmqError, GroupError, RangeLost, TopicRecreated, UnknownTopic
 from client import Admin, Publisher, Subscriber
+from client.attached_subscriber import AttachedSubscriberEngine, Slot
 from client.cluster import Cluster
+from client.received import Message
 from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, made_topic
 
@@ -203,6 +206,31 @@ def test_all_brokers_die_and_come_back(topic: str, transport: str) -> None:
             assert eventually(lambda: cluster.restarts >= 2)
             assert eventually(lambda: _publishes(cluster.name, topic))
             assert eventually(lambda: bool(reader.fetch(1, 1)))
+
+
+def test_a_reader_that_reads_on_while_another_broker_takes_it_has_lost_nothing(
+        cluster: Cluster, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it reads in memory after that broker looked for the end of the log lies behind that end."""
+    with made_topic(cluster, topic), Subscriber(topic, cluster=cluster.name, transport="attached") as reader:
+        publish(cluster.name, topic, "a", 5)
+        assert len(reader.fetch(5, 10)) == 5
+        engine = reader._engine
+        assert isinstance(engine, AttachedSubscriberEngine)
+        come_back, meanwhile = engine._come_back, list[Message]()
+
+        async def slowly() -> Slot:
+            place = await come_back()
+            await asyncio.to_thread(publish, cluster.name, topic, "b", 5)
+            meanwhile.extend(await asyncio.to_thread(reader.fetch, 5, 10))
+            return place
+
+        monkeypatch.setattr(engine, "_come_back", slowly)
+        engine._return()
+        assert engine.returning is not None
+        engine.returning.result(30)
+        assert len(meanwhile) == 5
+        publish(cluster.name, topic, "c", 1)
+        assert [each.position for each in reader.fetch(1, 10)] == [10]
 
 
 def _publishes(cluster: str, topic: str) -> bool:
