@@ -154,8 +154,9 @@ class _PublisherBase:
     async def _close_engine(self) -> None:
         """On the client loop."""
         self._state = "closed"
-        await self._engine.close()
-        unclosed.forget(self._engine)
+        if not await unclosed.finished(self._engine):
+            await self._engine.close()
+            unclosed.forget(self._engine)
 
     def __del__(self) -> None:
         # Not a ForkedEngine, and not what was never opened: those are not noted.
@@ -242,7 +243,7 @@ class Publisher(_PublisherBase):
         """
         if not isinstance(self._engine, AttachedEngine):
             raise ConfigError(setting="transport", value="grpc", allowed="attached, for loans")
-        return self._engine.loan(nbytes)
+        return self._engine.loan(as_count("nbytes", nbytes, 0))
 
     def flush(self, timeout: float | None = None) -> None:
         """Wait until everything published so far is settled. Raises `DeliveryTimeout`."""
@@ -337,14 +338,21 @@ class AsyncPublisher(_PublisherBase):
             await asyncio.sleep(0.001)
 
     async def close(self) -> None:
-        """Flush, then end the session. In a forked child there is nothing to end: it is the parent's."""
-        if isinstance(self._engine, ForkedEngine):
+        """As `Publisher.close`; cancelled, it is done all the same, and nobody waits."""
+        engine = self._engine
+        if isinstance(engine, ForkedEngine):
             return
         try:
-            if self._engine.packer is not None and not self._engine.closed:
+            if engine.packer is not None and not engine.closed:
                 await self.flush()
-        finally:
-            await self._engine.client_loop.call(self._close_engine())
+        except asyncio.CancelledError:
+            self._state = "closed"
+            unclosed.go_on(engine)
+            raise
+        except BaseException:
+            await engine.client_loop.call(self._close_engine())
+            raise
+        await engine.client_loop.call(self._close_engine())
 
     async def __aenter__(self) -> "AsyncPublisher":
         return await self.open()

@@ -1,11 +1,11 @@
 """Publishers that nobody closed: what they published is sent all the same, and what could not be sent is said.
 
     opened ─► noted ─► closed ─► forgotten
-                │ the last reference goes: flushed and closed in the background
+                │ the last reference goes, or close() is cancelled: flushed and closed in the background
                 │ the interpreter ends: flushed and closed, each within its delivery time-out, and waited for
 
-Either way with a ResourceWarning, and on stderr the count of what was not delivered: nobody else will tell. In a forked
-child there is nothing to send: it is the parent's.
+What was not delivered is counted on stderr: nobody else will tell. But for a cancelled close(), with a ResourceWarning.
+In a forked child there is nothing to send: it is the parent's.
 """
 
 import asyncio
@@ -44,6 +44,20 @@ def dropped(engine: Engine) -> None:
         return
     _finishing[engine] = engine.client_loop.submit(_finish(engine, "when the publisher was dropped"))
     _warn(engine)
+
+
+def go_on(engine: Engine) -> None:
+    """Whoever closed a publisher gave up waiting: what was published is sent all the same."""
+    if _open.pop(engine, None) is not None:
+        _finishing[engine] = engine.client_loop.submit(_finish(engine, "after close() was cancelled"))
+
+
+async def finished(engine: Engine) -> bool:
+    """On the client loop: wait for what goes on after a cancelled close(), if anything does."""
+    future = _finishing.get(engine)
+    if future is not None:
+        await asyncio.shield(asyncio.wrap_future(future))
+    return future is not None
 
 
 def _warn(engine: Engine) -> None:

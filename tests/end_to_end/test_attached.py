@@ -147,6 +147,16 @@ def test_what_a_session_had_in_flight_stays_before_what_comes_later(cluster, fre
     assert read_all(cluster, fresh, 2) == [b"in flight", b"later"]
 
 
+@pytest.mark.parametrize("nbytes", [-1, 2.5, True, None, "10", 1 << 70])
+def test_a_loan_of_no_size_is_refused(cluster, fresh, nbytes):
+    with Publisher(fresh, cluster=cluster.name, transport="attached") as publisher:
+        with pytest.raises(ConfigError, match="nbytes"):
+            publisher.loan(nbytes)
+        with publisher.loan(numpy.int64(3)) as view:
+            view[:] = b"abc"
+    assert read_all(cluster, fresh, 1) == [b"abc"]
+
+
 def test_loans_are_refused_over_grpc(cluster, fresh):
     with Publisher(fresh, cluster=cluster.name, transport="grpc") as publisher, pytest.raises(ConfigError):
         publisher.loan(10)

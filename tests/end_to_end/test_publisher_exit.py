@@ -154,6 +154,34 @@ def test_an_exception_or_a_cancellation_in_an_async_block_loses_nothing_either(
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+def test_a_close_that_is_cancelled_is_done_all_the_same(cluster: Cluster, topic: str, transport: str) -> None:
+    async def main() -> list[int | None]:
+        publisher = AsyncPublisher(topic, cluster=cluster.name, transport=transport, linger_ms=60_000.0)
+        await publisher.open()
+        deliveries = [await publisher.publish(each) for each in numbered(COUNT)]
+        for pid in cluster.processes.values():
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            closing = asyncio.ensure_future(publisher.close())
+            await asyncio.sleep(0)          # it waits for what was published
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+        finally:
+            for pid in cluster.processes.values():
+                os.kill(pid, signal.SIGCONT)
+        with pytest.raises(ClosedError):
+            await publisher.open()
+        receipts = [await each for each in deliveries]
+        await publisher.close()
+        return [each.position for each in receipts]
+
+    assert asyncio.run(main()) == list(range(COUNT))
+    assert read_topic(cluster.name, topic) == numbered(COUNT)
+    assert settles_to_nothing(cluster.name)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_an_exception_stays_what_it_is_when_the_rest_cannot_be_sent(transport: str) -> None:
     with Cluster(small_config(brokers=1, restart=False)) as cluster:
         with Admin(cluster=cluster.name) as admin:
