@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,40 @@ LOOK_SECONDS = 0.02
 LEAVE_SECONDS = 2.0                     # for a word that may go unheard: the lease ends by itself
 
 
+class Processed:
+    """How far all threads and tasks have come that read for one member: what may be committed without being asked for.
+
+    Whoever asks for more, or has ended, has processed what it was given. Any thread.
+    """
+
+    def __init__(self) -> None:
+        self._at_work: dict[Any, int] = {}      # who -> where the log stood when it asked: it was given nothing before
+        self._lock = threading.Lock()
+
+    def asks(self, who: threading.Thread | asyncio.Task[Any] | None, handed: int) -> int:
+        """Somebody asks when everything below `handed` was given out; below what it returns, all is processed."""
+        with self._lock:
+            self._at_work[who] = handed
+            if len(self._at_work) > 1:
+                for each in [each for each in self._at_work if each is not who and _has_ended(each)]:
+                    del self._at_work[each]
+            return min(self._at_work.values())
+
+    def got_nothing(self, who: threading.Thread | asyncio.Task[Any] | None) -> None:
+        """Nothing came: it is at work on nothing."""
+        with self._lock:
+            self._at_work.pop(who, None)
+
+    def committed(self, position: int) -> None:
+        """Somebody says that all below a position is processed, whoever was given it."""
+        with self._lock:
+            self._at_work = {who: max(since, position) for who, since in self._at_work.items()}
+
+
+def _has_ended(who: threading.Thread | asyncio.Task[Any]) -> bool:
+    return not who.is_alive() if isinstance(who, threading.Thread) else who.done()
+
+
 class Membership:
     """One member of one group. Coroutines run on the client loop; `processed` may be set from any thread."""
 
@@ -50,6 +85,7 @@ class Membership:
         self.committed = 0
         self.seen = pb.TopicIdentity()          # of the topic that we joined
         self.processed: int | None = None       # everything below it may be committed
+        self.work = Processed()
         self.failure: CxlmqError | None = None
         self._lease_seconds = 0.0
         self._valid_until = 0.0
@@ -172,6 +208,7 @@ class Membership:
         while True:
             try:
                 await self.commit(lambda: position)
+                self.work.committed(position)
                 return
             except CxlmqError as error:
                 if not error.comes_back or time.monotonic() > self._valid_until:

@@ -6,6 +6,7 @@ mix, from several threads or tasks. Threads that share a subscriber share its st
 
 import asyncio
 import contextlib
+import threading
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -179,16 +180,26 @@ class _SubscriberBase:
         """What `commit` means: a position, or everything that was given out."""
         return as_count("position", self._engine.buffer.handed if position is None else position, 0)
 
-    def _asked_again(self) -> None:
+    @staticmethod
+    def _who() -> Any:
+        """Who reads: of several, each has processed what it was given when it asks again."""
+        raise NotImplementedError
+
+    def _asks(self) -> None:
         """Whoever asks for more has processed what it was given."""
+        membership, handed = self._membership, self._engine.buffer.handed
+        if membership is not None and membership.auto_commit is not None and handed is not None:
+            membership.processed = membership.work.asks(self._who(), handed)
+
+    def _got_nothing(self) -> None:
         if self._membership is not None:
-            self._membership.processed = self._engine.buffer.handed
+            self._membership.work.got_nothing(self._who())
 
     def _at_hand(self) -> Message | None:
         """For loops: the next message when nothing has to be waited for or looked at, which is the rule."""
         membership = self._membership
         if membership is not None:
-            membership.processed = self._engine.buffer.handed
+            self._asks()
             if not membership.valid():
                 return None
         return self._engine.next_ahead()
@@ -228,11 +239,13 @@ class Subscriber(_SubscriberBase):
     With `group`, reading starts where the group has committed (`start` counts for a new group only), one member reads
     at a time (`GroupBusy` names the other one; `group_wait` seconds are waited for it), and `commit` moves the group's
     place. `protect` keeps what the group has not committed, else `PositionLost` may tell of a range that is gone.
-    `auto_commit` commits every so many seconds what was given out before the last fetch, and the rest when a `with`
-    ends without error.
+    `auto_commit` commits every so many seconds what was given out before the last fetch (of several threads or tasks
+    that read: before the last of each that has not ended), and the rest when a `with` ends without error.
 
     `security` is the folder with our certificate and token. Raises the typed errors of `client.errors`.
     """
+
+    _who = staticmethod(threading.current_thread)
 
     def open(self) -> "Subscriber":
         """Subscribe; `with` does it. Refused, it can be tried again; once closed, another one has to be made."""
@@ -241,10 +254,15 @@ class Subscriber(_SubscriberBase):
 
     def _taken(self, take: Any, timeout: float | None) -> list[Any]:
         deadline = deadline_of(as_seconds("timeout", timeout))
-        self._asked_again()
-        if self._membership is not None and not self._membership.wait(deadline):
-            return []
-        return self._engine.taken(take, deadline)
+        self._asks()
+        found: list[Any] = []
+        try:
+            if self._membership is None or self._membership.wait(deadline):
+                found = self._engine.taken(take, deadline)
+        finally:
+            if not found:
+                self._got_nothing()
+        return found
 
     def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""
@@ -320,6 +338,8 @@ class AsyncSubscriber(_SubscriberBase):
     A call that is cancelled has taken nothing and changed nothing; a cancelled `close` is done all the same.
     """
 
+    _who = staticmethod(asyncio.current_task)
+
     async def open(self) -> "AsyncSubscriber":
         """Subscribe; `async with` does it."""
         await self._engine.client_loop.call(self._open())
@@ -327,10 +347,15 @@ class AsyncSubscriber(_SubscriberBase):
 
     async def _taken(self, take: Any, timeout: float | None) -> list[Any]:
         deadline = deadline_of(as_seconds("timeout", timeout))
-        self._asked_again()
-        if self._membership is not None and not await self._membership.wait_async(deadline):
-            return []
-        return await self._engine.taken_async(take, deadline)
+        self._asks()
+        found: list[Any] = []
+        try:
+            if self._membership is None or await self._membership.wait_async(deadline):
+                found = await self._engine.taken_async(take, deadline)
+        finally:
+            if not found:
+                self._got_nothing()
+        return found
 
     async def fetch(self, n: int = 1, timeout: float | None = None) -> list[Message]:
         """Up to `n` messages, as soon as there is one; empty when nothing came in `timeout` seconds."""

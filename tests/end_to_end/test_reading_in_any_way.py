@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from broker.errors import CommitRefused
 from client import Admin, AsyncSubscriber, Publisher, Subscriber
 from client.cluster import Cluster
+from client.group import Processed
 from tests.end_to_end.conftest import small_config, traces, unique
-from tests.end_to_end.library_support import settles_to_nothing
+from tests.end_to_end.library_support import eventually, settles_to_nothing
 
 END = 3000
 STEPS = st.lists(st.tuples(st.sampled_from(
@@ -208,3 +209,74 @@ def test_tasks_that_share_a_reader_share_its_messages(cluster: Cluster, transpor
             return [each for mine in await asyncio.gather(*(take() for _ in range(5))) for each in mine]
 
     assert sorted(asyncio.run(run())) == list(range(END))
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+def test_what_one_thread_is_at_work_on_is_not_committed_because_another_asks(cluster: Cluster, transport: str) -> None:
+    group = unique("g")
+
+    def others(reader: Subscriber) -> None:
+        assert [each.position for each in (reader.get_next(10) for _ in range(20)) if each] == list(range(10, 30))
+        for message in reader:
+            assert message.position == 30
+            return
+
+    def position(admin: Admin) -> int:
+        return int(admin.describe_group("small", group)["position"])
+
+    with Admin(cluster=cluster.name) as admin, Subscriber(
+            "small", cluster=cluster.name, transport=transport, group=group, auto_commit=0.05) as reader:
+        assert reader._membership is not None
+        assert len(reader.fetch(10, 10)) == 10
+        thread = threading.Thread(target=others, args=(reader,))
+        thread.start()
+        thread.join(60)
+        assert reader._membership.processed == 0, "0 to 9 are still at work on"
+        assert reader.get_next(10)
+        assert eventually(lambda: position(admin) == 31)    # whoever has ended is at work on nothing
+
+
+def test_nor_what_one_task_is_at_work_on(cluster: Cluster) -> None:
+    async def run() -> list[int | None]:
+        async with AsyncSubscriber("small", cluster=cluster.name, group=unique("g"), auto_commit=60.0) as reader:
+            membership = reader._membership
+            assert membership is not None
+
+            async def work(seen: list[int | None]) -> None:
+                for _ in range(3):
+                    await reader.fetch(5, 10)
+                    seen.append(membership.processed)
+
+            seen: list[int | None] = []
+            await reader.fetch(10, 10)
+            await asyncio.gather(work(seen))
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await reader.fetch(1 << 40, 10)
+                    await asyncio.sleep(10)
+            await reader.fetch(1, 0)
+            return [*seen, membership.processed]
+
+    assert asyncio.run(run()) == [0, 0, 0, END]
+
+
+def test_who_gets_nothing_or_commits_holds_nothing_back() -> None:
+    work, other = Processed(), threading.Thread()
+    main = threading.current_thread()
+    assert work.asks(main, 0) == 0
+    assert work.asks(main, 5) == 5
+    work.got_nothing(main)
+    assert work.asks(other, 9) == 9
+    assert work.asks(main, 12) == 12, "a thread that does not run has ended"
+    running, stop = threading.Event(), threading.Event()
+    alive = threading.Thread(target=lambda: (running.set(), stop.wait(30)))
+    alive.start()
+    try:
+        assert work.asks(alive, 20) == 12
+        assert work.asks(main, 30) == 20
+        work.committed(25)
+        assert work.asks(main, 40) == 25
+    finally:
+        stop.set()
+        alive.join()
+    assert work.asks(main, 50) == 50
