@@ -93,9 +93,11 @@ def write_whole(path: Path, data: bytes) -> None:
         finally:
             os.close(descriptor)
         os.replace(fresh, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             fresh.unlink()
+        if isinstance(error, OSError) and error.filename is None:   # write(2) and fdatasync(2) do not say of which file
+            error.filename = str(path)
         raise
     sync_folder(path.parent)
 

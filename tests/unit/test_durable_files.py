@@ -34,6 +34,17 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert [each.name for each in path.parent.iterdir()] == ["file.topic"]
 
 
+def test_a_full_disk_is_said_with_the_file_that_could_not_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "x.group"
+    write_durable(path, "group", {"position": 1})
+    (tmp_path / ".x.group.new").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as refused:
+        write_durable(path, "group", {"position": 2})
+    assert refused.value.errno == errno.ENOSPC
+    assert refused.value.filename == str(path)
+    assert read_durable(path, "group").values == {"position": 1}
+
+
 def test_every_flipped_bit_and_every_cut_is_noticed() -> None:
     data = sealed("topic", VALUES)
     for at in range(len(data)):
