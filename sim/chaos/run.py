@@ -284,6 +284,8 @@ class ChaosRun:
                 for client in self._clients:
                     client.process.kill()
                     client.process.wait()
+                for broker in range(self._settings.brokers):    # also of a run that could not be ended
+                    shutil.copy(self._cluster.log_path(broker), self._settings.folder)
                 self._region.close()
 
     def _disturb(self, outcome: Outcome) -> None:
@@ -329,10 +331,9 @@ class ChaosRun:
     def _finish(self, outcome: Outcome) -> list[str]:
         """Let everything come to rest; what does not. Then read all that is kept, and look for what is left over."""
         self._progress("coming to rest")
-        deadline = time.monotonic() + SETTLE_SECONDS
-        while time.monotonic() < deadline and len(self._cluster.processes) < self._settings.brokers:
-            time.sleep(LOOK_SECONDS)
-        wrong = self._others.end() + self._fallen(outcome) + self._end("publish")
+        wrong = [] if _wait(self._all_serve, SETTLE_SECONDS) else [
+            f"{SETTLE_SECONDS:.0f} s after the last fault not all brokers serve"]
+        wrong += self._others.end() + self._fallen(outcome) + self._end("publish")
         with Admin(cluster=self._cluster.name) as admin:
             found = {topic: admin.describe_topic(topic) for topic in (*TOPICS, DAMAGED)}
         ends = {topic: int(each["end_position"]) for topic, each in found.items()}
@@ -345,14 +346,18 @@ class ChaosRun:
         _wait_for_position(self._damaged, ends[DAMAGED])
         self._wrong_i = judge_damaged(self._damaged, ends[DAMAGED], _read_to(self._damaged))
         wrong += self._end("read")
-        for broker in range(self._settings.brokers):
-            shutil.copy(self._cluster.log_path(broker), self._settings.folder)
         shutil.copytree(self._settings.folder / "data", self._settings.folder / "disks", dirs_exist_ok=True)
         with Admin(cluster=self._cluster.name) as admin:
             for topic in (*TOPICS, DAMAGED):
                 admin.delete_topic(topic)
         _wait(lambda: not self._left_over(), BASE_LINE_SECONDS)
         return wrong + self._left_over()
+
+    def _all_serve(self) -> bool:
+        """Whether every broker is ready: one whose process was just started answers nobody yet."""
+        ready = {each["broker"]: each["pid"] for each in inspect_region(self._region)["brokers"]
+                 if each["state"] == "ready"}
+        return len(ready) == self._settings.brokers and ready == self._cluster.processes
 
     def _left_over(self) -> list[str]:
         found = inspect_region(self._region)
