@@ -46,15 +46,16 @@ class AttachedPublisher(Publisher):
 
     def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
         super().__init__(world, client, topic, batches, window, level)
-        self.number = world.scenario.hosts + client
+        self.number = world.scenario.hosts + client - 1
         self.control, door = client_door(world, self.number)
-        self.packer = Packer(self, self._batch_is_full, world.layout.numbers["batch_bytes_max"],
-                             world.layout.numbers["message_bytes_max"])
+        # Not the core's: that one gets the size that leases have when a session ends, which batches here may pass.
+        self.packer, overflow = (Packer(self, self._batch_is_full, world.layout.numbers["batch_bytes_max"],
+                                        world.layout.numbers["message_bytes_max"]) for _ in range(2))
         target = world.layout.numbers["segment_bytes"]
-        self.core = AttachedCore(self, door, world.layout, self.packer, (target, target, target), WINDOW_BYTES, window,
+        self.core = AttachedCore(self, door, world.layout, overflow, (target, target, target), WINDOW_BYTES, window,
                                  level, NEVER)
         self.core.begin_session(0)
-        self.slots: dict[int, int] = {}     # host -> the slot that we have there
+        self.slots: dict[int, int] = {}     # slots that we have -> their hosts
         self.built: dict[int, Batch] = {}                       # by first message: what goes into a lease again
         self.outcomes: list[tuple[Operation, Delivery]] = []
         self.turns = self.paused_until = 0
@@ -104,38 +105,40 @@ class AttachedPublisher(Publisher):
         self.core.poll()
         self._take_outcomes(unsettled)
         super()._resume(high_water, positions)
-        self.core.leave([(slot, host) for host, slot in self.slots.items()])
-        self.slots.clear()
+        self._leave(list(self.slots))
 
     def _opened(self, session: dict[str, Any]) -> None:
         super()._opened(session)
         self.core.begin_session(self.epoch)
 
     def _attach(self) -> None:
-        """Get a slot at every broker at which there is none."""
+        """Get a slot at every broker at which there is none, also at one that was started again."""
         for host in self.world.hosts:
-            if not host.powered or host.stalled or host.number in self.slots or self.random.random() < 0.5:
+            if not host.powered or host.stalled or host.number in self.core.brokers_alive() or (
+                    self.random.random() < 0.5):
                 continue
             found = attach_publisher(host, self)
             if isinstance(found, CxlmqError):
                 self._reopen("its session had ended")
                 return
-            if found is None or (self.world.unreliable and self.random.random() < 0.05):
+            if found is None or self.world.strikes("answer lost", self.random, 0.05):
                 continue                    # no slot is free, or the answer was lost: the broker notices
-            self.slots[host.number] = found[0]
+            self.slots[found[0]] = host.number
             self.core.add_channel(*found, host.number)
+
+    def _leave(self, slots: list[int]) -> None:
+        self.core.leave([(slot, self.slots.pop(slot)) for slot in slots])
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
     def _hear(self) -> None:
         """Take what was answered; drop brokers that died; say that we are there."""
         self.turns += 1
-        for number in self.core.brokers_alive():
-            if not self.world.hosts[number].powered:
-                self.core.drop_channel(number)
-        if self.turns % LOOK_EVERY == 0:
-            done_with = self.core.let_go()
-            self.core.leave([(slot, host) for host, slot in self.slots.items() if slot in done_with])
+        if self.turns % LOOK_EVERY == 0:    # until then it writes to a broker that is no more, or is another one by now
+            for number in self.core.brokers_alive():
+                if not self.world.hosts[number].powered:
+                    self.core.drop_channel(number)
+            self._leave(self.core.let_go())
             self.core.beat()
             self.core.check_slots()
         self.core.poll()
@@ -229,7 +232,7 @@ class AttachedSubscriber(Subscriber):
         # The place is granted: the service hands out a slot for it, or gives it back.
         topic, layout = self.topic, self.world.layout
         found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, READERS, 1)
-        lost = host.control.dead or (self.world.unreliable and self.random.random() < 0.05)
+        lost = host.control.dead or self.world.strikes("answer lost", self.random, 0.05)
         if found is None:
             host.cursors.close(self.cursor)
         else:
@@ -301,7 +304,7 @@ def close_gone(host: "Host") -> None:
                             if not slot["left"] and (slot["number"], slot["generation"]) in host.inherited})
     for slot in host.attach.open_slots():
         number, generation = slot["number"], slot["generation"]
-        gone = slot["left"] or (slot["pid"] < READERS and host.world.publishers[slot["pid"]].state == "dead")
+        gone = slot["left"] or (slot["pid"] < READERS and host.world.publishers[slot["pid"] - 1].state == "dead")
         if gone and host.attach.close_slot(number, generation):
             if number in host.attached:
                 host.sessions.detach(host.attached.pop(number))

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -194,13 +195,19 @@ def _many(seeds: range, jobs: int, options: dict[str, Any]) -> None:
                 say(_reason(verdict).splitlines()[0])
     failed = [verdict for verdict in verdicts if verdict.failed]
     steps, seconds = sum(each.steps for each in verdicts), sum(each.seconds for each in verdicts)
+    simulated = sum(each.simulated_seconds for each in verdicts)
+    faults = sum((Counter(each.faults) for each in verdicts), Counter[str]())
     if settings().as_json:
         print_json({"seeds": len(verdicts), "failed": [each.to_json() for each in failed], "steps": steps,
-                    "batches": sum(each.batches for each in verdicts), "steps_per_second_and_core": steps / seconds})
+                    "batches": sum(each.batches for each in verdicts), "steps_per_second_and_core": steps / seconds,
+                    "simulated_seconds": simulated, "simulated_per_real_second": simulated / seconds,
+                    "faults": dict(sorted(faults.items()))})
     else:
         console().print(make_table("", (">seeds", ">failed", ">steps", ">batches ordered", ">steps/s and core"), [(
             f"{len(verdicts):,}", len(failed), f"{steps:,}", f"{sum(each.batches for each in verdicts):,}",
             f"{steps / seconds:,.0f}")]))
+        line(f"{simulated:,.1f} s simulated in {seconds:,.1f} s of a core: {simulated / seconds:,.3g} to 1")
+        line("faults: " + (", ".join(f"{what} {count:,}" for what, count in sorted(faults.items())) or "none"))
         if failed:
             line("replay one: cxlmq sim --seed " + str(failed[0].seed))
     if failed:

@@ -58,7 +58,7 @@ class Connection:
 
     def send(self, frame: bytes, sequence: int) -> None:
         """Put a batch on its way, once or (a copy that the network kept) twice."""
-        for _ in range(2 if self.world.unreliable and self.world.network.random() < 0.02 else 1):
+        for _ in range(2 if self.world.strikes("message doubled", self.world.network, 0.02) else 1):
             due = self.world.step + self.world.delay()
             self.up.append((max(due, self.up[-1][0] if self.up else 0), frame, sequence))
 
@@ -73,7 +73,7 @@ class Connection:
             if self.stream < 0 and not self._open():
                 return
             _, frame, sequence = self.up[0]
-            if self.world.unreliable and self.world.network.random() < 0.01:
+            if self.world.strikes("handler failed", self.world.network, 0.01):
                 host.receiver.abandon(publisher.topic.number)       # a handler that failed after it had reserved
             status = host.receiver.receive(frame, self.stream, publisher.topic.number, publisher.client, self.slot,
                                            self.epoch)
@@ -221,7 +221,7 @@ class Publisher:
         if request is not None and request.done():
             self.request = None
             error = None if request.cancelled() else request.exception()
-            lost = self.world.unreliable and self.random.random() < 0.05
+            lost = self.world.strikes("answer lost", self.random, 0.05)
             if not request.cancelled() and error is None and not lost:
                 self._opened(request.result())
                 return

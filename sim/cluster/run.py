@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
@@ -11,7 +11,7 @@ from broker.coherence import explain, report_text
 from sim.cluster.history import Violation
 from sim.cluster.mutants import BY_NAME, Mutant, planter, switch_on
 from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
-from sim.cluster.world import World
+from sim.cluster.world import SECOND, World
 
 COHERENCE = "coherence"                     # the "invariant" that the checker judges
 
@@ -28,6 +28,8 @@ class Verdict:
     invariant: str = ""
     text: str = ""
     seconds: float = 0.0
+    simulated_seconds: float = 0.0
+    faults: dict[str, int] = field(default_factory=dict)    # that met somebody, by kind
 
     @property
     def failed(self) -> bool:
@@ -60,7 +62,7 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
         switch_on(None)
     batches = len(world.witness.log_of(0))
     return Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
-                   perf_counter() - begun), world
+                   perf_counter() - begun, (world.clock.now() - SECOND) / SECOND, dict(+world.injected)), world
 
 
 def run_scenario(scenario: Scenario) -> Verdict:

@@ -29,11 +29,11 @@ class Fault:
                          f"{'fences' if self.argument < 0 else 'operations'} later; "
                          f"unfenced lines: {self.policy}"
                          f"{f'; started again {self.again} steps later' if self.again else ''}",
-                "client": f"client {self.where} dies",
-                "pause": f"client {self.where} stands still for {self.argument} steps",
+                "client": f"client {self.where + 1} dies",
+                "pause": f"client {self.where + 1} stands still for {self.argument} steps",
                 "stall": f"{'' if self.stage < 0 else f'stage {self.stage} of '}host {self.where} stands still for "
                          f"{self.argument} steps",
-                "cut": f"client {self.where} loses its connection to host {self.argument}"}[self.kind]
+                "cut": f"client {self.where + 1} loses its connection to host {self.argument}"}[self.kind]
         return f"step {self.step}: {what}"
 
 

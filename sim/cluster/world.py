@@ -11,8 +11,10 @@ import heapq
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any
 from zlib import crc32
 
@@ -102,6 +104,7 @@ class Host:
         if self.powered or self.booting:
             return
         self.world.note(f"host {self.number}", "is started again")
+        self.world.injected["broker started again"] += 1
         self.world.hardware.restart(self.number)
         if self.world.folder is not None:
             self.replication.close()
@@ -329,13 +332,14 @@ class World:
         self.turns = scenario.random("turns")
         self.history = History(order=scenario.order)
         numbers = 3 * max(scenario.batches, EARLIER_BATCHES) + 3
-        self.witness = Witness(self.hardware.truth, self.layout, scenario.publishers + 1, numbers)
+        self.witness = Witness(self.hardware.truth, self.layout, scenario.publishers + 2, numbers)
         self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
                                  self.witness, scenario.tick_ns)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=SHARED_MEMORY_FOLDER)) if (
             scenario.replication_factor > 1) else None
         self.unreliable = "net" in scenario.kinds
         self.probe_period = PROBE_PERIOD if "evict" in scenario.kinds else 0
+        self.injected = Counter[str]()      # faults by kind: those that met somebody
         self.draining = False
         self._queue: list[tuple[int, int, Callable[[], None]]] = []
         self._queued = 0
@@ -372,7 +376,15 @@ class World:
     def delay(self) -> int:
         """How many steps a message is under way."""
         random = self.network.random()
-        return int(5 + random * 60) + (int(random * 1e6) % 1500 if self.unreliable and random < 0.03 else 0)
+        late = self.unreliable and random < 0.03
+        self.injected["message late"] += late
+        return int(5 + random * 60) + (int(random * 1e6) % 1500 if late else 0)
+
+    def strikes(self, what: str, random: Random, probability: float) -> bool:
+        """Whether the network does this now."""
+        struck = self.unreliable and random.random() < probability
+        self.injected[what] += struck
+        return struck
 
     def settled(self, operation: Operation) -> None:
         """An operation was acknowledged: it is in the log, at that place, or will be seen there at once."""
@@ -454,14 +466,14 @@ class World:
     def _notice_power(self) -> None:
         for host in self.hosts:
             if host.powered and host.control.dead:
-                policy = next((fault.policy for fault in self.scenario.faults
-                               if fault.kind == "crash" and fault.where == host.number), "lost")
+                crashes = [fault for fault in self.scenario.faults
+                           if fault.kind == "crash" and fault.where == host.number]
+                policy = next((fault.policy for fault in crashes), "lost")
                 self.note(f"host {host.number}", f"power lost; unfenced lines: {policy}")
+                self.injected["power lost" if policy in ("lost", "kept") else "power lost, lines torn"] += 1
                 self.hardware.crash(host.number, policy)
                 host.lose_power()
-                again = next((fault.again for fault in self.scenario.faults
-                              if fault.kind == "crash" and fault.where == host.number and fault.again), 0)
-                if again:
+                if again := next((fault.again for fault in crashes if fault.again), 0):
                     self.at(self.step + again, host.begin_again)
                 self.allow()
                 if self.witness.check_now():
@@ -469,7 +481,8 @@ class World:
 
     def strike(self, fault: Fault) -> None:
         """Let a fault happen."""
-        self.note(f"host {fault.where}" if fault.kind in ("crash", "stall") else f"client {fault.where}", str(fault))
+        whom = f"host {fault.where}" if fault.kind in ("crash", "stall") else f"client {fault.where + 1}"
+        self.note(whom, str(fault))
         if fault.kind == "crash" and self.hosts[fault.where].powered:
             control = self.hosts[fault.where].control
             if fault.argument > 0:
@@ -479,15 +492,19 @@ class World:
         elif fault.kind == "stall" and self.hosts[fault.where].powered:
             self._stall(self.hosts[fault.where], fault.argument, fault.stage)
         elif fault.kind == "client":
+            self.injected["client died"] += 1
             self.publishers[fault.where].die()
         elif fault.kind == "pause" and isinstance(client := self.publishers[fault.where], AttachedPublisher):
+            self.injected["client stood still"] += 1
             client.pause(fault.argument)
         elif fault.kind == "cut":
             connection = self.publishers[fault.where].connections.pop(fault.argument, None)
             if connection is not None:
+                self.injected["connection cut"] += 1
                 connection.cut()
 
     def _stall(self, host: Host, steps: int, stage: int) -> None:
+        self.injected["host stood still" if stage < 0 else "stage stood still"] += 1
         incarnation, unit = host.incarnation, host.units[stage % len(host.units)] if stage >= 0 else None
         if unit is None:
             host.stalled = True
@@ -528,7 +545,7 @@ class World:
     def live_before(self) -> None:
         """Another topic has the place first: some traffic, and it is deleted."""
         topic, live = self.create_topic("earlier"), [host.number for host in self.hosts]
-        client = Publisher(self, self.scenario.publishers, topic, EARLIER_BATCHES, 4, 1)
+        client = Publisher(self, self.scenario.publishers + 1, topic, EARLIER_BATCHES, 4, 1)
         for _ in range(EARLIER_TRIES):
             client.act()
             self.advance(self.step + 50)
@@ -548,9 +565,10 @@ class World:
         if scenario.earlier_life:
             self.live_before()
         self.topic = self.create_topic(TOPIC)
-        self.publishers += [(AttachedPublisher if client < scenario.attached else Publisher)(
+        # Numbered from 1, as the product's are: a slot without a client is a reader's.
+        self.publishers += [(AttachedPublisher if client <= scenario.attached else Publisher)(
             self, client, self.topic, scenario.batches, scenario.window, scenario.ack)
-            for client in range(scenario.publishers)]
+            for client in range(1, scenario.publishers + 1)]
         self.subscribers = [(AttachedSubscriber if number < scenario.attached_readers else Subscriber)(
             self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from sim.cluster.attached import AttachedPublisher
+from sim.cluster.history import Operation
 from sim.cluster.run import run_scenario, run_seeds, run_world
 from sim.cluster.scenario import FAULT_KINDS, draw
-from sim.cluster.world import FOLDER_PREFIX, remove_leftovers
+from sim.cluster.world import FOLDER_PREFIX, World, remove_leftovers
 from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +41,31 @@ def test_clusters_of_other_sizes_break_no_invariant(hosts: int, seeds: Iterable[
     for seed in seeds:
         verdict = run_scenario(draw(seed, hosts=hosts))
         assert not verdict.failed, verdict
+
+
+@pytest.mark.parametrize("seed", [3, 20, 29, 40, 62])
+def test_attached_clients_go_on_at_the_only_broker_when_it_was_started_again(seed: int) -> None:
+    scenario = draw(seed, hosts=1)
+    assert scenario.attached
+    verdict = run_scenario(scenario)
+    assert not verdict.failed, verdict
+    assert verdict.faults["broker started again"]
+
+
+def test_a_session_that_ended_changes_no_size_of_batches() -> None:
+    world = World(draw(0).smaller(attached=1, publishers=1, segment_bytes=4 << 10, region_bytes=3 << 20))
+    client = AttachedPublisher(world, 1, None, 1, 1, 1)
+    client.core.take_unsettled()            # which makes what spills as small as leases were
+    sizes = [client._build(Operation(1, first, 3, 1, 0)).used for first in range(0, 3_000, 3)]
+    world.close()
+    assert max(sizes) > 4 << 10
+
+
+def test_a_run_says_which_faults_met_somebody_and_how_much_time_it_simulated() -> None:
+    calm, rough = run_scenario(draw(62, hosts=1, kinds=frozenset())), run_scenario(draw(62, hosts=1))
+    assert calm.faults == {}
+    assert (rough.faults["power lost"], rough.faults["broker started again"]) == (1, 1)
+    assert rough.simulated_seconds >= rough.steps * draw(62, hosts=1).tick_ns / 1e9
 
 
 def test_without_faults_everything_that_was_sent_is_in_the_log() -> None:
