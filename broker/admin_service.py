@@ -12,6 +12,7 @@ from broker.config import TopicConfig, check_ack
 from broker.errors import (
     ERROR_KEY,
     AttachSlotsFull,
+    BadRequest,
     BrokerUnavailable,
     DeletionNotDurable,
     NotAllowed,
@@ -144,6 +145,8 @@ class AdminService:
     async def open_session(self, request: Any, context: Any) -> pb.Session:
         entry = self._server.topic_seen(request)
         self._server.check_ack(entry, request.ack)
+        if request.client_id == 0:              # in the region it says that no client publishes there
+            raise BadRequest(reason="a publisher needs a client_id above 0")
         opened = await self._server.sessions.open(
             request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
         try:

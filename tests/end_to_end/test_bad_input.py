@@ -211,6 +211,13 @@ def test_a_session_belongs_to_its_topic(raw: Raw, cluster: Cluster) -> None:
         admin.delete_topic(f"{raw.topic}-2")
 
 
+def test_a_publisher_needs_a_number(raw: Raw) -> None:
+    # 0 stands for nobody in the region: a broker that starts again would take a slot of it for a reader's.
+    details = refused(lambda: raw.unary("Admin/OpenSession", pb.OpenSessionRequest(
+        topic=raw.topic, session_epoch=1, ack=1).SerializeToString()), "INVALID_ARGUMENT", "bad-request")
+    assert "client_id" in details["reason"]
+
+
 def test_a_fenced_session_is_told_so(raw: Raw) -> None:
     newer = raw.unary("Admin/OpenSession", pb.OpenSessionRequest(
         topic=raw.topic, client_id=5, session_epoch=9, ack=1).SerializeToString())
