@@ -25,6 +25,7 @@ cpdef enum Planted:
     PLANT_OLD_HEAD_ACKS = 17            # acks: what a replaced head says is taken for an answer
     PLANT_ZOMBIE_FOLLOWED = 18          # head view: whoever was head first is followed for ever
     PLANT_ENDS_UNKNOWN = 19             # log: a broker that is started again takes unknown ends of segments for zero
+    PLANT_LEASES_FORGOTTEN = 20         # attach: a broker that is started again forgets what living clients may write into
 
 cdef int planted_bug
 
