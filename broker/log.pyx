@@ -439,7 +439,8 @@ cdef class BrokerLog:
         self.free_orphans()
 
     cdef void press(self, uint64_t topic, uint64_t nbytes) noexcept nogil:
-        """Ask the reclaimer for room for a topic, once until it has answered."""
+        """Ask the reclaimer for room for a topic, once until it has answered. It is told what the topic holds here:
+        what is not committed yet is seen nowhere else."""
         cdef uint64_t wish = self.layout.pool_wish(self.broker), answer
         self.pressure_bytes = nbytes
         if not self.head.begin():
@@ -448,7 +449,8 @@ cdef class BrokerLog:
         self.memory.invalidate(answer, 64)
         if self.memory.load(answer) == self.pressure_sent:
             self.pressure_sent += 1
-            self.memory.store(wish + 40, self.topics[topic].opened << 16 | topic)
+            self.memory.store(wish + 40,
+                              self.topics[topic].segment_count << 32 | self.topics[topic].opened << 16 | topic)
             self.memory.store(wish + 32, nbytes)
             self.memory.store(wish + 24, self.pressure_sent)
             self.memory.flush(wish, 64)

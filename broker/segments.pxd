@@ -75,6 +75,7 @@ cdef class PoolLeader:
     cdef uint64_t* taken
     cdef uint64_t warmed_to         # no cold segment that was free lies below
 
+    cdef bint owes(self, uint64_t b) noexcept nogil
     cdef int64_t take_returns(self, uint64_t b) noexcept nogil
     cdef int64_t step(self) noexcept nogil
     cdef int64_t warm_one(self, uint64_t from_segment) noexcept nogil

@@ -571,6 +571,10 @@ cdef class PoolLeader:
                 work += 1
         return work
 
+    cdef bint owes(self, uint64_t b) noexcept nogil:
+        """Whether a broker waits for what the last step could not grant it."""
+        return self.memory.load(self.layout.pool_wish(b)) > self.granted_runs[b]
+
     cdef int64_t take_returns(self, uint64_t b) noexcept nogil:
         cdef uint64_t wish = self.layout.pool_wish(b), grant = self.layout.pool_grant(b), returned, slot, segment
         cdef int64_t work = 0

@@ -47,7 +47,7 @@ cdef class Reclaim(Stage):
     cdef bint passes_over(self, uint64_t cursor, CursorLine* line) noexcept nogil
     cdef int64_t evict_beyond_retention(self, uint64_t topic, uint64_t nbytes, uint64_t entries) noexcept nogil
     cdef int64_t take_from_retained(self, uint64_t step) noexcept nogil
-    cdef int64_t take_from_largest(self, uint64_t presser, uint64_t wanted) noexcept nogil
+    cdef int64_t take_from_largest(self, uint64_t presser, uint64_t wanted, uint64_t held) noexcept nogil
     cdef uint64_t capacity(self) noexcept nogil
     cdef void ring(self, uint64_t broker) noexcept nogil
     cdef void tell_brokers(self) noexcept nogil

@@ -380,15 +380,18 @@ cdef class Reclaim(Stage):
         cdef uint64_t wanted = self.memory.load(line + 32) * self.layout.g.broker_count
         cdef uint64_t named = self.memory.load(line + 40), presser = named & 0xFFFF
         cdef ReclaimAnswerLine answer
-        cdef int64_t moved
+        cdef int64_t moved = 0
+        # A broker cannot know whether its leader has no room, or had no time: then it has its segments by now.
+        cdef bint lacks = self.leader is None or self.leader.owes(broker)
         wanted = max(wanted, 2 * self.layout.g.segment_bytes * self.layout.g.broker_count)
         if presser >= self.layout.g.topic_count_max or not self.know(presser) or (
-                self.generations[presser] != named >> 16):
+                self.generations[presser] != (named >> 16 & 0xFFFF)):
             presser = self.layout.g.topic_count_max     # deleted meanwhile
         self.holder = self.holder_topic = 0
-        moved = self.take_from_retained(wanted)
-        if not moved:
-            moved = self.take_from_largest(presser, wanted)
+        if lacks:
+            moved = self.take_from_retained(wanted)
+        if lacks and not moved:
+            moved = self.take_from_largest(presser, wanted, (named >> 32) * self.layout.g.segment_bytes)
         memset(&answer, 0, sizeof(answer))
         answer.answered = request
         answer.holder = self.holder
@@ -413,10 +416,10 @@ cdef class Reclaim(Stage):
                 moved += self.evict_beyond_retention(topic, max(wanted, self.kept_bytes(topic) // 16), 0)
         return moved
 
-    cdef int64_t take_from_largest(self, uint64_t presser, uint64_t wanted) noexcept nogil:
+    cdef int64_t take_from_largest(self, uint64_t presser, uint64_t wanted, uint64_t held) noexcept nogil:
         """The topic that keeps most, if that is the one which lacks room, or keeps more than its fair share, or more than
-        that one has. One that cannot move is passed over for the next; of others no more is taken than what they keep
-        beyond it."""
+        that one has: what it keeps, or holds at the broker that asks (`held`), committed or not. One that cannot move is
+        passed over for the next; of others no more is taken than what they keep beyond it."""
         cdef uint64_t topic, kept, most = 0, chosen = 0, count = 1, own = 0, fair, holder = 0, holder_topic = 0
         cdef uint64_t stuck = 0, topics = self.layout.g.topic_count_max
         cdef int64_t moved = 0
@@ -425,7 +428,7 @@ cdef class Reclaim(Stage):
                 count += topic != presser and self.kept_bytes(topic) > 0
         fair = self.capacity() // count
         if presser < topics:
-            own = self.kept_bytes(presser)
+            own = max(self.kept_bytes(presser), held)
         for topic in range(topics):
             if not cxl_load_relaxed(&self.state.topics[topic].generation) or not self.know(topic):
                 continue

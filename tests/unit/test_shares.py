@@ -102,6 +102,38 @@ def test_a_noisy_topic_drops_its_own_before_that_of_topics_that_keep_less_than_t
     assert kept(cluster, quiet) == 20
 
 
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_noisy_topic_whose_batches_are_not_committed_yet_takes_nothing_from_quiet_ones(pool: str) -> None:
+    cluster = ManualCluster(pool=pool, region_bytes=300 * KIB, order_entry_count=256)
+    quiet, noisy = cluster.create("quiet"), cluster.create("noisy")
+    assert fill(cluster, cluster.open_session(quiet, client=1), 5) == 5
+    session = cluster.open_session(noisy, client=2)
+    seen = set()
+    for sequence in range(200):
+        seen.add(cluster.publish(session, sequence, [bytes(7000)]))
+        for _ in range(4):
+            for stage in (cluster.reclaim, *(broker.release for broker in cluster.brokers)):
+                stage.step_once()
+    assert POOL_EMPTY in seen
+    assert kept(cluster, quiet) == 5
+    cluster.settle()
+    assert kept(cluster, quiet) == 5
+
+
+def test_a_leader_that_had_no_time_to_answer_takes_nothing_from_anybody() -> None:
+    cluster = ManualCluster(pool="leader", **SMALL)
+    quiet, new = cluster.create("quiet"), cluster.create("new")
+    assert fill(cluster, cluster.open_session(quiet, client=1), 5) == 5
+    session = cluster.open_session(new, client=2)
+    before = cluster.record("PoolWishLine", "pool_wish", 0)["pressure"]
+    for _ in range(200):
+        cluster.publish(session, 0, [bytes(7000)])
+    assert cluster.record("PoolWishLine", "pool_wish", 0)["pressure"] > before
+    cluster.settle()
+    assert kept(cluster, quiet) == 5
+    assert fill(cluster, session, 3) == 3
+
+
 def test_a_run_that_lies_open_and_holds_nothing_goes_back_when_room_is_short() -> None:
     sizes = {"order_entry_count": 32, "topic_count_max": 16, "session_count_max": 40}
     numbers = ManualCluster(region_bytes=600 * KIB, **sizes).layout.numbers
