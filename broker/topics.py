@@ -72,6 +72,7 @@ class TopicTable:
         self._unfinished = True             # whether there may be deletions that some broker has not noted
         self._by_number: dict[int, TopicEntry] = {}
         self._deleting = set[int]()
+        self._taken_below = 0               # every number below this one has a topic
 
     # ---- reading ----------------------------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ class TopicTable:
             found = {number: self._entry(number) for number in numbers}
             if self._head.control == control:
                 if not known:
-                    self._by_name, self._by_number, self._deleting = {}, {}, set()
+                    self._by_name, self._by_number, self._deleting, self._taken_below = {}, {}, set(), 0
                 for number, (state, entry) in found.items():
                     self._note(number, state, entry)
                 self._version, self._control = version, control
@@ -215,6 +216,8 @@ class TopicTable:
             del self._by_name[before.name]
         if entry is not None:
             self._by_number[number] = self._by_name[entry.name] = entry
+        else:
+            self._taken_below = min(self._taken_below, number)
         (self._deleting.add if state == TopicState.TOPIC_DELETING else self._deleting.discard)(number)
 
     def _states(self) -> Any:
@@ -329,8 +332,11 @@ class TopicTable:
         return remain
 
     def _free_number(self) -> int:
+        """The lowest number that no topic has. Raises `TopicTableFull`."""
         numbers = self._numbers
-        for number in range(numbers["topic_count_max"]):
+        while self._taken_below in self._by_number:
+            self._taken_below += 1
+        for number in range(self._taken_below, numbers["topic_count_max"]):
             if number not in self._by_number and self._state(number)[1] == TopicState.TOPIC_FREE:
                 return number
         raise TopicTableFull(
@@ -391,25 +397,29 @@ class TopicTable:
 
     async def _every_broker(self, live_brokers: Callable[[], list[int]], number: int, generation: int,
                             seconds: float = ROUND_SECONDS) -> None:
-        """Wait until each live broker's line says that it serves this generation (0: that it has stopped)."""
+        """Wait until each live broker's line says that it serves this generation (0: that it has stopped).
+
+        They were woken when the change was published; those that are late are woken again.
+        """
         deadline = 0.0
         while True:
             late = [broker for broker in live_brokers() if self._generation_at(number, broker) != generation]
             if not late:
                 return
             now = asyncio.get_running_loop().time()
-            deadline = deadline or now + seconds
-            if now > deadline:
+            if not deadline:
+                deadline = now + seconds
+            elif now > deadline:
                 raise BrokerUnavailable(f"broker {late[0]} did not take note of the topic within {seconds:.0f} s",
                                         address=f"broker {late[0]}")
+            else:
+                self._announce()
             await asyncio.sleep(STEP_SECONDS)
-            self._announce()
 
     def _generation_at(self, number: int, broker: int) -> int:
         at = self._layout.offset_of("offset_broker", number, broker)
         self._memory.invalidate_range(at, 64)
         return self._memory.load_word(at + 48)
-
 
 
 def _stored(retention_bytes: int) -> int:

@@ -29,6 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seeds", metavar="FIRST:END", default="0:4", help="seeds of tests/end_to_end/test_fuzz_grpc.py")
     parser.addoption("--chaos", metavar="MINUTES:SEED", default="2:1", help="how long, and with which seed, "
                      "tests/end_to_end/test_chaos_run.py runs")
+    parser.addoption("--topics", type=int, default=150, help="how many topics tests/end_to_end/test_many_topics.py has")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

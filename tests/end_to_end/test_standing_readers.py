@@ -190,19 +190,3 @@ def test_idle_attached_publishers_leave_room_for_others() -> None:
         finally:
             for each in idle:
                 each.close()
-
-
-def test_many_topics_cost_what_they_hold() -> None:
-    topics = 600
-    with Cluster(small_config(brokers=2, region_bytes="64MiB", topic_count_max=2 * topics)) as cluster:
-        with Admin(cluster=cluster.name) as admin:
-            for number in range(2 * topics):
-                admin.create_topic(f"t{number}")
-            for number in range(2 * topics):
-                with Publisher(f"t{number}", cluster=cluster.name, transport=TRANSPORTS[number % 2]) as publisher:
-                    assert publisher.publish(b"%d" % number).result(10).position == 0
-            for number in (0, 1, topics, 2 * topics - 1):
-                with Subscriber(f"t{number}", cluster=cluster.name) as reader:
-                    assert read(reader, 1) == [b"%d" % number]
-            assert publish(cluster, "t7", "grpc") == publish(cluster, "t8", "attached") == ROUNDS
-            assert admin.describe_topic("t9")["end_position"] == 1
