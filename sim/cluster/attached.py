@@ -81,6 +81,10 @@ class AttachedPublisher(Publisher):
         """Stand still."""
         self.paused_until = self.world.step + steps
 
+    def end(self) -> None:
+        """What is in flight holds its deliveries, and they us: no collector sees that."""
+        self.core.take_unsettled()
+
     def act(self) -> None:
         """What the client does when it comes to run."""
         if self.world.step >= self.paused_until:

@@ -157,6 +157,9 @@ class Publisher:
         self.state = "dead"
         self._drop_connections()
 
+    def end(self) -> None:
+        """The run is over."""
+
     def _drop_connections(self) -> None:
         for connection in list(self.connections.values()):
             connection.cut()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
 from broker.replica_files import Damage, find_files, read_records
-from sim.cluster.history import Read, Violation, check
+from sim.cluster.history import Read, Violation, check, check_a2
 from sim.cluster.scenario import LEASE_TICKS
 from sim.cluster.witness import payload_sender
 
@@ -109,6 +109,15 @@ def _check_counts(world: "World") -> None:
         log = host.log.topic_state(topic.number)
         if log["tail"] != log["head"]:
             leftovers.append(f"broker {host.number}: slots {log['tail']} to {log['head']} are still in use")
+
+
+def check_disks(world: "World") -> None:
+    """What is acknowledged at level 2 by now is on its disks now: later they catch up, or others take their place."""
+    history = world.history
+    told = len(history.errors)
+    history.replicated = replicated(world)
+    del history.errors[told:]               # damage is judged in the end
+    check_a2(history)
 
 
 def replicated(world: "World") -> dict[tuple[int, int], int]:

@@ -224,6 +224,14 @@ RULED_OUT: dict[int, str] = {
     30: "the simulation measures nothing; the benchmarks leave the warm-up out and say how long it was",
 }
 
+# Mistakes that neither the simulation nor a test has shown: what was tried, and what speaks for the right way.
+NOT_SHOWN: dict[str, str] = {
+    "no full fence between two scanners that open sessions of one client at the same moment":
+        "the words that they look at are the head's own, and here one thread steps all stages; half a million pairs of "
+        "openings by two real threads, without the fence and with unclaimed reads, went well. That two who store, "
+        "fence and look never both miss the other is in tests/stress/test_native_litmus.py",
+}
+
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 
@@ -264,4 +272,6 @@ def planted_bugs_markdown() -> str:
                      f"{'yes' if mutant.checker else '-'} | {tests} |")
     lines += ["", "## Classes without a planted bug here", "", "| class | why |", "|---|---|"]
     lines += [f"| {number} | {why} |" for number, why in sorted(RULED_OUT.items())]
+    lines += ["", "## Not shown", "", "| mistake | what was tried |", "|---|---|"]
+    lines += [f"| {mistake} | {tried} |" for mistake, tried in NOT_SHOWN.items()]
     return "\n".join(lines) + "\n"

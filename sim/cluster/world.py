@@ -49,7 +49,7 @@ from sim.cluster.attached import AttachedPublisher, AttachedSubscriber, close_go
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.devices import costs_of
 from sim.cluster.door import HostControl, SimDoor
-from sim.cluster.ending import drain, judge
+from sim.cluster.ending import check_disks, drain, judge
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.history import Entry, History, Operation, Read, Violation
 from sim.cluster.loop import SimLoop
@@ -68,6 +68,7 @@ GRACE_TICKS = 2_000                         # a broker that is silent for so lon
 CALL_TICKS = 20_000                         # a call that takes longer has failed
 EARLIER_BATCHES, EARLIER_TRIES = 10, 400
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
+DISK_STEPS = 4_000                          # and how often it is looked whether disks have what they are said to have
 # A name of two lines, so that one line of it alone is of no use.
 TOPIC = "simulated-" + "-".join(f"{number:03}" for number in range(20))
 HEAD_STAGES = ("scanner", "reclaim")
@@ -573,6 +574,8 @@ class World:
             self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
             self._often(act, CLIENT_STEPS)
+        if self.folder is not None and scenario.ack == 2:
+            self._often(lambda: check_disks(self), DISK_STEPS)
         for fault in scenario.faults:
             self.at(self.step + fault.step, lambda fault=fault: self.strike(fault))     # type: ignore[misc]
         self.advance(self.step + scenario.steps)
@@ -621,8 +624,8 @@ class World:
 
     def close(self) -> None:
         """Give everything back."""
-        for subscriber in self.subscribers:
-            subscriber.end()
+        for client in (*self.publishers, *self.subscribers):
+            client.end()
         for host in self.hosts:
             host.end()
         if self.folder is not None:

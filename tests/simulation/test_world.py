@@ -118,7 +118,7 @@ def test_attached_publishers_take_part_and_live_through_what_befalls_them() -> N
         verdict, world = run_world(draw(seed, steps=STEPS))
         assert not verdict.failed, verdict
         for client in range(world.scenario.attached):
-            acknowledged += sum(each.client == client and each.outcome == "ok" for each in world.history.operations)
+            acknowledged += sum(each.client == client + 1 and each.outcome == "ok" for each in world.history.operations)
             reopened += world.publishers[client].epoch > 1
             dead += world.publishers[client].state == "dead"
     assert acknowledged > 500

@@ -10,6 +10,8 @@ from broker.records import pack
 from sim.cluster.door import HostControl
 from tests.manual_cluster import ManualCluster, drive
 
+SESSIONS, TURNS = 64, 100
+
 
 def follow_with_news(operation: int) -> bool:
     """Before its `operation`-th operation batches are committed, and the reader has released all of them already."""
@@ -52,14 +54,16 @@ def test_a_reader_that_is_faster_than_its_broker_looks_is_not_fenced() -> None:
 
 @pytest.mark.parametrize("lock", ["atomic", "mutex"])
 def test_of_two_sessions_of_a_client_that_two_scanners_open_at_once_the_later_epoch_stays(lock: str) -> None:
-    cluster = ManualCluster(brokers=2, scanners=2, lock=lock, session_count_max=64)
+    """Each scanner opens many in one step, of the same clients, one from the first to the last and one from the last to the
+    first, to meet on the way. It looks at the outcome: that the fence between the two is needed, no run has shown."""
+    cluster = ManualCluster(brokers=2, scanners=2, lock=lock, session_count_max=SESSIONS)
     topic = cluster.create()
     key, share = topic.generation << 16 | topic.number, cluster.layout.numbers["sessions_per_broker"]
     meet = threading.Barrier(3)
 
     def scan(number: int) -> None:
-        for _ in range(400):
-            meet.wait(60)                   # both lines are there
+        for _ in range(TURNS):
+            meet.wait(60)                   # the lines are there
             cluster.scanners[number].step_once()
             meet.wait(60)                   # both have looked
 
@@ -67,20 +71,23 @@ def test_of_two_sessions_of_a_client_that_two_scanners_open_at_once_the_later_ep
     for thread in threads:
         thread.start()
     both_open = []
-    for turn in range(400):
-        slots = [turn % share, share + turn % share]
-        for broker, slot in enumerate(slots):
-            at = cluster.layout.offset_of("session", slot)
-            state = ((cluster.memory.load_word(at) >> 8) + 1) << 8 | SessionState.SESSION_OPEN
-            cluster.memory.write_line_bytes(at, pack(
-                "SessionLine", state=state, client_id=1000 + turn, session_epoch=1 + (broker + turn) % 2, topic=key, ack=1))
+    for turn in range(TURNS):
+        pairs = [(i, share + share - 1 - i) for i in range(share)]
+        for i, pair in enumerate(pairs):
+            for slot, epoch in zip(pair, (1, 2) if (i + turn) % 2 else (2, 1), strict=True):
+                at = cluster.layout.offset_of("session", slot)
+                state = ((cluster.memory.load_word(at) >> 8) + 1) << 8 | SessionState.SESSION_OPEN
+                cluster.memory.write_line_bytes(at, pack(
+                    "SessionLine", state=state, client_id=1000 + turn * share + i, session_epoch=epoch, topic=key, ack=1))
+        for broker in range(2):
             version = cluster.layout.offset_of("broker", broker) + 40
             cluster.memory.store_word(version, cluster.memory.load_word(version) + 1)
         meet.wait(60)
         meet.wait(60)
-        states = [cluster.order.session_state(slot) for slot in slots]
-        open_now = [each["epoch"] for each in states if each["state"] == SessionState.SESSION_OPEN]
-        both_open += [turn] if open_now != [2] else []
+        for pair in pairs:
+            states = [cluster.order.session_state(slot) for slot in pair]
+            if (open_now := [each["epoch"] for each in states if each["state"] == SessionState.SESSION_OPEN]) != [2]:
+                both_open.append((turn, pair, open_now))
     for thread in threads:
         thread.join()
     assert both_open == []
