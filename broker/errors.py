@@ -90,6 +90,13 @@ class RegionForeign(RegionError):
     code = "region-foreign"
     template = "region {region} is not ours ({reason}): choose another cluster name"
 
+    @classmethod
+    def taken(cls, name: str) -> "RegionForeign":
+        """Somebody lives under the name that a new cluster is to have."""
+        return cls(f"the name {name} is taken, by a cluster of yours that runs (`cxlmq cluster list`) or by another "
+                   f"user: use that cluster, end it (`cxlmq cluster down {name}`), or choose another cluster name",
+                   region=name)
+
 
 class RegionMissing(RegionError):
     """There is no region of this name, or it did not become ready in time."""

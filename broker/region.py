@@ -220,7 +220,7 @@ def _create_file(config: ClusterConfig, nbytes: int, content: bytes) -> Any:
     while True:
         try:
             if not make_way(name, config.folder.parent):
-                raise RegionForeign(region=name, reason="a cluster that runs, or another user, has this name")
+                raise RegionForeign.taken(name)
             return files.create_region_file(file_name_of(name), nbytes, content)
         except files.RegionFileExists:
             continue                        # somebody was faster: judge his

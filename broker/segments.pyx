@@ -305,8 +305,7 @@ cdef class LeaderPool(SegmentPool):
             collected = self.memory.load(grant + 8)
             if not self.head.same():
                 return False
-            self.wanted = wanted
-            self.collected = collected
+            self.wanted, self.collected = wanted, collected
             self.known = True
         return True
 

@@ -198,7 +198,7 @@ class Cluster:
                 return
             if self._exact_name:
                 break
-        raise RegionForeign(region=wanted, reason="a cluster that runs, or another user, has this name")
+        raise RegionForeign.taken(wanted)
 
     def _spawn(self, broker: int, again: bool = False) -> None:
         if not again:

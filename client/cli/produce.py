@@ -217,7 +217,8 @@ def _report(outcome: Outcome, error: BaseException | None) -> None:
                     **values)
         raise CommandExit(EXIT_FAILED)
     where = "" if outcome.last_position is None else f", the last at position {outcome.last_position}"
-    text = (f"{outcome.messages:,} messages, {outcome.bytes:,} bytes in {outcome.seconds:.3f} s "
+    counted = "message" if outcome.messages == 1 else "messages"
+    text = (f"{outcome.messages:,} {counted}, {outcome.bytes:,} bytes in {outcome.seconds:.3f} s "
             f"({outcome.bytes / seconds / 1e6:.1f} MB/s){where}")
     if settings().as_json:
         common.report(values, text)
