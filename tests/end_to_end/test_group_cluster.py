@@ -210,7 +210,7 @@ def test_what_a_protected_group_has_not_read_stays_and_the_publisher_is_told_who
         with Subscriber(topic, **options, protect=True):
             pass
         with Publisher(topic, cluster=cluster.name, batch_bytes=1 << 18, delivery_timeout=4.0) as publisher, \
-                pytest.raises(CxlmqError, match="protected consumer group"):
+                pytest.raises(CxlmqError, match=f"protected group g of topic {topic}"):
             for _ in range(400):
                 publisher.publish_many(numbered(4, 60_000)).result(30)
         assert [each["group"] for each in inspected(cluster.name)["groups"]] == ["g"]
