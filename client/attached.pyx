@@ -13,6 +13,7 @@ gives the GIL away: what it needs as it is, the open batch, has one owner at a t
 
 import time
 
+cimport cython
 from cpython.buffer cimport (
     PyBUF_ANY_CONTIGUOUS, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer,
 )
@@ -52,6 +53,7 @@ class Spill(Exception):
     """No lease has room now: the message goes to private memory."""
 
 
+@cython.no_gc_clear                     # a cycle ends with the view; what that gives back, it gives to the core
 cdef class Loan:
     """A writable view of a segment: fill it, then leave the `with` block; an exception gives it back.
 

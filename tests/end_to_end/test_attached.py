@@ -1,6 +1,7 @@
 """Attached clients: the same results as over gRPC, and what happens when they break their word or die."""
 
 import asyncio
+import gc
 import os
 import signal
 import subprocess
@@ -155,6 +156,16 @@ def test_a_loan_of_no_size_is_refused(cluster, fresh, nbytes):
         with publisher.loan(numpy.int64(3)) as view:
             view[:] = b"abc"
     assert read_all(cluster, fresh, 1) == [b"abc"]
+
+
+def test_a_loan_that_is_forgotten_in_its_block_is_given_back_by_the_collector(cluster, fresh):
+    with Publisher(fresh, cluster=cluster.name, transport="attached") as publisher:
+        loan = publisher.loan(100)
+        loan.__enter__()[:1] = b"x"         # the loan and its view hold each other
+        del loan
+        gc.collect()
+        publisher.publish(b"goes on").result()
+    assert read_all(cluster, fresh, 1) == [b"goes on"]
 
 
 def test_loans_are_refused_over_grpc(cluster, fresh):
