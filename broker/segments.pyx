@@ -618,7 +618,6 @@ cdef class PoolLeader:
         if following > 0:
             self.warmed_to = following
         return following > 0
-
     def step_once(self) -> int:
         """Answer what is asked now; the amount of work done."""
         return self.step()
