@@ -132,6 +132,7 @@ cdef class AttachedCore(AttachedBooks):
     cdef uint64_t refusals
     cdef bint shut                      # nothing may be packed any more
     cdef bint forked                    # in a child: all of this is its parent's
+    cdef bint collected                 # the collector takes it, and what it reaches may be gone already
     # The batch that is being packed.
     cdef bint is_open
     cdef uint64_t at_channel
@@ -166,6 +167,14 @@ cdef class AttachedCore(AttachedBooks):
         self.message_bytes_max = overflow.message_bytes_max
         self.level = level
         self.pages = Pages(memory, layout)
+
+    def __del__(self):
+        # The collector asks all before it clears any: here the memory is still ours, when a view ends it may not be.
+        if self.shut and not self.collected and not self.forked:
+            self.collected = True
+            self.open_loans = 0
+            if self.left:
+                self.leave(self.left)
 
     def __dealloc__(self):
         for old in self.old_channels or ():
@@ -725,7 +734,7 @@ cdef class AttachedCore(AttachedBooks):
 
     cpdef give_back(self, Loan loan):
         """The loan is not published: its bytes are free for the next batch, when nobody has a view of them."""
-        if loan.ended or self.forked:
+        if loan.ended or self.forked or self.collected:
             return
         loan.ended = True
         if loan.session == self.session:
@@ -744,7 +753,7 @@ cdef class AttachedCore(AttachedBooks):
     cdef int unpin(self, Loan loan) except -1:
         """The last view of a loan that was given back is gone."""
         cdef Channel* channel
-        if self.forked:
+        if self.forked or self.collected:
             return 0
         if loan.session == self.session:
             channel = &self.channels[loan.channel]

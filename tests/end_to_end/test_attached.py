@@ -168,6 +168,17 @@ def test_a_loan_that_is_forgotten_in_its_block_is_given_back_by_the_collector(cl
     assert read_all(cluster, fresh, 1) == [b"goes on"]
 
 
+def test_a_loan_that_the_collector_takes_with_its_closed_publisher_harms_nobody(cluster, fresh):
+    for _ in range(20):
+        publisher = Publisher(fresh, cluster=cluster.name, transport="attached").open()
+        loan = publisher.loan(100)
+        everything = [loan.__enter__(), loan, publisher, publisher._engine]
+        everything.append(everything)
+        publisher.close()
+        del loan, publisher, everything
+        gc.collect()
+
+
 def test_loans_are_refused_over_grpc(cluster, fresh):
     with Publisher(fresh, cluster=cluster.name, transport="grpc") as publisher, pytest.raises(ConfigError):
         publisher.loan(10)

@@ -40,6 +40,7 @@ MAY_MEET_ONE = {
     "client.attached.Loan.__releasebuffer__": "gives back a pin and calls nothing that raises",
     "client.turn.tell_watcher": "calls what a test put there",
     "client.attached.AttachedCore.__dealloc__": "a destructor: the hooks of tests and brokers tell",
+    "client.attached.AttachedCore.__del__": "a destructor: the hooks of tests and brokers tell",
     "client.attached.Loan.__del__": "a destructor: the hooks of tests and brokers tell",
     "sim.cluster.door.HostControl.call_now": "what the call raises is kept in `raised`",
 }
