@@ -624,8 +624,10 @@ class World:
 
     def close(self) -> None:
         """Give everything back."""
-        for client in (*self.publishers, *self.subscribers):
-            client.end()
+        for publisher in self.publishers:
+            publisher.end()
+        for subscriber in self.subscribers:
+            subscriber.end()
         for host in self.hosts:
             host.end()
         if self.folder is not None:
