@@ -616,20 +616,17 @@ class World:
     def trace_hash(self) -> int:
         """The same for the same seed: of every step, every memory operation, every event and the order itself."""
         value = self.schedule.hash ^ self.witness.hash
-        attached = [each for each in (*self.publishers, *self.subscribers)
-                    if isinstance(each, AttachedPublisher | AttachedSubscriber)]
-        for control in [host.control for host in self.hosts] + [client.control for client in attached]:
+        clients = (*self.publishers, *self.subscribers)
+        attached = [each for each in clients if isinstance(each, AttachedPublisher | AttachedSubscriber)]
+        for control in [each.control for each in (*self.hosts, *attached)]:
             value = (value * 31 + control.hash + control.operations) & (1 << 64) - 1
         return int(value)
 
     def close(self) -> None:
         """Give everything back."""
-        for publisher in self.publishers:
-            publisher.end()
-        for subscriber in self.subscribers:
-            subscriber.end()
-        for host in self.hosts:
-            host.end()
+        for end in [*(each.end for each in self.publishers), *(each.end for each in self.subscribers),
+                    *(each.end for each in self.hosts)]:
+            end()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
