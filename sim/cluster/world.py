@@ -624,9 +624,9 @@ class World:
 
     def close(self) -> None:
         """Give everything back."""
-        for end in [*(each.end for each in self.publishers), *(each.end for each in self.subscribers),
-                    *(each.end for each in self.hosts)]:
-            end()
+        everybody: list[Publisher | Subscriber | Host] = [*self.publishers, *self.subscribers, *self.hosts]
+        for each in everybody:
+            each.end()
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
