@@ -30,7 +30,8 @@ class Baton:
         self.random = random.Random(seed)
         self.lines = lines                  # of the library's Python lines, the share at which others may go on
         self.share = self.random.choice((0.05, 0.3, 0.8))      # of points at which another one goes on
-        self.doors: dict[int, threading.Semaphore] = {}
+        self.doors: dict[int, threading.Semaphore] = {}         # of the works that go on, by their number
+        self.me = threading.local()         # its `number`: what a seed decides must not hang on the system's numbers
         self.failures: list[BaseException] = []
         self.points = 0
         self.over = threading.Event()
@@ -38,7 +39,8 @@ class Baton:
     def run(self, *works: Callable[[], Any]) -> None:
         """Run each as a logical thread until all have ended; raise what the first one raised."""
         ready = threading.Barrier(len(works) + 1)
-        threads = [threading.Thread(target=self._body, args=(work, ready), daemon=True) for work in works]
+        threads = [threading.Thread(target=self._body, args=(number, work, ready), daemon=True)
+                   for number, work in enumerate(works)]
         for thread in threads:
             thread.start()
         watch(self.point)
@@ -49,13 +51,14 @@ class Baton:
                 raise Stuck(f"after {self.points} points") from next(iter(self.failures), None)
         finally:
             watch(None)
-        for thread in threads:
-            thread.join(STUCK_SECONDS)
+        if self.points <= POINTS_MAX:       # nobody is left behind, waiting for a turn that never comes
+            for thread in threads:
+                thread.join(STUCK_SECONDS)
         if self.failures:
             raise self.failures[0]
 
-    def _body(self, work: Callable[[], Any], ready: threading.Barrier) -> None:
-        me = threading.get_ident()
+    def _body(self, number: int, work: Callable[[], Any], ready: threading.Barrier) -> None:
+        me = self.me.number = number
         self.doors[me] = threading.Semaphore(0)
         ready.wait(STUCK_SECONDS)
         self.doors[me].acquire()
@@ -73,14 +76,13 @@ class Baton:
                 self.over.set()
 
     def _others(self) -> list[threading.Semaphore]:
-        me = threading.get_ident()
-        others = [door for thread, door in sorted(self.doors.items()) if thread != me]
+        others = [door for number, door in sorted(self.doors.items()) if number != self.me.number]
         self.random.shuffle(others)
         return others
 
     def point(self, place: int = 0) -> None:
         """The GIL may be lost here."""
-        me = self.doors.get(threading.get_ident())
+        me = self.doors.get(getattr(self.me, "number", -1))
         if me is None or self.over.is_set():
             return                          # one that takes no part
         self.points += 1
