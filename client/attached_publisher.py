@@ -9,30 +9,20 @@ import contextlib
 import os
 import time
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from broker.errors import (
-    BrokerUnavailable,
-    BufferFull,
-    ClosedError,
-    CxlmqError,
-    DeliveryTimeout,
-    SessionFenced,
-    SessionUnknown,
-    UnknownTopic,
-)
+from broker.errors import BrokerUnavailable, BufferFull, ClosedError, CxlmqError, SessionUnknown
 from broker.head import HeadView
 from broker.holders import NOBODY, in_the_way, pool_full
-from broker.layout import BrokerState, TopicState
 from broker.proto import cxlmq_pb2 as pb
-from broker.records import unpack
 from broker.region import Region, attach_region
 from client.attached import AttachedCore, Loan
 from client.batch import Batch
-from client.connection import BrokerAddress
-from client.engine import SILENT_SECONDS, Engine
-from client.transport import rendezvous
+from client.brokers import BrokerAddress
+from client.engine import Engine
+from client.publishing.attached_flights import AttachedFlights, Slot
+from client.publishing.commands import Connect, Disconnect, Leave, Send
 from sim.cxl.locks import Presence
 from sim.cxl.memory import Role
 
@@ -40,9 +30,6 @@ IDLE_SECONDS = 0.02
 BUSY_SECONDS = 0.001
 STREAM_SECONDS = 0.004                  # while batch follows batch: whoever publishes looks for acks, and needs the GIL
 STREAM_BATCHES = 4                      # since the last look
-BEAT_SECONDS = 1.0
-CHECK_SECONDS = 0.25
-RETRY_SECONDS = 0.02
 ATTACH_SECONDS = 1.0                    # a broker that has not answered by then is waited for beside the others
 DETACH_SECONDS = 2.0
 WINDOW_BYTES = 32 << 20                 # two publishers and four brokers on two cores: acks take 1 ms and more
@@ -52,7 +39,28 @@ PATIENCE_SECONDS = {"block": 0.05}      # how long a lease is waited for before 
 SHORT_PATIENCE_SECONDS = 0.002
 UNLIMITED = 1 << 32
 SUPPLY_TRIES = 50
-IDLE_LEASE_SECONDS = 1.0                # who has published nothing for so long gives its leases back
+
+
+class EngineFlights(AttachedFlights):
+    """What is in flight, and keeps the accounts of an engine whose other threads pack and wait."""
+
+    def __init__(self, engine: "AttachedEngine") -> None:
+        super().__init__(engine.broker_lives)
+        self.engine = engine
+        self.moving = engine.sealing
+
+    def submitted(self, gone: list[Batch]) -> None:
+        """The core has these batches now; when nothing is left, spilling ends."""
+        self.engine.hand_over(gone)
+
+    def taken(self, batches: list[Batch]) -> None:
+        """These are private batches again."""
+        for batch in batches:
+            self.engine.keep(batch)
+
+    def why_not_sent(self) -> CxlmqError:
+        """When it is the region that has no room: who holds it."""
+        return self.engine.region_full() or super().why_not_sent()
 
 
 class AttachedEngine(Engine):
@@ -65,18 +73,21 @@ class AttachedEngine(Engine):
         self.region: Region | None = None
         self.presence: Presence | None = None
         self.old_regions: list[Region] = []         # of runs that ended: loans may be open there
-        self.core: AttachedCore | None = None
-        self.attachments: dict[int, tuple[BrokerAddress, pb.Attachment]] = {}
-        self.attaching: dict[int, asyncio.Task[None]] = {}
-        self.attach_error: CxlmqError | None = None
+        self.attaching: set[asyncio.Task[None]] = set()
         self.detaching: set[asyncio.Task[None]] = set()
-        self.next_beat = self.next_check = self.next_retry = 0.0
         self.final: dict[str, int] = {}
         self.submitted = 0                          # batches, when it was looked last
-        self.packed_before = 0                      # messages, when it was looked for idleness last
-        self.idle_since = time.monotonic()
         self.window = 0                             # bytes in flight
         self.targets = 0, 0, 0                      # bytes of a batch: at first, at least, at most
+
+    def _new_flights(self) -> EngineFlights:
+        self.flights = EngineFlights(self)
+        return self.flights
+
+    @property
+    def core(self) -> AttachedCore | None:
+        """The native half, from the first slot on until it is closed."""
+        return self.flights.core
 
     # ---- slots ------------------------------------------------------------------------------------------------------
 
@@ -94,59 +105,51 @@ class AttachedEngine(Engine):
             most = max(first, min(most, self.window // (TARGET_SHARE * self.connection.broker_count)))
         self.targets = first, least, most
 
-    async def _connect(self, brokers: Sequence[BrokerAddress]) -> None:
-        """Get a slot at every broker. Raises when there is none at all."""
-        for broker in brokers:
-            if broker.id not in {*self.attaching, *self._brokers_alive(), *self.silent}:
-                task = self.loop.create_task(self._attach(broker, self.epoch))
-                self.attaching[broker.id] = task
-                task.add_done_callback(lambda _, key=broker.id: self.attaching.pop(key, None))  # type: ignore[misc]
+    async def _supplied(self) -> None:
+        """Wait for a slot at every broker. Raises when there is none at all."""
         if self.attaching:
-            await asyncio.wait(list(self.attaching.values()), timeout=ATTACH_SECONDS)
-        while not self._connected():
+            await asyncio.wait(self.attaching, timeout=ATTACH_SECONDS)
+        while not self.flights.connected():
             if not self.attaching:
-                raise self.attach_error or BrokerUnavailable(address=f"the brokers of topic {self.topic}")
-            await asyncio.wait(list(self.attaching.values()), return_when=asyncio.FIRST_COMPLETED)
+                raise self.flights.not_attached_error or BrokerUnavailable(address=f"the brokers of topic {self.topic}")
+            await asyncio.wait(self.attaching, return_when=asyncio.FIRST_COMPLETED)
         assert self.core is not None
         for _ in range(SUPPLY_TRIES):       # so that the first batches find room at every broker
             if self.core.is_supplied():
                 break
             await asyncio.sleep(BUSY_SECONDS)
 
-    async def _attach(self, broker: BrokerAddress, epoch: int) -> None:
+    def _go(self, command: Connect | Disconnect | Leave | Send) -> None:
+        match command:
+            case Connect(broker, opened):
+                self._beside(self.attaching, self._attach(broker, opened))
+            case Leave(slot):
+                self._beside(self.detaching, self._detach(slot))
+
+    def _beside(self, tasks: "set[asyncio.Task[None]]", call: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(call)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    async def _attach(self, broker: BrokerAddress, opened: pb.PublishOpen) -> None:
         """Get a slot at one broker; its answer may come when nobody wants it any more."""
-        opened = pb.PublishOpen(topic=self.topic, client_id=self.client_id, session_slot=self.session.session_slot,
-                                session_epoch=epoch, ack=self.ack or 0, seen=self.session.topic)
+        epoch, found = opened.session_epoch, None
         try:
             self.presence = await self.connection.presence()
             request = pb.AttachPublisherRequest(open=opened, pid=os.getpid(), presence=self.presence.number)
             found = await self.connection.unary(broker.target, "Admin/AttachPublisher", request, pb.Attachment)
+            slot = Slot(broker, found.slot, found.generation, found.doorbell)
+            if self.flights.wants(epoch) and not self.closed:
+                self._map(found)
         except CxlmqError as error:
-            self._not_attached(error, epoch)
+            self.flights.not_attached(broker, error, epoch)
+            self._perform()
+            if found is not None:
+                await self._detach(slot)
             return
-        if self.closed or epoch != self.epoch or self.reopening:
-            await self._detach(broker, found)
-            return
-        try:
-            self._map(found)
-        except CxlmqError as error:
-            self._not_attached(error, epoch)
-            await self._detach(broker, found)
-            return
-        assert self.core is not None
-        self.core.add_channel(found.slot, found.generation, found.doorbell)
-        self.attachments[found.slot] = broker, found
-
-    def _not_attached(self, error: CxlmqError, epoch: int) -> None:
-        """There is no slot: a session that has ended, or is of another run, is opened anew; what does not come back is
-        final."""
-        self.attach_error = error
-        if self.ticker is None or self.closed or epoch != self.epoch:
-            return                          # it is being opened: `open` raises; or another session is under way
-        if isinstance(error, SessionFenced | SessionUnknown):
-            self._start_reopening(error)
-        elif not error.comes_back:
-            self._fail_everything(error)
+        if self.closed or not self.flights.attached(slot, epoch):
+            self.flights.connecting.discard(broker.id)
+            await self._detach(slot)
 
     def _map(self, found: pb.Attachment) -> None:
         """Map the region of the session's run, if it is not mapped. Raises `RegionMissing` and its kin."""
@@ -154,71 +157,69 @@ class AttachedEngine(Engine):
         assert self.ack is not None
         if self.region is not None and self.region.run_id == found.run_id:
             return
-        if found.run_id != self.session.topic.run_id:
-            raise SessionUnknown(session=self.session.session_slot)
+        if found.run_id != self.session.opened.topic.run_id:
+            raise SessionUnknown(session=self.session.opened.session_slot)
         region = attach_region(found.region, run_id=found.run_id)
         region.mapping.presence = self.presence             # as long as a loan of it is held
         window = min(self.window, region.layout.numbers["region_bytes"] // REGION_SHARE)
-        memory = region.memory(Role.ROLE_CLIENT)
-        if self.core is None:
-            self.core = AttachedCore(self, memory, region.layout, self.packer, self.targets, window,
-                                     self.in_flight if self.when_full == "drop_oldest" else UNLIMITED, self.ack,
-                                     self.delivery_timeout)
-            self.core.begin_session(self.epoch)
+        memory, core = region.memory(Role.ROLE_CLIENT), self.core
+        if core is None:
+            core = AttachedCore(self, memory, region.layout, self.packer, self.targets, window,
+                                self.in_flight if self.when_full == "drop_oldest" else UNLIMITED, self.ack,
+                                self.delivery_timeout)
         else:
-            self.core.move_to(memory, region.layout)
+            core.move_to(memory, region.layout)
             assert self.region is not None
             self.old_regions.append(self.region)
         self.region, self.window = region, window
+        self.flights.use(core, memory, region.layout)
 
-    async def _detach(self, broker: BrokerAddress, found: pb.Attachment) -> None:
-        request = pb.DetachRequest(slot=found.slot, generation=found.generation)
+    async def _detach(self, slot: Slot) -> None:
+        request = pb.DetachRequest(slot=slot.number, generation=slot.generation)
         with contextlib.suppress(CxlmqError):       # it is gone, or sees by itself that we left
-            await self.connection.unary(broker.target, "Admin/Detach", request, pb.DetachResponse,
+            await self.connection.unary(slot.broker.target, "Admin/Detach", request, pb.DetachResponse,
                                         timeout=DETACH_SECONDS)
 
-    def _quiet_brokers(self) -> list[BrokerAddress]:
-        assert self.core is not None
-        return [self.attachments[slot][0] for slot in self.core.quiet_slots(SILENT_SECONDS)]
-
-    def _lose(self, broker: BrokerAddress) -> None:
-        if self.core is not None:
-            self.core.drop_channel(broker.id)
-
-    def _leave(self, slots: Iterable[int]) -> None:
-        """Give up slots; their brokers are told in memory, and by a call so that they look at once."""
-        held = [self.attachments.pop(slot) for slot in slots]
-        if not held or self.core is None or not self.core.leave([(each.slot, each.doorbell) for _, each in held]):
-            return
-        for broker, each in held:
-            task = self.loop.create_task(self._detach(broker, each))
-            self.detaching.add(task)
-            task.add_done_callback(self.detaching.discard)
-
-    def _abandon(self) -> None:
-        pass                                # what is in flight is settled there, or taken from there
-
-    async def _disconnect(self) -> None:
+    async def _finish_ways(self) -> None:
         if self.attaching:                  # what is answered now gives its slot back
-            await asyncio.wait(list(self.attaching.values()), timeout=ATTACH_SECONDS)
+            await asyncio.wait(self.attaching, timeout=ATTACH_SECONDS)
         self._shut_down()
-        self._leave(list(self.attachments))
+        self.flights.leave(list(self.flights.slots))
+        self._perform()
         if self.detaching:
-            await asyncio.wait(list(self.detaching))
-        for task in list(self.attaching.values()):
+            await asyncio.wait(self.detaching)
+        for task in self.attaching:
             task.cancel()
 
-    def _brokers_alive(self) -> list[int]:
-        return self.core.brokers_alive() if self.core is not None else []
+    def broker_lives(self, broker: int) -> bool:
+        """Whether a process is that broker."""
+        return self.region is not None and self.region.broker_lives(broker)
 
-    def _connected(self) -> int:
-        return len(self._brokers_alive())
+    # ---- batches that come from private memory, and go back there ---------------------------------------------------
 
     def _seal(self, batch: Batch) -> None:
         super()._seal(batch)
         core = self.core
         if core is not None:
             core.spill()                    # what comes next must stay behind it
+
+    def hand_over(self, gone: list[Batch]) -> None:
+        """The core has these now. Under `sealing`."""
+        with self.account:
+            for batch in gone:
+                del self.unsettled[batch.number]
+                self.held -= batch.nbytes
+        assert self.core is not None
+        if not self.pending and not self.is_packed():
+            self.core.end_spilling()
+
+    def _pump(self) -> None:
+        super()._pump()
+        core = self.core
+        while (core is not None and core.spilling and self.is_packed() and not self.pending and self.session.is_open
+               and not self.closed):
+            self.seal_current()             # more was packed meanwhile
+            super()._pump()
 
     def after_fork(self) -> None:
         """In a child."""
@@ -260,9 +261,9 @@ class AttachedEngine(Engine):
 
     def no_room(self) -> CxlmqError:
         """Why no lease has room."""
-        return self._pool_full() or BufferFull(buffer_bytes=self.buffer_bytes)
+        return self.region_full() or BufferFull(buffer_bytes=self.buffer_bytes)
 
-    def _pool_full(self) -> CxlmqError | None:
+    def region_full(self) -> CxlmqError | None:
         """When it is the region that has no room: who holds it."""
         region, core = self.region, self.core       # another thread may close
         if region is None or core is None or not core.lacks_leases():
@@ -273,7 +274,7 @@ class AttachedEngine(Engine):
         head = HeadView(core.memory, region.layout)
         for broker in brokers:
             try:
-                holder = in_the_way(head, region.layout, broker, self.session.topic_number)
+                holder = in_the_way(head, region.layout, broker, self.session.opened.topic_number)
             except BrokerUnavailable:
                 break                       # a new head is taking over: nobody can say
             if holder.word != NOBODY:
@@ -358,131 +359,19 @@ class AttachedEngine(Engine):
         return max(least, min(self.linger, IDLE_SECONDS))
 
     def _step(self) -> None:
-        """Linger, acks that nobody waits for, heartbeats, dead brokers, and what every publisher has to do."""
+        """Linger, and what every publisher has to do."""
         core, now = self.core, time.monotonic()
         assert core is not None
-        if core.open_count and now - core.opened >= self.linger and not self._is_saturated():
+        if core.open_count and now - core.opened >= self.linger and not self.flights.is_saturated():
             core.flush_open()
-        core.poll()
-        if now >= self.next_beat:
-            self.next_beat = now + BEAT_SECONDS
-            core.beat()
-        if now >= self.next_check:
-            self.next_check = now + CHECK_SECONDS
-            self._check_brokers()
-        if core.in_flight or core.spilling or core.messages != self.packed_before:
-            self.packed_before, self.idle_since = core.messages, now
-        elif now - self.idle_since > IDLE_LEASE_SECONDS:
-            core.give_leases_back()
-        if core.fenced:
-            self._start_reopening(SessionFenced(reason="the broker ended it", committed=core.oldest))
         super()._step()
         core.see_to_pages()
         if core.spilling:
             self._pump()
         self._notify()
 
-    def _is_saturated(self) -> bool:
-        core = self.core
-        return bool(self.pending) or (core is not None and core.in_flight_bytes >= core.window_bytes // 2)
-
     def _is_loaded(self) -> bool:
-        return len(self.pending) >= self._connected()
-
-    def _check_brokers(self) -> None:
-        """Drop the channels of dead brokers; notice a deleted topic."""
-        assert self.region is not None
-        assert self.core is not None
-        memory, layout = self.region.memory(Role.ROLE_CLIENT), self.region.layout
-        for broker in self.core.brokers_alive():
-            at = layout.offset_of("broker", broker)
-            memory.invalidate_range(at, 64)
-            line = unpack("BrokerLine", memory.read_line_bytes(at))
-            if line["state"] != BrokerState.BROKER_READY or not self.region.broker_lives(broker):
-                self.core.drop_channel(broker)
-        self._leave(self.core.let_go())
-        self.core.check_slots()
-        try:
-            state = HeadView(memory, layout).read("TopicLine", "topic", self.session.topic_number)["state"]
-        except BrokerUnavailable:
-            return                          # a new head is taking over, and the topic is what it was
-        if state != self.session.topic_generation << 8 | TopicState.TOPIC_ACTIVE:
-            self._start_reopening(UnknownTopic(topic=self.topic))       # which tells deleted from made again
-
-    def _pump(self) -> None:
-        """Submit what spilled; when nothing is left, messages go straight into the segments again."""
-        self.pump_scheduled = False
-        core = self.core
-        if core is None or self.reopening or self.closed:
-            return
-        while self._submit_pending(core):
-            self.seal_current()             # more was packed meanwhile
-        core.poll()                         # what they settled
-
-    def _submit_pending(self, core: AttachedCore) -> bool:
-        """Give the core what is pending, as far as it has room; whether all of it went, and more is packed."""
-        gone: list[Batch] = []
-        # From here to there, no thread sees a batch in neither. Once for all: threads that publish much hold it often.
-        with self.sealing:
-            while self.pending:
-                try:
-                    batch = self.pending.popleft()
-                except IndexError:
-                    break                   # dropped by another thread
-                if not core.submit_batch(batch):
-                    self.pending.appendleft(batch)
-                    break
-                gone.append(batch)
-            with self.account:              # the core has them now
-                for batch in gone:
-                    del self.unsettled[batch.number]
-                    self.held -= batch.nbytes
-            if self.pending:
-                return False
-            if self.packer is not None and self.packer.batch is not None and self.packer.batch.count:
-                return True
-            core.end_spilling()
-            return False
-
-    def _resend_due(self) -> None:
-        core, now = self.core, time.monotonic()
-        if core is None or not core.retry_wanted or self.reopening or now < self.next_retry:
-            return
-        self.next_retry = now + RETRY_SECONDS
-        addresses = {broker.id: broker for broker, _ in self.attachments.values()}
-        alive = [addresses[each] for each in core.brokers_alive()]
-        for sequence in core.lost():
-            for broker in rendezvous(alive, self.client_id, sequence):
-                if core.resubmit(sequence, broker.id):
-                    break
-            else:
-                return                      # no broker has room now
-
-    def _oldest(self) -> int:
-        return int(self.core.oldest) if self.core is not None else 0
-
-    def _expire_in_flight(self, now: float) -> bool:
-        if self.core is None or not self.core.undecided:
-            return False
-        return self.core.expire(now, DeliveryTimeout(timeout_seconds=self.delivery_timeout)) > 0
-
-    def _why_not_sent(self) -> CxlmqError:
-        return self._pool_full() or DeliveryTimeout(
-            f"not sent within {self.delivery_timeout} s: no broker took it; it is not in the log",
-            timeout_seconds=self.delivery_timeout)
-
-    def _take_in_flight(self) -> list[tuple[int, Batch]]:
-        core = self.core
-        if core is None:
-            return []
-        with self.sealing:                  # from there to here, no thread sees it in neither
-            taken = core.take_unsettled()
-            for _, batch in taken:
-                self._keep(batch)
-        core.poll()                         # what was answered last is told
-        self._leave(list(self.attachments))
-        core.begin_session(self.epoch)
-        return taken
+        return len(self.pending) >= self.flights.connected()
 
     def _shut_down(self) -> None:
         core = self.core
@@ -504,7 +393,7 @@ class AttachedEngine(Engine):
         self.final = self.statistics()
         if self.core is not None:
             self.core.end_pages()
-        self.core = None
+        self.flights.core = None
         for region in (*self.old_regions, *([self.region] if self.region is not None else [])):
             region.mapping.presence = None
             region.close()

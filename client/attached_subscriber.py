@@ -13,8 +13,8 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.region import Region, attach_region
 from client.attached_reader import AttachedReader
+from client.brokers import BrokerAddress
 from client.buffer import BatchBuffer
-from client.connection import BrokerAddress
 from client.reading import REACH_SECONDS, ReadingEngine, T, Take, left_until
 from client.received import Message, ReceivedBatch
 from client.start import Start

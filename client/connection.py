@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -35,6 +34,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.records import unpack
 from broker.region import attach_region, presence_at_region
 from broker.security import Security
+from client.brokers import BrokerAddress
 from client.fork import end_in_child, is_child, note_use, parents_client, refuse_in_child
 from sim.cxl.locks import Presence
 from sim.cxl.region import memory_identity
@@ -148,12 +148,15 @@ class _Job(Generic[T]):
         self._loop.call_soon_threadsafe(lambda: self._task and self._task.cancel())
 
 
-@dataclass(frozen=True)
-class BrokerAddress:
-    """A broker as clients reach it: `target` is what a channel is opened to."""
-
-    id: int
-    target: str
+async def answered(call: Coroutine[Any, Any, T]) -> tuple[T, asyncio.CancelledError | None]:
+    """A call's answer, also when we are cancelled before it comes; then the cancellation, which the caller raises."""
+    task, cancelled = asyncio.get_running_loop().create_task(call), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return task.result(), cancelled
 
 
 # What gRPC says when a TLS handshake fails, or a server that wants one hangs up on clear text.

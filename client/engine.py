@@ -1,61 +1,41 @@
-"""What publishers over every transport share: the buffer and its policies, time-outs, sessions that are opened anew.
+"""What publishers over every transport share: the buffer and its policies, threads that wait, and calls to brokers.
 
-A batch that waits for room lies in private memory (`pending`); how batches in flight travel is the derived engine's:
+    publish ─► Packer ─► pending ─► [ client.publishing.Session: stamped, on its way, acked ] ─► deliveries
 
-    publish ─► Packer ─► pending ─► [ stamped with the session's sequence, on its way, acked ] ─► deliveries
-
-What an ended session has in the log is not settled by that: it is `awaited` until its level is reached (`levels`).
+What is promised is decided by the session, which does no I/O. Here its commands are done, on the client loop, and what
+came of them is told to it.
 """
 
-import asyncio
-import contextlib
 import itertools
-import logging
 import threading
 import time
+from abc import abstractmethod
 from array import array
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from broker.config import TopicConfig
 from broker.errors import (
-    BrokerUnavailable,
     BufferFull,
     ClosedError,
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
     MessageTooBig,
-    SessionFenced,
 )
-from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
 from client.arguments import as_seconds
 from client.batch import Batch, Delivery, Dropped, Packer
-from client.connection import BrokerAddress, ClientLoop, Connection
 from client.fork import parents_client
-from client.levels import Awaited, Outcome
-from client.session import answered, open_session
+from client.publishing.commands import Settle
+from client.publishing.driver import Driver
 from client.waiter import Waiter
-from client.ways import Ways
 
-_log = logging.getLogger("cxlmq")
-
-RECONNECT_SECONDS = 0.5
-CLOSE_SESSION_SECONDS = 2.0
 BLOCK_GRACE_SECONDS = 1.0
 FLUSH_GRACE_SECONDS = 5.0
-SILENT_SECONDS = 0.5                    # a broker that has batches and answers none is asked whether it is there
-ASK_SECONDS = 1.0
-LOOK_UP_SECONDS = 5.0
-LEARN_SECONDS = 0.1                     # between two looks at how far levels have come
 
 
-class Engine(Ways):
+class Engine(Driver):
     """A publisher's state. Its coroutines and callbacks run on the client loop; the rest may be called anywhere.
 
-    Invariant: a batch is in exactly one of: a packer, `pending` (no sequence yet), in flight (by sequence), `awaited`,
-    settled.
+    Invariant: a batch is in exactly one of: a packer, the session, the native core, settled.
     """
 
     BUFFER_BYTES = 16 << 20
@@ -65,36 +45,22 @@ class Engine(Ways):
                  in_flight: int, buffer_bytes: int | None, when_full: str, delivery_timeout: float,
                  on_delivery: Callable[[Delivery], None] | None, on_event: Callable[[CxlmqError], None] | None,
                  compression: str | None) -> None:
-        self.topic = topic
-        self.client_loop = ClientLoop.get()
-        self.loop = self.client_loop.loop
-        self.connection = Connection(cluster, bootstrap)
-        self.ack = ack
-        self.client_id = client_id
+        self.sealing = threading.RLock()            # held while batches go from one place to another
+        super().__init__(topic, cluster=cluster, bootstrap=bootstrap, ack=ack, client_id=client_id,
+                         delivery_timeout=delivery_timeout, on_event=on_event)
         self.fixed_batch = batch_bytes is not None
         self.batch_bytes = (batch_bytes or batch_bytes_min, batch_bytes_min, batch_bytes_max)
         self.linger = linger_ms / 1000
         self.in_flight = in_flight
         self.buffer_bytes = buffer_bytes or self.BUFFER_BYTES
         self.when_full = when_full
-        self.delivery_timeout = delivery_timeout
         self.on_delivery = on_delivery
-        self.on_event = on_event
         self.compression = compression
-        self.session = pb.Session()
-        self.session_target = ""
-        self.session_open = False
-        self.epoch = 0
-        self.tried: set[int] = set()                # epochs that we asked for and may have got
-        self.awaited = Awaited()
-        self.learning: asyncio.Task[None] | None = None
-        self.next_learning = 0.0
-        self.pending: deque[Batch] = deque()
+        self.pending = self.session.pending
         self.unsettled: dict[int, Batch] = {}       # what is in private memory, by number of sealing
         self.sealed = itertools.count(1)
         self.held = 0                               # bytes of `unsettled`
         self.account = threading.Lock()
-        self.sealing = threading.RLock()            # held while batches go from one place to another
         self.taken: list[Batch] = []                # out of the packer, not pending yet, in the order of packing
         self.packer: Packer | None = None
         self.changed = threading.Condition()
@@ -102,66 +68,30 @@ class Engine(Ways):
         self.sealing_now = False
         self.pump_scheduled = False
         self.linger_armed = False
-        self.reopening = False
-        self.closed = self.forked = False
+        self.forked = False
         self.failure: CxlmqError | None = None
         self.last_error: CxlmqError | None = None   # that a batch settled with
-        self.ticker: asyncio.Task[None] | None = None
-        self.reconnecting: asyncio.Task[None] | None = None
-        self.next_reconnect = 0.0
-        self.asking: dict[int, asyncio.Task[None]] = {}
-        self.silent: set[int] = set()               # brokers that stand still: nothing is sent to them
-        self.latencies = array("q")
         self.counts = dict.fromkeys(
-            ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest", "retries", "reopened"), 0)
+            ("batches", "acked", "duplicates", "failed", "dropped_oldest", "dropped_newest"), 0)
+
+    @abstractmethod
+    def _opened(self) -> None:
+        """The first session is open, its limits are known."""
 
     def _is_loaded(self) -> bool:
         """Whether so much is under way that larger batches pay."""
-        return len(self.unsettled) >= self._connected()
+        return len(self.unsettled) >= self.session.flights.connected()
 
-    # ---- opening ----------------------------------------------------------------------------------------------------
-
-    async def open(self) -> None:
-        """Find the brokers, open the session and a way to every broker."""
-        brokers = await self.connection.brokers()
-        topic = await self.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=self.topic), pb.Topic,
-                                          LOOK_UP_SECONDS)
-        if self.ack is None:
-            self.ack = topic.ack
-        TopicConfig(name=topic.name, order=topic.order, ack=self.ack,
-                    replication_factor=topic.replication_factor).validate(max(2, topic.replication_factor))
-        await self._open_session(brokers, resume_from=0)
-        limit = min(self.batch_bytes[2], self.session.batch_bytes_max)
-        if self.fixed_batch and self.batch_bytes[0] > self.session.batch_bytes_max:
+    def _set_limits(self) -> None:
+        """What the first session says about sizes. Raises `ConfigError`."""
+        most = self.session.opened.batch_bytes_max
+        if self.fixed_batch and self.batch_bytes[0] > most:
             raise ConfigError(setting="batch_bytes", value=self.batch_bytes[0],
-                              allowed=f"at most {self.session.batch_bytes_max} (the cluster's batch_bytes_max)")
-        self.batch_bytes = (min(self.batch_bytes[0], self.session.batch_bytes_max),
-                            min(self.batch_bytes[1], limit), limit)
-        self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.message_bytes_max)
+                              allowed=f"at most {most} (the cluster's batch_bytes_max)")
+        first, least, limit = self.batch_bytes[0], self.batch_bytes[1], min(self.batch_bytes[2], most)
+        self.batch_bytes = min(first, most), min(least, limit), limit
+        self.packer = Packer(self, self.send_full, self.batch_bytes[0], self.session.opened.message_bytes_max)
         self._opened()
-        await self._connect(brokers)
-        self.ticker = self.loop.create_task(self._tick())
-
-    async def _open_session(self, brokers: Sequence[BrokerAddress], resume_from: int) -> None:
-        """Open the session's next epoch.
-
-        Raises `SessionFenced` when a later publisher of this client id took over, `TopicRecreated`, `ClusterReplaced`.
-        """
-        assert self.ack is not None
-        request = pb.OpenSessionRequest(
-            topic=self.topic, client_id=self.client_id, ack=self.ack, resume_from=resume_from,
-            resume_epoch=self.epoch, seen=self.session.topic)
-        # Cancelled not before the answer: nobody else could close what it opened.
-        (self.session, self.session_target), cancelled = await answered(
-            open_session(self.connection, self._awake(brokers), request, self.tried))
-        self.epoch = self.session.session_epoch
-        self.session_open = True
-        if cancelled is not None:
-            raise cancelled
-
-    def _awake(self, brokers: Sequence[BrokerAddress]) -> Sequence[BrokerAddress]:
-        """Those that do not stand still, if there are any."""
-        return [each for each in brokers if each.id not in self.silent] or brokers
 
     # ---- from the packer (any thread) -------------------------------------------------------------------------------
 
@@ -181,7 +111,8 @@ class Engine(Ways):
         """Counts so far."""
         packer = self.packer
         return {"messages": packer.messages if packer else 0, "bytes": packer.nbytes if packer else 0,
-                "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": self.buffered, **self.counts}
+                "batch_bytes_target": packer.target if packer else 0, "buffered_bytes": self.buffered, **self.counts,
+                "retries": self.session.retries, "reopened": self.session.reopened}
 
     def undecided(self) -> int:
         """Messages whose outcome is not known."""
@@ -193,14 +124,13 @@ class Engine(Ways):
         error = self.failure or self.last_error or DeliveryTimeout(timeout_seconds=self.delivery_timeout)
         return error.message
 
+    @abstractmethod
     def take_latencies(self) -> "array[int]":
         """Send-to-ack times since the last call, ns."""
-        taken, self.latencies = self.latencies, array("q")
-        return taken
 
     def too_big(self, nbytes: int) -> None:
         """Refuse a message before anything is packed."""
-        raise MessageTooBig(message_bytes=nbytes, message_bytes_max=self.session.message_bytes_max)
+        raise MessageTooBig(message_bytes=nbytes, message_bytes_max=self.session.opened.message_bytes_max)
 
     def make_room(self, nbytes: int) -> None:
         """Account for a new batch of up to `nbytes`; the policy decides when there is no room."""
@@ -252,8 +182,8 @@ class Engine(Ways):
             oldest = self.pending.popleft()
         except IndexError:
             return False                    # the loop was faster
-        self._settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
-                                              buffer_bytes=self.buffer_bytes), outcome="dropped_oldest")
+        self._settle(Settle(oldest, None, BufferFull("dropped: the buffer was full and this was the oldest",
+                                                     buffer_bytes=self.buffer_bytes)), outcome="dropped_oldest")
         self._notify()
         return True
 
@@ -294,12 +224,12 @@ class Engine(Ways):
         if batch.number == 0:
             with self.account:
                 self.counts["batches"] += 1
-            self._keep(batch)
+            self.keep(batch)
         elif batch.number not in self.unsettled or batch.sequence is not None or batch in self.pending:
             return                          # it was placed already, by whoever was interrupted
         self.pending.append(batch)
 
-    def _keep(self, batch: Batch) -> None:
+    def keep(self, batch: Batch) -> None:
         """Note a batch that lies in private memory."""
         with self.account:
             batch.number = next(self.sealed)
@@ -321,6 +251,11 @@ class Engine(Ways):
             raise parents_client()
         if self.packer is not None and self.packer.batch is batch:
             self.seal_current()
+
+    def is_packed(self) -> bool:
+        """Whether there is something in the packer. Any thread: another one may take it at once."""
+        batch = self.packer.batch if self.packer is not None else None
+        return batch is not None and batch.count > 0
 
     def seal_current(self) -> None:
         """Send what is packed so far. When that is little, the next batch need not be as large."""
@@ -385,110 +320,49 @@ class Engine(Ways):
         batch = self.packer.batch
         if batch is None or batch.count == 0 or self.closed:
             self.linger_armed = False
-            batch = self.packer.batch       # one may have begun just now
-            if batch is not None and batch.count and not self.linger_armed and not self.closed:
+            # One may have begun just now.
+            if self.is_packed() and not self.linger_armed and not self.closed:
                 self.linger_armed = True
                 self._arm_linger()
             return
         age = time.monotonic() - batch.opened
         # While the pipe is full, lingering costs nothing and fills batches.
-        if age >= self.linger and not self._is_saturated():
+        if age >= self.linger and not self.session.flights.is_saturated():
             self.seal_current()
             age = 0.0
         self.loop.call_later(max(self.linger - age, self.linger / 4, 0.0001), self._linger)
 
-    async def _tick(self) -> None:
-        while not self.closed:
-            await asyncio.sleep(self._pause())
-            self._step()
-
     def _step(self) -> None:
-        """Deadlines, retries, and lost brokers that came back. Nothing here waits for a broker."""
-        self._expire()
+        """Time has passed. Nothing here waits for a broker."""
         if self.taken:
             self.seal_current()             # whoever sealed it was interrupted
-        packed = self.packer.batch if self.packer is not None else None
-        if packed is not None and packed.count and not self.linger_armed:
+        if self.is_packed() and not self.linger_armed:
             self.linger_armed = True        # it began just when nobody seemed to need that any more
             self._arm_linger()
-        self._ask_quiet()
-        self._resend_due()
-        now = time.monotonic()
-        if now >= self.next_reconnect and not self.reopening and self._lacks_brokers() and (
-                self.reconnecting is None or self.reconnecting.done()):
-            self.next_reconnect = now + RECONNECT_SECONDS
-            self.reconnecting = self.loop.create_task(self._reconnect())
-        if self.awaited and now >= self.next_learning and (self.learning is None or self.learning.done()):
-            self.next_learning = now + LEARN_SECONDS
-            self.learning = self.loop.create_task(self._learn())
-        if self.pending:
-            self._pump()
+        self.session.tick(self.now())
+        self._perform()
 
-    def _ask_quiet(self) -> None:
-        for broker in self._quiet_brokers() if not self.reopening else ():
-            if broker.id not in self.asking:
-                task = self.asking[broker.id] = self.loop.create_task(self._ask(broker))
-                task.add_done_callback(lambda _, key=broker.id: self.asking.pop(key, None))  # type: ignore[misc]
+    def _pump(self) -> None:
+        """Send what is pending, as far as there is room."""
+        self.pump_scheduled = False
+        self.session.pump(self.now())
+        self._perform()
 
-    async def _ask(self, broker: BrokerAddress) -> None:
-        """Ask a quiet broker whether it is there. As long as it does not answer, it is left alone: at order 5 what all
-        brokers have would wait for what it has."""
-        while not self.closed and await self.connection.is_silent(broker.target, ASK_SECONDS):
-            if broker.id not in self.silent:
-                self.silent.add(broker.id)
-                self._lose(broker)
-        self.silent.discard(broker.id)
-        await asyncio.sleep(ASK_SECONDS)
+    # ---- outcomes ---------------------------------------------------------------------------------------------------
 
-    def _lacks_brokers(self) -> bool:
-        return self._connected() < self.connection.broker_count
-
-    async def _reconnect(self) -> None:
-        try:
-            brokers = await self.connection.brokers()
-        except CxlmqError:
-            return
-        if self.closed or self.reopening:
-            return
-        with contextlib.suppress(CxlmqError):       # come again
-            await self._connect(brokers)
-
-    def _expire(self) -> None:
-        """Settle what nobody took or answered in time."""
-        now = time.monotonic()
-        expired = False
-        while (batch := self._overdue(now)) is not None:
-            self._settle(batch, None, self._why_not_sent())
-            expired = True
-        expired |= self._tell_outcomes(self.awaited.overdue(now, self.delivery_timeout))
-        if self._expire_in_flight(now):
-            # A sequence that was given up may never arrive: the session has to end, or everything behind it would
-            # wait for ever.
-            self._start_reopening(SessionFenced(reason="a batch was given up", committed=self._oldest()))
-            expired = True
-        if expired:
-            self._notify()
-
-    def _overdue(self, now: float) -> Batch | None:
-        """Take the oldest batch that is not sent, when its time is over."""
-        try:
-            return self.pending.popleft() if self.pending[0].deadline <= now else None
-        except IndexError:
-            return None
-
-    def _settle(self, batch: Batch, position: int | None, error: CxlmqError | None, *, epoch: int = 0,
-                duplicate: bool = False, outcome: str = "") -> None:
-        """Let go of a batch; tell who published it, unless that was told when it was sent (level 0)."""
+    def _settle(self, command: Settle, outcome: str = "") -> None:
+        """Let go of a batch; tell who published it, unless that was told when it was sent (level 0). Any thread."""
+        batch, error = command.batch, command.error
         batch.release()
         self.last_error = error or self.last_error
         with self.account:
             if self.unsettled.pop(batch.number, None) is None:
                 return                      # another thread gave it up
             self.held -= batch.nbytes
-            self.counts["duplicates"] += duplicate
+            self.counts["duplicates"] += command.duplicate
             if not batch.settled:
                 self.counts[outcome or ("acked" if error is None else "failed")] += batch.count
-        batch.settle(position, epoch, batch.broker, duplicate, error)
+        batch.settle(command.position, command.epoch, batch.broker, command.duplicate, error)
 
     def settled_at_send(self, batch: Batch) -> None:
         """Level 0: whoever published it is told now. The batch is kept until a broker has it: none is lost because
@@ -504,96 +378,12 @@ class Engine(Ways):
             with self.changed:
                 self.changed.notify_all()
 
-    # ---- a session that ended ---------------------------------------------------------------------------------------
-
-    def _start_reopening(self, reason: CxlmqError) -> None:
-        if not self.reopening and not self.closed:
-            self.reopening = True
-            self.loop.create_task(self._reopen(reason))
-
-    async def _reopen(self, reason: CxlmqError) -> None:
-        """Open the next epoch, settle what is in the log, and send the rest again, renumbered from 0."""
-        self._abandon()
-        resume_from = self._oldest()
-        while not self.closed:
-            try:
-                brokers = await self.connection.brokers()
-                await self._open_session(brokers, resume_from)
-                break
-            except CxlmqError as error:
-                if not error.comes_back:
-                    self._fail_everything(error)
-                    return
-                await asyncio.sleep(RECONNECT_SECONDS / 5)
-                self._expire()
-        if self.closed:
-            return
-        self.counts["reopened"] += 1
-        self._resume(resume_from)
-        self.reopening = False
-        with contextlib.suppress(CxlmqError):       # `_reconnect` comes again
-            await self._connect(brokers)
-        self._pump()
-        self._notify()
-        self.next_learning = 0.0            # what is awaited has most often reached its level
-        self._tell(reason)
-
-    def _resume(self, resume_from: int) -> None:
-        """Keep for their level what the ended session has in the log; the rest goes before everything that waits."""
-        high_water, positions = self.session.high_water, list(self.session.positions)
-        left = []
-        for sequence, batch in self._take_in_flight():
-            at = sequence - resume_from
-            position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
-            if sequence < high_water or position != UNKNOWN_POSITION:
-                self._await_level(batch, None if position >= UNPLACED_POSITION else position)
-            else:
-                left.append(batch)
-        self.pending.extendleft(reversed(left))
-
-    def _await_level(self, batch: Batch, position: int | None) -> None:
-        """A batch is in the log: at level 0 that is all there is to know."""
-        if batch.level == 0:
-            self._settle(batch, None, None, duplicate=True)
-            return
-        batch.release()
-        self.awaited.add(batch, position, self.session)
-
-    async def _learn(self) -> None:
-        """Settle what is awaited and has reached its level, or cannot."""
-        with contextlib.suppress(CxlmqError):       # come again; what ends the publisher is found on other ways
-            if self._tell_outcomes(self.awaited.decided(await self._describe())):
-                self._notify()
-
-    def _tell_outcomes(self, outcomes: list[Outcome]) -> bool:
-        for each in outcomes:
-            self._settle(each.batch, each.position, each.error, duplicate=each.error is None)
-        return bool(outcomes)
-
-    async def _describe(self) -> pb.Topic:
-        """The topic as it is now, from the first broker that answers."""
-        error: CxlmqError = BrokerUnavailable(address=f"the brokers of topic {self.topic}")
-        for broker in self._awake(await self.connection.brokers()):
-            try:
-                return await self.connection.unary(broker.target, "Admin/DescribeTopic",
-                                                   pb.DescribeTopicRequest(name=self.topic), pb.Topic, ASK_SECONDS)
-            except BrokerUnavailable as failed:
-                error = failed
-        raise error
-
-    def _fail_everything(self, error: CxlmqError) -> None:
+    def _fail(self, error: CxlmqError) -> None:
         """Nothing more can be published: everything settles with this error, and so does what comes later."""
         self.failure = error
         self.closed = True
         self._give_up()
         self._tell(error)
-
-    def _tell(self, event: CxlmqError) -> None:
-        if self.on_event is not None:
-            try:
-                self.on_event(event)
-            except Exception:
-                _log.exception("the callback for events failed")
 
     def _give_up(self) -> None:
         """Settle what a closed publisher still has. Any thread."""
@@ -606,33 +396,9 @@ class Engine(Ways):
             current.release()
             with self.account:
                 self.counts["failed"] += current.count
-        self.pending.clear()
-        self.awaited.clear()
+        self.session.forget()
         with self.account:
             left = list(self.unsettled.values())
         for batch in left:
-            self._settle(batch, None, error)
+            self._settle(Settle(batch, None, error))
         self._notify()
-
-    # ---- closing ----------------------------------------------------------------------------------------------------
-
-    async def close(self) -> None:
-        """End all ways and the session. What is not settled is given up."""
-        self.closed = True
-        for task in (self.ticker, self.reconnecting, self.learning, *self.asking.values()):
-            if task is not None:
-                task.cancel()
-        await self._disconnect()
-        await self._close_session()
-        self._give_up()
-        await self.connection.close()
-
-    async def _close_session(self) -> None:
-        if not self.session_open:
-            return
-        self.session_open = False
-        request = pb.CloseSessionRequest(client_id=self.client_id, session_slot=self.session.session_slot,
-                                         session_epoch=self.session.session_epoch)
-        with contextlib.suppress(CxlmqError):       # a session without streams ends by itself
-            await self.connection.unary(self.session_target, "Admin/CloseSession", request, pb.CloseSessionResponse,
-                                        timeout=CLOSE_SESSION_SECONDS)

@@ -10,7 +10,8 @@ import grpc.aio
 
 from broker.errors import BrokerUnavailable, CxlmqError, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
-from client.connection import BrokerAddress, translated
+from client.brokers import BrokerAddress
+from client.connection import translated
 from client.reading import ReadingEngine, T, Take, left_until
 from client.received import ReceivedBatch, parse_response
 from client.start import Start

@@ -56,6 +56,10 @@ class Awaited:
                 f"the message is in the log, and level {each.batch.level} was not reached within {timeout} s",
                 timeout_seconds=timeout)))
 
+    def batches(self) -> list[Batch]:
+        """What waits."""
+        return [each.batch for each in self._places]
+
     def clear(self) -> None:
         """Forget all: somebody else settles them."""
         self._places.clear()

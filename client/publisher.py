@@ -172,7 +172,7 @@ class _PublisherBase:
     @property
     def client_id(self) -> int:
         """Identity of this publisher; a later one with the same id takes over its session."""
-        return self._engine.client_id
+        return self._engine.session.client_id
 
     def _noted(self, delivery: Delivery) -> Delivery:
         if self._on_delivery is not None:

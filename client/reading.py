@@ -25,8 +25,9 @@ from broker.errors import (
     TopicRecreated,
 )
 from broker.proto import cxlmq_pb2 as pb
+from client.brokers import BrokerAddress
 from client.buffer import BatchBuffer
-from client.connection import BrokerAddress, ClientLoop, Connection
+from client.connection import ClientLoop, Connection
 from client.group import Membership
 from client.received import Message
 from client.start import Start, fill_start

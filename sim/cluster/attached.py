@@ -15,8 +15,7 @@ from broker.reader import ReadError
 from client.attached import AttachedCore
 from client.attached_reader import AttachedReader
 from client.batch import Batch, Delivery, Packer
-from client.connection import BrokerAddress
-from client.transport import rendezvous
+from client.brokers import BrokerAddress, rendezvous
 from sim.cluster.clients import Flight, Publisher, Subscriber
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.history import Operation, Violation

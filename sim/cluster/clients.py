@@ -16,8 +16,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION, CursorTable
 from broker.stages import receiver as receiving
-from client.connection import BrokerAddress
-from client.transport import rendezvous
+from client.brokers import BrokerAddress, rendezvous
 from sim.cluster.history import Operation, Read, Violation
 from sim.cluster.witness import build_payload, payload_sender
 

@@ -135,14 +135,14 @@ def test_what_a_session_had_in_flight_stays_before_what_comes_later(cluster, fre
 
         later = [b"later"]
 
-        async def connect(brokers: object, connect=engine._connect) -> None:
-            await connect(brokers)
+        async def attach(*arguments: object, attach=engine._attach) -> None:
+            await attach(*arguments)
             if later:                       # it connects again where a slot was not free yet
                 await asyncio.to_thread(publisher.publish, later.pop())
 
-        monkeypatch.setattr(engine, "_connect", connect)
+        monkeypatch.setattr(engine, "_attach", attach)
         publisher.publish(b"in flight")
-        engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="a test", committed=0))
+        engine.loop.call_soon_threadsafe(engine.end_session, SessionFenced(reason="a test", committed=0))
         assert eventually(lambda: publisher.statistics()["reopened"] == 1 and publisher.statistics()["messages"] == 2, 15.0)
         publisher.flush()
     assert read_all(cluster, fresh, 2) == [b"in flight", b"later"]
@@ -269,14 +269,14 @@ def test_garbage_descriptors_fence_their_session_and_touch_nobody_else(cluster, 
     with Publisher(fresh, cluster=cluster.name, transport="attached") as honest, \
             Publisher(fresh, cluster=cluster.name, transport="attached", delivery_timeout=10) as hostile:
         hostile.publish(b"honest so far").result()
-        attachment = next(iter(hostile._engine.attachments.values()))[1]
+        slot = next(iter(hostile._engine.flights.slots.values()))
         with attach_region(cluster.name) as region:
             memory, layout = region.memory(Role.ROLE_CLIENT), region.layout
-            client_line = layout.offset_of("attach_client", attachment.slot)
-            taken = memory.load_word(layout.offset_of("attach_line", attachment.slot) + 48)
+            client_line = layout.offset_of("attach_client", slot.number)
+            taken = memory.load_word(layout.offset_of("attach_line", slot.number) + 48)
             for number in range(taken, taken + 64):
-                at = layout.offset_of("attach_descriptor", attachment.slot, number)
-                tag = attachment.generation << 48 | (number + 1)
+                at = layout.offset_of("attach_descriptor", slot.number, number)
+                tag = slot.generation << 48 | (number + 1)
                 memory.write_line_bytes(at, tag.to_bytes(8, "little") + os.urandom(56))
             memory.store_word(client_line + 16, 1 << 60)
             del memory

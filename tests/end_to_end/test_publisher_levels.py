@@ -51,7 +51,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 def reopen(publisher: Publisher) -> None:
     """Have its session opened anew, as when a broker fenced it."""
     engine, before = publisher._engine, publisher.statistics()["reopened"]
-    engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="a test", committed=0))
+    engine.loop.call_soon_threadsafe(engine.end_session, SessionFenced(reason="a test", committed=0))
     assert eventually(lambda: publisher.statistics()["reopened"] > before and not engine.reopening)
 
 
@@ -72,7 +72,7 @@ def test_a_session_opened_anew_promises_level_2_only_when_the_disks_have_it(
             for _ in range(times):
                 reopen(publisher)
             for _ in range(LOOKS):
-                publisher._engine.client_loop.run(publisher._engine._learn())
+                publisher._engine.client_loop.run(publisher._engine._look_up())
             assert not any(each.done() for each in waiting)
             assert publisher._engine.buffered > 0
         finally:

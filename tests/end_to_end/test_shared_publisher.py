@@ -144,7 +144,7 @@ def test_threads_share_a_publisher(cluster: Cluster, fresh: str, transport: str,
             time.sleep(0.05)
             if reopens and fences < 5:
                 fences += 1
-                engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="a test", committed=0))
+                engine.loop.call_soon_threadsafe(engine.end_session, SessionFenced(reason="a test", committed=0))
         assert [each.failed for each in workers] == [None] * threads
         publisher.flush()
         statistics = publisher.statistics()

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 
-from broker.errors import BufferFull, ClosedError, PoolFull
+from broker.errors import BufferFull, ClosedError, PoolFull, SessionFenced
 from broker.proto import cxlmq_pb2 as pb
 from broker.sessions import UNKNOWN_POSITION
 from broker.stages.attach import AttachStage
 from client.attached import AttachedCore
 from client.attached_publisher import AttachedEngine
-from client.batch import Batch, Delivery, Packer
+from client.batch import Delivery, Packer
+from client.brokers import BrokerAddress
+from client.publishing.attached_flights import Slot
+from client.publishing.commands import AskBrokers, Connect, Leave, LookUp, OpenSession
 from client.turn import Safeguard, leave_out
 from sim.cxl.memory import Role
 from tests.logical_threads import Baton, SharedLock
@@ -25,6 +28,7 @@ KIB = 1 << 10
 MESSAGE_MAX = 64 * KIB
 CLIENT = 9
 SEEDS = range(12)
+BROKERS = [BrokerAddress(broker, f"broker {broker}") for broker in range(2)]
 SHAPE = {"attach_slot_count": 12, "session_count_max": 128, "region_bytes": 24 * MIB, "segment_bytes": 128 * KIB,
          "message_bytes_max": MESSAGE_MAX, "batch_bytes_max": 128 * KIB, "ring_slot_count": 256,
          "order_entry_count": 4096}
@@ -51,14 +55,12 @@ class Engine(AttachedEngine):
                                    self.cluster.clock, LEASE_NS) for broker in self.cluster.brokers]
         self.cluster.stages[0:0] = self.stages
         self.topic_entry = self.cluster.create()
-        self.slots: dict[int, tuple[int, int]] = {}     # slot -> (broker, generation)
         self.manual: Session | None = None
-        self.open_next()
-        self.packer = Packer(self, self.send_full, target, MESSAGE_MAX)
-        self.core = AttachedCore(self, self.cluster.door(0, Role.ROLE_CLIENT), self.cluster.layout, self.packer,
-                                 (target, target, target), 4 * MIB, 1 << 32, ack, 1e6)
-        self.core.begin_session(1)
-        self.attach()
+        self.flights.moving = self.sealing
+        self.flights.lives = lambda broker: True
+        self.now = lambda: self.cluster.clock.now() / 1e9
+        self.session.open(BROKERS, len(BROKERS), ack)
+        self._perform()
 
     # ---- what the loop and gRPC do elsewhere ------------------------------------------------------------------------
 
@@ -72,66 +74,65 @@ class Engine(AttachedEngine):
     def is_on_loop(self) -> bool:
         return True                         # nobody waits: spill at once
 
-    def open_next(self) -> None:
-        """The next epoch of the session; how far the one before came."""
-        self.epoch += 1
-        old = self.manual
-        self.manual = self.cluster.open_session(self.topic_entry, CLIENT, self.epoch)
+    def _set_limits(self) -> None:
+        target, region = self.batch_bytes[0], self.cluster.door(0, Role.ROLE_CLIENT)
+        self.packer = Packer(self, self.send_full, target, MESSAGE_MAX)
+        core = AttachedCore(self, region, self.cluster.layout, self.packer, (target, target, target), 4 * MIB, 1 << 32,
+                            self.ack, 1e6)
+        self.flights.use(core, region, self.cluster.layout)
+
+    def _do(self, command: Any) -> None:
+        self.baton.point()
+        match command:
+            case AskBrokers():
+                self.session.brokers_known(BROKERS, len(BROKERS), self.now())
+            case OpenSession(broker, request):
+                assert self.session.session_opened(self.opened(request), broker, self.now())
+            case Connect(broker, opened):
+                self.attach(broker, opened.session_epoch)
+            case Leave(slot):
+                self.stages[slot.doorbell].close_slot(slot.number, slot.generation)
+            case LookUp():
+                self.session.topic_known(pb.Topic(end_position=1 << 60))
+            case _:
+                super()._do(command)
+        self.session.invariants()
+
+    def opened(self, request: Any) -> pb.Session:
+        """What a broker answers: how far the session before came."""
+        old, before = self.manual, request.resume_epoch
+        self.manual = self.cluster.open_session(self.topic_entry, CLIENT, request.session_epoch)
         self.cluster.close_streams(self.manual)
         self.cluster.settle()
         found = {each["batch_sequence"]: each["position"] for each in self.cluster.entries(self.topic_entry)
-                 if each["client_id"] == CLIENT and each["session_epoch"] == self.epoch - 1}
+                 if each["client_id"] == CLIENT and each["session_epoch"] == before}
         end = max(found, default=-1) + 1
-        self.session = pb.Session(session_slot=self.manual.slot, session_epoch=self.epoch, order=5, high_water=end,
-                                  positions=[found.get(each, UNKNOWN_POSITION) for each in range(end)])
         if old is not None:
             self.cluster.close_session(old)
+        return pb.Session(session_slot=self.manual.slot, session_epoch=request.session_epoch, order=5, high_water=end,
+                          topic_number=self.topic_entry.number, topic_generation=self.topic_entry.generation,
+                          positions=[found.get(each, UNKNOWN_POSITION) for each in range(request.resume_from, end)])
 
-    def attach(self) -> None:
-        """A slot at every broker."""
+    def attach(self, broker: BrokerAddress, epoch: int) -> None:
+        """A slot at a broker."""
         assert self.manual is not None
-        assert self.core is not None
         topic = self.topic_entry
-        for broker, stage in enumerate(self.stages):
-            found = stage.open(topic.number, topic.generation, self.manual.slot, self.epoch, CLIENT, self.ack, 1, 1, 1)
-            assert found is not None
-            self.slots[found[0]] = broker, found[1]
-            self.core.add_channel(found[0], found[1], broker)
+        found = self.stages[broker.id].open(topic.number, topic.generation, self.manual.slot, epoch, CLIENT, self.ack, 1, 1, 1)
+        assert found is not None
+        assert self.flights.attached(Slot(broker, *found, broker.id), epoch)
         self.cluster.settle()               # leases come
 
-    def _leave(self, slots: Any) -> None:
-        assert self.core is not None
-        held = {slot: self.slots.pop(slot) for slot in list(self.slots)}
-        if self.core.leave([(slot, broker) for slot, (broker, _) in held.items()]):
-            for slot, (broker, generation) in held.items():
-                self.stages[broker].close_slot(slot, generation)
-
-    def _await_level(self, batch: Batch, position: int | None) -> None:
-        self._settle(batch, position if batch.level else None, None, duplicate=True)    # level 1 is what the log has
-
     def reopen(self) -> None:
-        """As `_reopen`, step by step, with others between."""
-        self.baton.point()
-        self.open_next()
-        self.baton.point()
-        self._resume(0)
-        self.baton.point()
-        self.attach()
+        """As when a broker fenced it."""
+        self.end_session(SessionFenced(reason="a test", committed=0))
 
     def turn(self) -> None:
         """What the loop does when it comes to run."""
-        core = self.core
-        assert core is not None
+        assert self.core is not None
         self.baton.point()
-        if core.open_count and self.baton.random.random() < 0.3:
-            core.flush_open()
-        core.poll()
-        if core.fenced:
-            self.reopen()
-        if core.retry_wanted:
-            for sequence in core.lost():
-                _ = any(core.resubmit(sequence, broker) for broker in range(2))
-        core.beat()
+        if self.core.open_count and self.baton.random.random() < 0.3:
+            self.core.flush_open()
+        self._step()
         self._pump()
 
     def pause(self) -> None:

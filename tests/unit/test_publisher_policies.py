@@ -22,9 +22,11 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
-from client.batch import Batch, Delivery, Packer
-from client.connection import BrokerAddress
-from client.grpc_publisher import SPAN_MAX, PublisherEngine
+from client.batch import Batch, Delivery
+from client.brokers import BrokerAddress
+from client.grpc_publisher import PublisherEngine
+from client.publishing.commands import AskBrokers, Connect, LookUp, OpenSession
+from client.publishing.stream_flights import SPAN_MAX, Way
 from tests.manual_cluster import decode_messages
 
 OPTIONS: dict[str, Any] = {
@@ -35,64 +37,73 @@ OPTIONS: dict[str, Any] = {
 
 
 class Transport:
-    """A broker that takes batches and answers when the test says so."""
+    """A stream to a broker that takes batches and answers when the test says so."""
 
-    def __init__(self, broker: int, window: int) -> None:
-        self.broker = BrokerAddress(broker, f"broker {broker}")
-        self.alive = True
-        self.window = window
+    def __init__(self, way: Way) -> None:
+        self.way = way
         self.sent: list[Batch] = []
-        self.waiting: list[int] = []
-
-    def has_room(self, nbytes: int) -> bool:
-        return len(self.waiting) < self.window
 
     def send(self, batch: Batch) -> None:
         self.sent.append(batch)
-        self.waiting.append(batch.sequence)
-
-    def answered(self, sequence: int) -> None:
-        if sequence in self.waiting:
-            self.waiting.remove(sequence)
-
-    def unanswered(self) -> list[int]:
-        return list(self.waiting)
 
     def abandon(self) -> None:
-        self.alive = False
-
-    @staticmethod
-    def refusal_error(refusal: pb.Refusal) -> CxlmqError:
-        return PoolFull(holder="a test")
+        assert not self.way.alive
 
 
 class Engine(PublisherEngine):
-    """The engine with transports of the test's, its callbacks called by the test."""
+    """The engine with brokers of the test's, its callbacks called by the test; every event leaves its session sound."""
 
     def __init__(self, brokers: int = 2, window: int = 4, **options: Any) -> None:
-        super().__init__("t", **{**OPTIONS, **options})
-        self.session = pb.Session(topic=pb.TopicIdentity(run_id=1), session_slot=1, session_epoch=1, order=5, message_bytes_max=1000,
-                                  batch_bytes_max=1 << 20, window=256)
-        self.epoch = 1
-        self.packer = Packer(self, self.send_full, 96, 1000)
-        self.fakes = [Transport(broker, window) for broker in range(brokers)]
-        self.transports = {fake.broker.id: fake for fake in self.fakes}  # type: ignore[misc]
-        self.reopened: list[CxlmqError] = []
+        super().__init__("t", **{**OPTIONS, "in_flight": window, **options})
+        self.brokers = [BrokerAddress(broker, f"broker {broker}") for broker in range(brokers)]
+        self.fakes: list[Transport] = []
+        self.answer = pb.Session()
+        self.on_loop(self.open_session)
+
+    def open_session(self) -> None:
+        """Every broker is there."""
+        self.answer = pb.Session(topic=pb.TopicIdentity(run_id=1), session_slot=1, session_epoch=1, order=5,
+                                 message_bytes_max=1000, batch_bytes_max=1 << 20, window=256)
+        self.session.open(self.brokers, len(self.brokers), self.ack or 0)
+        self._perform()
+
+    def reopen(self, **answer: Any) -> None:
+        """Open the next session, which says this of the one before. On the loop."""
+        self.answer.session_epoch += 1
+        self.answer.MergeFrom(pb.Session(**answer))
+        self.session.reopen(SessionFenced(reason="a test", committed=0))
+        self._perform()
+        self.fakes.clear()
+        self.session.brokers_known(self.brokers, len(self.brokers), self.now())
+        self._perform()
+
+    def _do(self, command: Any) -> None:
+        match command:
+            case Connect(_, _, way):
+                self.fakes.append(Transport(way))
+                self.transports[way] = self.fakes[-1]  # type: ignore[assignment]
+            case OpenSession(broker, _):
+                assert self.session.session_opened(self.answer, broker, self.now())
+            case AskBrokers():
+                pass                        # the test says when
+            case LookUp():
+                pass                        # as above
+            case _:
+                super()._do(command)
+        self.session.invariants()
 
     def _schedule_pump(self) -> None:
         pass                                # the test pumps
 
-    def _start_reopening(self, reason: CxlmqError) -> None:
-        self.reopening = True
-        self.reopened.append(reason)
-
-    async def _describe(self) -> pb.Topic:
-        return self.topic_now               # what a broker would say
+    @property
+    def reasons(self) -> list[CxlmqError]:
+        """Why the session is being opened anew, if it is."""
+        return [self.session._reason] if self.reopening and self.session._reason is not None else []
 
     def learn(self, **frontiers: int) -> None:
-        """Have the engine look how far the levels are, in run 1 unless it is said otherwise."""
-        self.topic_now = pb.Topic(**{"run_id": 1, "failed_position": (1 << 64) - 1, **frontiers})
-        self.client_loop.run(self._learn())
+        """Let the session know how far the levels are, in run 1 unless it is said otherwise."""
+        topic = pb.Topic(**{"run_id": 1, "failed_position": (1 << 64) - 1, **frontiers})
+        self.event(self.session.topic_known, topic)
 
     def publish(self, count: int = 1) -> list[Delivery]:
         """Messages that fill a batch each."""
@@ -106,18 +117,40 @@ class Engine(PublisherEngine):
 
         return self.client_loop.run(run())
 
+    def event(self, call: Callable[..., Any], *arguments: Any) -> None:
+        """Something comes to the session."""
+        def happen() -> None:
+            call(*arguments)
+            self._perform()
+            self.session.invariants()
+
+        self.on_loop(happen)
+
 
 def answer(engine: Engine, fake: Transport, status: int, *sequences: int) -> None:
     """One response."""
     response = pb.PublishResponse(batch_sequences=sequences, positions=[10 * each for each in sequences],
                                   statuses=[status] * len(sequences), epoch=1)
-    engine.on_loop(engine._on_acks, fake, response)
+    engine.event(engine.flights.results, fake.way, response, engine.now())
 
 
 def refuse(engine: Engine, fake: Transport, *sequences: int) -> None:
     """One response that says that there is no room."""
-    response = pb.PublishResponse(refusals=[pb.Refusal(batch_sequence=each, code="pool-full") for each in sequences])
-    engine.on_loop(engine._on_acks, fake, response)
+    response = pb.PublishResponse(refusals=[
+        pb.Refusal(batch_sequence=each, code="pool-full", details='{"holder": "a test"}') for each in sequences])
+    engine.event(engine.flights.results, fake.way, response, engine.now())
+
+
+def lose(engine: Engine, fake: Transport, error: CxlmqError) -> None:
+    """Its stream ends."""
+    engine.event(engine.flights.way_lost, fake.way, error, engine.now())
+
+
+def expire(engine: Engine) -> None:
+    """Everything is overdue."""
+    for batch in engine.unsettled.values():
+        batch.deadline = 0.0
+    engine.event(engine.session.expire, engine.now())
 
 
 @pytest.fixture
@@ -138,15 +171,15 @@ def packed_in(batches: Iterable[Batch]) -> list[bytes]:
 
 def test_a_finalizer_that_publishes_while_a_batch_is_sealed_overtakes_nothing(engine: Engine,
                                                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    keep, messages = engine._keep, [bytes([number]) * 88 for number in range(4)]
+    keep, messages = engine.keep, [bytes([number]) * 88 for number in range(4)]
 
     def publish_too(batch: Batch) -> None:
-        monkeypatch.setattr(engine, "_keep", keep)
+        monkeypatch.setattr(engine, "keep", keep)
         for each in messages[1:3]:
             engine.packer.append(each)
         keep(batch)
 
-    monkeypatch.setattr(engine, "_keep", publish_too)
+    monkeypatch.setattr(engine, "keep", publish_too)
     engine.packer.append(messages[0])
     engine.packer.append(messages[3])
     assert packed_in(engine.pending) == messages
@@ -155,7 +188,7 @@ def test_a_finalizer_that_publishes_while_a_batch_is_sealed_overtakes_nothing(en
 @pytest.mark.parametrize("moment", ["before it is kept", "after it is kept", "after it is pending"])
 def test_an_interrupted_publisher_loses_and_doubles_nothing(engine: Engine, moment: str,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    keep, seal, messages = engine._keep, engine._seal, [bytes([number]) * 88 for number in range(3)]
+    keep, seal, messages = engine.keep, engine._seal, [bytes([number]) * 88 for number in range(3)]
 
     def interrupted(batch: Batch) -> None:
         monkeypatch.undo()
@@ -165,7 +198,7 @@ def test_an_interrupted_publisher_loses_and_doubles_nothing(engine: Engine, mome
             seal(batch)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_seal" if moment == "after it is pending" else "_keep", interrupted)
+    monkeypatch.setattr(engine, "_seal" if moment == "after it is pending" else "keep", interrupted)
     with pytest.raises(KeyboardInterrupt):
         engine.packer.append(messages[0])
     done = engine.flushed()                 # what was interrupted goes on
@@ -179,21 +212,21 @@ def test_an_interrupted_publisher_loses_and_doubles_nothing(engine: Engine, mome
 def test_no_more_than_the_window_is_in_flight(engine: Engine) -> None:
     engine.publish(10)
     engine.on_loop(engine._pump)
-    assert (len(engine.inflight), len(engine.pending)) == (8, 2)
+    assert (len(engine.flights.flights), len(engine.pending)) == (8, 2)
     answer(engine, engine.fakes[0], pb.COMMITTED, 0, 2)
-    assert (len(engine.inflight), len(engine.pending)) == (8, 0)
-    assert engine.inflight_bytes == 768
+    assert (len(engine.flights.flights), len(engine.pending)) == (8, 0)
+    assert engine.flights.nbytes == 768
 
 
 def test_a_broker_that_is_slow_stops_the_others_within_the_span() -> None:
     engine = Engine(window=1000, buffer_bytes=1 << 20)
     engine.publish(300)
     engine.on_loop(engine._pump)
-    assert len(engine.inflight) == SPAN_MAX
+    assert len(engine.flights.flights) == SPAN_MAX
     # All but the oldest are answered: sequences may not run away from it, the sequencer's window has an end.
     for fake in engine.fakes:
-        answer(engine, fake, pb.COMMITTED, *(each for each in fake.unanswered() if each))
-    assert (len(engine.inflight), engine.next_sequence) == (1, SPAN_MAX)
+        answer(engine, fake, pb.COMMITTED, *(each for each in list(fake.way.waiting) if each))
+    assert (len(engine.flights.flights), engine.flights.next_sequence) == (1, SPAN_MAX)
 
 
 def test_error_refuses_when_the_buffer_is_full(engine: Engine) -> None:
@@ -241,7 +274,8 @@ def test_block_waits_until_there_is_room() -> None:
     async def later() -> None:
         await asyncio.sleep(0.05)
         response = pb.PublishResponse(batch_sequences=[0], positions=[0], statuses=[pb.COMMITTED])
-        engine._on_acks(engine.fakes[0], response)  # type: ignore[arg-type]
+        engine.flights.results(engine.fakes[0].way, response, engine.now())
+        engine._perform()
 
     engine.client_loop.submit(later())
     engine.publish()
@@ -260,16 +294,15 @@ def test_a_broken_streams_batches_go_elsewhere_with_their_sequences(engine: Engi
     engine.publish(4)
     engine.on_loop(engine._pump)
     lost, other = engine.fakes
-    lost.alive = False
-    engine.on_loop(engine._on_broken, lost, BrokerUnavailable(address="x"))
+    lose(engine, lost, BrokerUnavailable(address="x"))
     assert [each.sequence for each in other.sent] == [1, 3, 0, 2]
     answer(engine, other, pb.COMMITTED, 0, 1, 2, 3)
-    assert (engine.counts["acked"], engine.counts["retries"], engine.inflight_bytes) == (4, 2, 0)
+    assert (engine.counts["acked"], engine.session.retries, engine.flights.nbytes) == (4, 2, 0)
 
 
 def test_a_fenced_batch_ends_the_session_also_when_it_is_settled_already(engine: Engine) -> None:
     answer(engine, engine.fakes[0], pb.FENCED, 5)
-    assert [type(each) for each in engine.reopened] == [SessionFenced]
+    assert [type(each) for each in engine.reasons] == [SessionFenced]
 
 
 def test_a_duplicates_receipt_has_no_position(engine: Engine) -> None:
@@ -283,21 +316,21 @@ def test_a_refusal_of_the_oldest_takes_back_what_waits_behind_it(engine: Engine)
     engine.publish(8)
     engine.on_loop(engine._pump)
     refuse(engine, engine.fakes[1], 1)
-    assert engine.reopened == [], "only the oldest holds the others back"
+    assert engine.reasons == [], "only the oldest holds the others back"
     refuse(engine, engine.fakes[0], 0)
-    assert [type(each) for each in engine.reopened] == [PoolFull]
-    assert engine.span == 4
+    assert [type(each) for each in engine.reasons] == [PoolFull]
+    assert engine.flights.span == 4
 
 
 def test_the_span_grows_again(engine: Engine) -> None:
-    engine.span = 2
+    engine.flights.span = 2
     engine.publish(8)
     engine.on_loop(engine._pump)
-    assert len(engine.inflight) == 2
+    assert len(engine.flights.flights) == 2
     answer(engine, engine.fakes[0], pb.COMMITTED, 0)
     answer(engine, engine.fakes[1], pb.COMMITTED, 1)
-    assert engine.span > 2
-    assert engine.obstacle is None
+    assert engine.flights.span > 2
+    assert engine.flights._obstacle is None
 
 
 def test_a_refusal_that_stands_is_what_a_delivery_settles_with() -> None:
@@ -305,11 +338,8 @@ def test_a_refusal_that_stands_is_what_a_delivery_settles_with() -> None:
     refused, unknown = engine.publish(2)
     engine.on_loop(engine._pump)
     unsent = engine.publish(1)[0]
-    engine.on_loop(engine.retry_at.update, {0: 1e12})
-    engine.last_refusal[0] = engine.obstacle = PoolFull(holder="a test")
-    for batch in engine.unsettled.values():
-        batch.deadline = 0.0
-    engine.on_loop(engine._expire)
+    refuse(engine, engine.fakes[0], 0)      # the oldest: the session is opened anew, and finds nobody
+    expire(engine)
     assert isinstance(refused.exception(), PoolFull)
     assert isinstance(unknown.exception(), DeliveryTimeout)
     assert isinstance(unknown.exception().__cause__, PoolFull)
@@ -319,18 +349,12 @@ def test_a_refusal_that_stands_is_what_a_delivery_settles_with() -> None:
 def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: Engine) -> None:
     deliveries = engine.publish(6)
     engine.on_loop(engine._pump)
-    engine.session.high_water = 2
-    engine.session.positions.extend([70, 80, (1 << 64) - 1, 90])
-    engine.on_loop(engine._resume, 0)
+    engine.on_loop(lambda: engine.reopen(high_water=2, positions=[70, 80, (1 << 64) - 1, 90]))
     assert not any(each.done() for each in deliveries)      # in the log, and nobody said yet that it is committed
     engine.learn(end_position=91)
     # Below the high-water mark, and beyond a gap where the order allows that: in the log. The others are not.
     assert [each.done() for each in deliveries] == [True, True, False, True, False, False]
     assert [each.result().position for each in (deliveries[0], deliveries[1], deliveries[3])] == [70, 80, 90]
-    for fake in engine.fakes:
-        fake.sent.clear()
-        fake.waiting.clear()
-    engine.on_loop(engine._pump)
     sent = sorted(((each.sequence, each) for fake in engine.fakes for each in fake.sent), key=lambda pair: pair[0])
     assert [sequence for sequence, _ in sent] == [0, 1, 2]
     assert [each for _, each in sent] == [deliveries[2].batch, deliveries[4].batch, deliveries[5].batch]
@@ -341,9 +365,7 @@ def resumed(level: int, **options: Any) -> tuple[Engine, list[Delivery]]:
     engine = Engine(ack=level, **options)
     deliveries = engine.publish(3)
     engine.on_loop(engine._pump)
-    engine.session.high_water, engine.session.resumed_position = 3, 90
-    engine.session.positions.extend([70, 71])
-    engine.on_loop(engine._resume, 0)
+    engine.on_loop(lambda: engine.reopen(high_water=3, resumed_position=90, positions=[70, 71]))
     return engine, deliveries
 
 
@@ -357,7 +379,7 @@ def test_a_session_that_was_opened_anew_settles_at_the_level_that_was_asked_for(
         assert [number for number, each in enumerate(deliveries) if each.done()] == settled
     assert [each.receipt().position for each in deliveries] == [70, 71, None]
     assert {(each.receipt().level, each.receipt().duplicate) for each in deliveries} == {(level, True)}
-    assert (engine.buffered, bool(engine.awaited), engine.counts["acked"]) == (0, False, 3)
+    assert (engine.buffered, bool(engine.session.awaited), engine.counts["acked"]) == (0, False, 3)
 
 
 def test_what_a_failed_disk_lacks_is_refused_after_reopening_as_before() -> None:
@@ -373,9 +395,7 @@ def test_what_a_failed_disk_lacks_is_refused_after_reopening_as_before() -> None
 def test_a_level_that_is_not_reached_in_time_is_a_time_out() -> None:
     engine, deliveries = resumed(2)
     engine.learn(end_position=100, durable_position=71)
-    for batch in engine.unsettled.values():
-        batch.deadline = 0.0
-    engine.on_loop(engine._expire)
+    expire(engine)
     assert deliveries[0].receipt().position == 70
     assert [type(each.exception()) for each in deliveries[1:]] == [DeliveryTimeout] * 2
     assert "in the log" in str(deliveries[1].exception())
@@ -394,7 +414,7 @@ def test_closing_settles_what_is_awaited() -> None:
     engine.closed = True
     engine.on_loop(engine._give_up)
     assert {type(each.exception()) for each in deliveries} == {ClosedError}
-    assert not engine.awaited
+    assert not engine.session.awaited
 
 
 @pytest.mark.parametrize("error", [each(topic="t") for each in (UnknownTopic, TopicRecreated, ClusterReplaced, NotAllowed)],
@@ -402,21 +422,20 @@ def test_closing_settles_what_is_awaited() -> None:
 def test_what_does_not_come_back_ends_the_publisher(engine: Engine, error: CxlmqError) -> None:
     (delivery,) = engine.publish()
     engine.on_loop(engine._pump)
-    engine.on_loop(engine._on_broken, engine.fakes[0], error)
+    lose(engine, engine.fakes[0], error)
     assert delivery.exception() is error
     with pytest.raises(type(error)):
         engine.publish(10)
 
 
-def test_level_0_is_settled_at_send_and_kept_until_a_broker_has_it(engine: Engine) -> None:
-    engine.ack = 0
+def test_level_0_is_settled_at_send_and_kept_until_a_broker_has_it() -> None:
+    engine = Engine(ack=0)
     delivery = engine.publish()[0]
     engine.on_loop(engine._pump)
     engine.on_loop(engine.settled_at_send, engine.fakes[0].sent[0])
     assert delivery.result().position is None
     assert engine.buffered == 96
-    engine.fakes[0].alive = False
-    engine.on_loop(engine._on_broken, engine.fakes[0], BrokerUnavailable(address="x"))
+    lose(engine, engine.fakes[0], BrokerUnavailable(address="x"))
     assert [each.frame is not None for each in engine.fakes[1].sent] == [True]
     answer(engine, engine.fakes[1], pb.COMMITTED, 0)
     assert (engine.buffered, engine.counts["acked"], len(engine.unsettled)) == (0, 1, 0)
