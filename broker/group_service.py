@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,13 +70,9 @@ class GroupService:
     def __init__(self, server: "BrokerServer", forward: Callable[..., Any]) -> None:
         node = server.node
         self._server, self._node, self._forward = server, node, forward
-        self.table = GroupTable(node.memory, node.layout, node.clock.now, time.time_ns, server.cursors, node.pid,
-                                node.bank)
-        node.groups = self.table
-        if node.leadership.term is not None:
-            self.table.begin_term(node.group_lease_ns)
+        self.table: GroupTable = node.groups
         self._files = GroupFiles(node.config.replica_folder(node.broker), node.region.run_id)
-        self._lease_ns = node.group_lease_ns
+        self._lease_ns = node.settings.group_lease_ns
         self._files_failed = False
         self._report_file = node.config.folder / RECOVERY_FILE
 

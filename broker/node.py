@@ -35,49 +35,30 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from broker.bank import Bank
+from broker.assembly import Assembly, Door, Settings, TopicOf
 from broker.config import ClusterConfig, make_folder
 from broker.crash import arm, parse_crash_points
 from broker.data_directory import lock_broker_folder, refuse_half_moved, refuse_used
-from broker.doorbell import Doorbell
 from broker.durable_files import write_whole
 from broker.errors import BrokerUnavailable, CxlmqError, MemoryLost
-from broker.groups import GroupTable, read_groups
-from broker.head import HeadDoorbell, HeadView, say_restored
+from broker.groups import read_groups
+from broker.head import say_restored
 from broker.layout import BrokerState
 from broker.leadership import Leadership
-from broker.log import BrokerLog
 from broker.membership import Membership, RegionMembership
-from broker.notifier import Notifier
-from broker.order_lock import LOCK_MODES
 from broker.payload_places import limits_of
 from broker.pipeline import WAITING, Pipeline
-from broker.records import pack, unpack
 from broker.recovery import RecoveryPlan, make_plan
 from broker.region import Region, attach_region, create_region, too_small
 from broker.replica_folder import ReplicaFolder
-from broker.replica_watch import ReplicaWatch
-from broker.segments import PoolLeader, make_pool
-from broker.stages.ack import AckStage
-from broker.stages.attach import AttachStage
-from broker.stages.delegation import Delegation
-from broker.stages.directory import Directory
-from broker.stages.receiver import Receiver
-from broker.stages.reclaim import Reclaim
-from broker.stages.release import Release
-from broker.stages.replication import Replication
 from broker.stages.seat import Seat
-from broker.stages.sequencer import Scanner
-from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
-from broker.stages.watch import Watch
-from broker.topics import TopicTable
 from sim.cxl.clock import SystemClock
-from sim.cxl.memory import Memory, MemoryFault, Role
+from sim.cxl.memory import MemoryFault, Role
 from sim.cxl.region import TmpfsFull, process_start_time
 
 _log = logging.getLogger("cxlmq")
@@ -94,107 +75,58 @@ LOOK_SECONDS = 0.5                  # how often it looks for attached clients th
 HEAD_WAIT_SECONDS = 30.0
 LEAVE_SECONDS = 2 * DRAIN_SECONDS   # for brokers of a cluster that was killed, and which end by themselves
 BEATS_MISSED = 5                    # a broker is not away before it has missed so many
-PIPELINE_BELL, REPLICATION_BELL = 0, 1
 
 
-class BrokerNode:
-    """All of one broker but its gRPC server: what stages share, and the threads that run them."""
+class BrokerNode(Assembly):
+    """All of one broker but its gRPC server: its stages, the threads that run them, and what makes it head."""
 
     def __init__(self, config: ClusterConfig, broker: int, region: Region, founder: bool = False) -> None:
-        self.config = config
-        self.broker = broker
-        self.region = region
-        self.layout = region.layout
-        self.pid = os.getpid()
-        # First of all: whoever sees a new incarnation knows by it that the process before is gone.
+        self.config, self.region, self.pid = config, region, os.getpid()
         region.hold_broker(broker)
-        self.clock = SystemClock()
-        self.notifier = Notifier()
         region.hardware.be_broker(broker, config.host_numbers())
-        self.memory = self._door(Role.ROLE_BROKER)
-        self._say_starting()
-        count = self.layout.numbers["broker_count"]
-        self.doorbells = [self._bell(b, PIPELINE_BELL) for b in range(count)]
-        self.replication_bells = [self._bell(b, REPLICATION_BELL) for b in range(count)]
-        self.receiver_door = self._door(Role.ROLE_RECEIVER)
-        self.log = BrokerLog(self.receiver_door, self.layout,
-                             make_pool(self.receiver_door, self.layout, broker), broker)
-        self.log.first_slot = config.counters_start
-        self.acks = AckStage(self._door(Role.ROLE_ACK), self.log, self.notifier)
-        self.attach = AttachStage(self.receiver_door, self.log, self.acks, self.clock,
-                                  int(config.session_lease_seconds * 1e9))
-        self.watch = Watch(self._door(Role.ROLE_DELIVERY), self.layout, self.notifier)
-        self.head_bell = HeadDoorbell(self._door(Role.ROLE_BROKER), self.layout)
-        self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.doorbells[broker], self.head_bell)
-        self.delivery_door = self._door(Role.ROLE_DELIVERY)
-        self.head = HeadView(self._door(Role.ROLE_BROKER), self.layout)
-        self.bank = Bank(self._door(Role.ROLE_ADMIN), self.layout)      # for topics and groups, while we are head
-        self.bank.resign()
-        self.topics = TopicTable(self._door(Role.ROLE_ADMIN), self.layout, self.ring_all, self.bank,
-                                 config.counters_start)
-        self.pool_leader: PoolLeader | None = None
-        self.replica_watch: ReplicaWatch | None = None
-        self.groups: GroupTable | None = None           # the server's; it writes where we are head
-        self.group_lease_ns = int(config.group_lease_seconds * 1e9)
-        self.incarnation = self.memory.fetch_add_word(self.layout.offset_of("control") + 8, 1) + 1
-        seat_door = self._door(Role.ROLE_SEQUENCER)
-        self.seats = [Seat(seat_door, self.layout) for _ in range(config.scanners + 1)]
+        super().__init__(region.layout, broker, self._open_door(broker), SystemClock(), self._settings(),
+                         disk=self._make_folder, lives=region.client_lives)
+        seat_door = self.door(Role.ROLE_SEQUENCER)
+        self.seats = {name: Seat(seat_door, self.layout) for name in (
+            *(f"scanner {number}" for number in range(config.scanners)), "reclaim")}
         self.pipelines = self._pipelines()
         self.leadership = Leadership(
             seat_door, self.layout, self._membership(founder), self.incarnation << 8 | broker + 1, self._is_gone,
-            self.seats, self._new_takeover, self._sit_down, self._stand_up, self._attend)
-        self._watchers = 0
+            list(self.seats.values()), self._begin_takeover,
+            lambda takeover: list(self.lead(takeover).stages().values()), self.resign, self._attend)
         self.was_ready = False
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
 
-    def _say_starting(self) -> None:
-        """Whoever sees our lock must not take "ready", which a process before us has left there, for ours."""
-        at = self.layout.offset_of("broker", self.broker)
-        self.memory.store_word(at, BrokerState.BROKER_STARTING)
-        self.memory.flush_range(at, 8)
-        self.memory.store_fence()
-
     # ---- parts ------------------------------------------------------------------------------------------------------
 
-    def _door(self, role: int) -> Memory:
-        return self.region.memory(role, self.layout.offset_of("role_statistics", self.broker, int(role)))
+    def _open_door(self, broker: int) -> Door:
+        return lambda role: self.region.memory(
+            role, self.region.layout.offset_of("role_statistics", broker, int(role)))
 
-    def _bell(self, broker: int, which: int) -> Doorbell:
-        return Doorbell(self._door(Role.ROLE_BROKER), self.layout.offset_of("doorbell", broker, which))
+    def _settings(self) -> Settings:
+        config = self.config
+        grace_seconds = max(config.replica_grace_seconds, BEATS_MISSED * config.heartbeat_ms / 1000)
+        return Settings(
+            session_lease_ns=int(config.session_lease_seconds * 1e9), replica_grace_ns=int(grace_seconds * 1e9),
+            group_lease_ns=int(config.group_lease_seconds * 1e9), scanners=config.scanners, lock=config.sequencer_lock,
+            semaphore="/" + self.region.semaphore_name, replica_file_bytes=config.replica_file_bytes,
+            counters_start=config.counters_start, pid=self.pid)
 
-    def ring_all(self) -> None:
-        """Wake every broker's threads."""
-        for bell in (*self.doorbells, *self.replication_bells):
-            bell.ring_now()
+    def _make_folder(self, topic_of: TopicOf) -> ReplicaFolder:
+        numbers = self.region.layout.numbers
+        return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
+                             numbers["broker_count"], topic_of, catalogue=bool(self.config.data_directory),
+                             limits=limits_of(numbers))
 
     def _pipelines(self) -> list[Pipeline]:
-        """The thread plan: lists of stages, each run by one thread."""
-        delegation = Delegation(self._door(Role.ROLE_DELEGATION), self.log, self.head_bell)
-        release = Release(self._door(Role.ROLE_RECLAIM), self.log)
-        directory = self.directory = Directory(self._door(Role.ROLE_BROKER), self.log)
-        scanners, reclaim = self.seats[:-1], self.seats[-1]
-        self.replica_folder = self._replica_folder()
-        self.replication = Replication(self._door(Role.ROLE_REPLICATION), self.layout, self.broker,
-                                       self.replica_folder, self.clock, self.doorbells,
-                                       self.config.replica_file_bytes)
-        if self.config.thread_plan == "staged":
-            # The stages of the broker's own log stay together: what one of them does to a topic the others must not
-            # meet half done.
-            plan = [[directory, self.attach, delegation, release], [self.acks], [self.watch],
-                    *([seat] for seat in self.seats)]
-        else:
-            plan = [[directory, self.attach, delegation, scanners[0], self.acks, self.watch, release, reclaim],
-                    *([seat] for seat in scanners[1:])]
+        """One for each thread."""
         yield_ns = WAITING[self.config.waiting]
-        pipelines = [self._pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], yield_ns)
-                     for i, stages in enumerate(plan)]
+        pipelines = [Pipeline(f"pipeline-{i}", stages, self.doorbells[self.broker], self.log, yield_ns)
+                     for i, stages in enumerate(self.threads(self.config.thread_plan, self.seats))]
         # The disk is slower than any yield is worth.
-        pipelines.append(self._pipeline("replication", [self.replication], self.replication_bells[self.broker], 0))
+        pipelines.append(Pipeline("replication", [self.replication], self.replication_bells[self.broker], self.log, 0))
         return pipelines
-
-    def _pipeline(self, name: str, stages: Iterable[Stage], bell: Doorbell, yield_ns: int) -> Pipeline:
-        return Pipeline(name, list(stages), bell, self.log, yield_ns)
 
     # ---- head -------------------------------------------------------------------------------------------------------
 
@@ -208,10 +140,10 @@ class BrokerNode:
         if config.membership == "etcd":
             from broker.etcd_membership import EtcdMembership
 
-            return EtcdMembership(self._door(Role.ROLE_BROKER), self.layout, self.clock, self.broker, self.incarnation,
+            return EtcdMembership(self.door(Role.ROLE_BROKER), self.layout, self.clock, self.broker, self.incarnation,
                                   f"{config.name}/{self.region.run_id}", config.etcd_endpoints,
                                   config.head_lease_seconds)
-        return RegionMembership(self._door(Role.ROLE_BROKER), self.layout, self.clock, self.broker,
+        return RegionMembership(self.door(Role.ROLE_BROKER), self.layout, self.clock, self.broker,
                                 int(self.config.head_lease_seconds * 1e9), self.is_dead, founder)
 
     def is_dead(self, broker: int) -> bool:
@@ -223,53 +155,15 @@ class BrokerNode:
         broker = (owner & 0xFF) - 1
         return self.broker_line(broker)["incarnation"] != owner >> 8 or not self.region.broker_lives(broker)
 
-    def _new_takeover(self) -> Takeover:
+    def _begin_takeover(self) -> Takeover:
         if self.config.sequencer_lock == "semaphore":
             self.region.renew_semaphore()       # the last head may have ended, or stopped, while it held it
-        return Takeover(self._door(Role.ROLE_ADMIN), self.layout, self.clock, self.broker,
-                        LOCK_MODES[self.config.sequencer_lock], self.config.scanners,
-                        semaphore_name="/" + self.region.semaphore_name, order_memory=self._door(Role.ROLE_SEQUENCER))
-
-    def _sit_down(self, takeover: Takeover) -> list[Stage]:
-        """What a head runs: scanners, then reclaim."""
-        order, count = takeover.order, self.layout.numbers["broker_count"]
-        scanners = []
-        for number in range(self.config.scanners):
-            brokers = [b for b in range(count) if b % self.config.scanners == number]
-            scanner = Scanner(order, self._door(Role.ROLE_SEQUENCER), self.clock, number, brokers, self.doorbells,
-                              self.replication_bells)
-            takeover.prepare(scanner)
-            scanners.append(scanner)
-        if self.config.pool == "leader":
-            self.pool_leader = PoolLeader(self._door(Role.ROLE_SEQUENCER), order.layout, self.broker)
-        self.directory.lead(order, scanners)
-        self.topics.lead(order.layout)
-        grace_seconds = max(self.config.replica_grace_seconds, BEATS_MISSED * self.config.heartbeat_ms / 1000)
-        self.replica_watch = ReplicaWatch(self._door(Role.ROLE_SEQUENCER), order.layout, self.clock,
-                                          int(grace_seconds * 1e9))
-        if self.groups is not None:
-            self.groups.begin_term(self.group_lease_ns)
-        self.ring_all()
-        return [*scanners, Reclaim(self._door(Role.ROLE_RECLAIM), order, self.doorbells, self.pool_leader)]
-
-    def _stand_up(self) -> None:
-        self.bank.resign()
-        self.directory.lead(None, [])
-        self.pool_leader = self.replica_watch = None
+        return self.new_takeover()
 
     def _attend(self) -> None:
-        """While we are head, see which brokers keep replicas."""
-        changed = self.replica_watch.look() if self.replica_watch is not None else []
-        for broker, back in changed:
+        for broker, back in self.attend():
             _log.warning("broker %d %s", broker, "is back and keeps its replicas again" if back else
                          "is away: others keep the replicas that it had")
-        if changed:
-            self.ring_all()
-
-    def _replica_folder(self) -> ReplicaFolder:
-        return ReplicaFolder(self.config.replica_folder(self.broker), self.broker, self.region.run_id, self.config.name,
-                             self.layout.numbers["broker_count"], self.topics.entry_of,
-                             catalogue=bool(self.config.data_directory), limits=limits_of(self.layout.numbers))
 
     # ---- life -------------------------------------------------------------------------------------------------------
 
@@ -277,17 +171,12 @@ class BrokerNode:
         """Wait for a head; then know the topics, and what an earlier process of this broker has left."""
         deadline = time.monotonic() + HEAD_WAIT_SECONDS
         self.attach.keep_leases()
-        while not self._knows_the_past():
+        while not self.learn():
             if self.head.serving():
                 deadline = time.monotonic() + HEAD_WAIT_SECONDS
             elif time.monotonic() > deadline:
                 raise BrokerUnavailable(f"no broker became head within {HEAD_WAIT_SECONDS:.0f} s", address="head")
             await asyncio.sleep(0.002)
-
-    def _knows_the_past(self) -> bool:
-        """One look at the topics and at what is to be given back; False while a head falls or none serves."""
-        self.directory.step_once()
-        return self.directory.complete and self.log.sweep() >= 0
 
     def start(self) -> None:
         """Run the stages."""
@@ -303,7 +192,7 @@ class BrokerNode:
         with contextlib.suppress(OSError, AttributeError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         touched, size = 0, self.layout.numbers["segment_bytes"]
-        pool = self.pool_leader or self.log
+        pool = (self.leading and self.leading.pool_leader) or self.log
         while touched < WARM_BYTES_MAX and not self._stop_warming.is_set() and pool.warm_segment():
             touched += size
         # Segments wander between brokers: each is a page fault every 64 KiB until this process has it mapped.
@@ -323,6 +212,7 @@ class BrokerNode:
         for pipeline in self.pipelines:
             pipeline.stop()
         deadline = time.monotonic() + DRAIN_SECONDS
+        assert self.replication is not None
         while self.replication.step_once() and time.monotonic() < deadline:
             pass                            # an orderly end leaves nothing behind that could be on the disk
         self.replication.close()
@@ -331,17 +221,7 @@ class BrokerNode:
 
     def write_line(self, state: int, tcp: str = "", unix: str = "") -> None:
         """Announce this broker in the broker table."""
-        at = self.layout.offset_of("broker", self.broker)
-        if tcp:
-            address = self.layout.offset_of("broker_address", self.broker)
-            self.memory.write_bytes(address, pack("BrokerAddress", tcp_address=tcp, unix_address=unix))
-            self.memory.store_fence()
-        line = unpack("BrokerLine", self.memory.read_line_bytes(at))
-        line.update(state=state, pid=os.getpid(), start_time=process_start_time(), heartbeat_ns=self.clock.now(),
-                    incarnation=self.incarnation)
-        self.memory.write_line_bytes(at, pack("BrokerLine", **line))
-        self.memory.flush_range(at, 64)
-        self.memory.store_fence()
+        self.line.say(state, os.getpid(), process_start_time(), tcp, unix)
 
     def look_after_memory(self, idle_ns: int | None = None) -> None:
         """Let the checker look for what was stored and never flushed; raise `MemoryLost` when we are cut off."""
@@ -363,32 +243,9 @@ class BrokerNode:
         return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
                 if slot["left"] or not self.region.client_lives(slot["presence"])]
 
-    def bump(self, word: int) -> None:
-        """Change a version word of this broker's line and wake the head."""
-        at = self.layout.offset_of("broker", self.broker) + 8 * word
-        self.memory.store_word(at, self.memory.load_word(at) + 1)
-        self.memory.flush_range(at, 8)
-        self.memory.store_fence()
-        self.head_bell.ring_now()
-
-    def watch_commits(self, change: int) -> None:
-        """Count the subscribers here: the sequencer wakes a broker that has any."""
-        self._watchers += change
-        at = self.layout.offset_of("broker", self.broker) + 32
-        self.memory.store_word(at, self._watchers)
-        self.memory.flush_range(at, 8)
-        self.memory.store_fence()
-
     def broker_line(self, broker: int) -> dict[str, Any]:
         """A broker's line, with its addresses."""
-        at = self.layout.offset_of("broker", broker)
-        self.memory.invalidate_range(at, 64)
-        line = unpack("BrokerLine", self.memory.read_line_bytes(at))
-        address = self.layout.offset_of("broker_address", broker)
-        if line["state"] != BrokerState.BROKER_READY:       # it may be writing its addresses just now
-            return {**line, "tcp_address": "", "unix_address": ""}
-        self.memory.invalidate_range(address, 256)
-        return {**line, **unpack("BrokerAddress", self.memory.read_bytes(address, 256))}
+        return self.line.read(broker)
 
     def live_brokers(self) -> list[int]:
         """Brokers that are ready and whose process lives."""

@@ -38,7 +38,6 @@ from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.removals import Removals
 from broker.rights import METHODS
 from broker.security import Guard
-from broker.sessions import CursorTable, SessionTable
 from broker.topics import TopicEntry
 from sim.cxl.region import memory_identity
 
@@ -55,8 +54,6 @@ RECEIVING_BYTES_MAX = 24 << 20
 # A stream that has its turn may have nothing to send: the others wait no longer than this.
 RECEIVING_WAIT_SECONDS = 0.1
 LOOK_SECONDS = 0.4
-
-SESSIONS_WORD, CURSORS_WORD = 5, 6      # of BrokerLine
 
 
 @dataclass(eq=False)
@@ -81,9 +78,7 @@ class BrokerServer:
         self.node = node
         self.guard = Guard(node.config.security)
         self.guard.check()
-        self.sessions = SessionTable(node.memory, node.layout, node.broker, lambda: node.bump(SESSIONS_WORD))
-        self.cursors = CursorTable(node.delivery_door, node.layout, node.broker, lambda: node.bump(CURSORS_WORD),
-                                   node.region.client_lives)
+        self.sessions, self.cursors = node.sessions, node.cursors
         self.publish_streams: dict[int, PublishStream] = {}
         self.streams_beginning = 0
         self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}

@@ -62,7 +62,11 @@ class SessionTable:
         for slot in range(self._first, self._first + self._count):
             if (line := self.line(slot))["state"] & 0xFF == SessionState.SESSION_OPEN:
                 self._lines[slot] = line            # restored: its publisher may come back
-                self._idle_since[slot] = now()
+        self.begin()
+
+    def begin(self) -> None:
+        """From now on publishers may come back: what was restored is idle since now."""
+        self._idle_since |= {slot: self._now() for slot in self._lines if slot not in self._streams}
 
     async def open(self, client_id: int, epoch: int, topic: int, ack: int) -> dict[str, int]:
         """Open a session and wait for the sequencer; its slot and progress line.

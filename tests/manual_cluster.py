@@ -2,7 +2,7 @@
 
     publish ──► receiver ──► delegation ──► scanners ──► acks, release, reclaim, replication ──► read
 
-The stages are the product's own objects, put together as `broker.node` does; nothing stands in for them. Time is a
+The stages are the product's own objects, put together by `Assembly`; nothing stands in for them. Time is a
 `ManualClock`. Whatever waits in the product (a session for the sequencer, a topic for the brokers) is answered here by
 stepping, so every call returns at once or fails.
 """
@@ -10,16 +10,14 @@ stepping, so every call returns at once or fails.
 import struct
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+from broker.assembly import Assembly, HeadStages, Settings, TopicOf
 from broker.config import TopicConfig
-from broker.doorbell import Doorbell
 from broker.head import epoch_of
 from broker.layout import ControlBits, Layout, ResultStatus
-from broker.log import BrokerLog
-from broker.notifier import Notifier
-from broker.order_lock import LOCK_MODES
 from broker.payload_places import limits_of
 from broker.placement import live_brokers, replica_brokers
 from broker.proto import cxlmq_pb2 as pb
@@ -27,30 +25,20 @@ from broker.reader import OrderReader
 from broker.records import pack, unpack
 from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
-from broker.segments import PoolLeader, make_pool
-from broker.sessions import CursorTable, SessionTable
-from broker.stages.ack import AckStage
-from broker.stages.attach import AttachStage
-from broker.stages.delegation import Delegation
-from broker.stages.directory import Directory
-from broker.stages.receiver import RECEIVED, Receiver
+from broker.stages.receiver import RECEIVED
 from broker.stages.reclaim import Reclaim
-from broker.stages.release import Release
-from broker.stages.replication import Replication
 from broker.stages.sequencer import OrderState, Scanner
 from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
-from broker.stages.watch import Watch
 from broker.topics import TopicEntry, TopicTable
 from sim.cluster.door import HostControl, SimDoor
 from sim.cxl.clock import ManualClock
-from sim.cxl.memory import MappedMemory, Memory, Role
+from sim.cxl.memory import MappedMemory, Memory
 from sim.cxl.region import private_mapping
 
 KIB, MIB = 1 << 10, 1 << 20
 SECOND = 1_000_000_000
 LEASE_NS = 30 * SECOND
-SESSIONS_WORD, CURSORS_WORD = 5, 6
 STEPS_MAX, RETRIES = 10_000, 5
 
 # The smallest numbers at which everything still happens: rings wrap, segments end, tables fill.
@@ -134,72 +122,34 @@ def drive(coroutine: Coroutine[Any, Any, T]) -> T:
     raise AssertionError("nobody answered: this would have waited")
 
 
-@dataclass
-class Term:
-    """What a broker runs as head."""
-
-    broker: int
-    order: OrderState
-    scanners: list[Scanner]
-    reclaim: Reclaim
-
-    def stages(self) -> list[Stage]:
-        """Scanners first, then reclaim."""
-        return [*self.scanners, self.reclaim]
-
-    def step(self) -> int:
-        """Each of them once: also for a head that was replaced and does not know it yet."""
-        return sum(stage.step_once() for stage in self.stages())
-
-
-class ManualBroker:
+class ManualBroker(Assembly):
     """The stages of one broker."""
 
     def __init__(self, cluster: "ManualCluster", number: int, control: HostControl | None = None) -> None:
         self.cluster, self.number = cluster, number
-        layout = cluster.layout
 
-        def door(broker: int, role: int) -> Memory:
-            return SimDoor(cluster.door(broker, role), control) if control else cluster.door(broker, role)
+        def door(role: int) -> Memory:
+            return SimDoor(cluster.door(number, role), control) if control else cluster.door(number, role)
 
-        self.notifier = Notifier()
-        receiver_door = door(number, Role.ROLE_RECEIVER)
-        self.log = BrokerLog(receiver_door, layout, make_pool(receiver_door, layout, number), number)
-        self.log.first_slot = cluster.counters_start
-        self.acks = AckStage(door(number, Role.ROLE_ACK), self.log, self.notifier)
-        self.watch = Watch(door(number, Role.ROLE_DELIVERY), layout, self.notifier)
-        self.receiver = Receiver(receiver_door, self.log, self.acks, cluster.doorbells[number], cluster.doorbells[0])
-        self.delegation = Delegation(door(number, Role.ROLE_DELEGATION), self.log, cluster.doorbells[0])
-        self.release = Release(door(number, Role.ROLE_RECLAIM), self.log)
-        self.directory = Directory(door(number, Role.ROLE_BROKER), self.log)
-        self.replication = Replication(door(number, Role.ROLE_REPLICATION), layout, number, self._folder(), cluster.clock,
-                                       file_bytes=cluster.replica_file_bytes) if cluster.folder else None
-        self.attach = AttachStage(receiver_door, self.log, self.acks, cluster.clock, LEASE_NS) if (
-            layout.numbers["attach_slot_count"]) else None
-        self.sessions = SessionTable(door(number, Role.ROLE_BROKER), layout, number,
-                                     lambda: cluster.bump(number, SESSIONS_WORD))
-        self.cursors = CursorTable(door(number, Role.ROLE_DELIVERY), layout, number,
-                                   lambda: cluster.bump(number, CURSORS_WORD), lambda presence: False)
+        super().__init__(cluster.layout, number, door, cluster.clock, cluster.settings,
+                         disk=self._folder if cluster.folder else None, lives=lambda presence: False,
+                         announced=cluster.step)
 
-    def resume(self) -> bool:
-        """One look at what an earlier process left, as `broker.node` has it; whether all of it is known."""
-        self.directory.step_once()
-        return self.directory.complete and self.log.sweep() >= 0
-
-    def _folder(self) -> ReplicaFolder:
+    def _folder(self, topic_of: TopicOf) -> ReplicaFolder:
         assert self.cluster.folder
         return ReplicaFolder(self.cluster.folder / f"broker-{self.number}", self.number, 1, "manual", self.cluster.count,
-                             self._entry_of, limits=self.cluster.limits)
+                             topic_of, limits=self.cluster.limits)
 
-    def _entry_of(self, topic: int, generation: int) -> TopicEntry:
-        return self.cluster.table.entry_of(topic, generation)
-
-    def stages(self) -> list[Stage]:
-        """In the order of the fused thread plan; replication last."""
-        head = self.cluster.term.stages() if self.number == self.cluster.term.broker else []
+    def in_turn(self) -> list[Stage]:
+        """All that it runs now, as the fused thread plan has it; replication last."""
+        head = self.cluster.term.stages() if self.number == self.cluster.term.order.head_broker else {}
         disk: list[Stage] = [self.replication] if self.replication else []
-        attach: list[Stage] = [self.attach] if self.attach else []
-        return [self.directory, *attach, self.delegation, *head, self.acks, self.watch, self.release, *disk]
+        return [*chain(*self.threads("fused", head)), *disk]
+
+
+def step_head(head: HeadStages) -> int:
+    """Each of its stages once: also of a head that was replaced and does not know it yet."""
+    return sum(stage.step_once() for stage in head.stages().values())
 
 
 class ManualCluster:
@@ -213,22 +163,20 @@ class ManualCluster:
         self.mapping = private_mapping(self.layout.numbers["region_bytes"]) if mapping is None else mapping
         self.count = brokers
         self.folder = folder
-        self.replica_file_bytes = replica_file_bytes
-        self.counters_start = counters_start
         self.limits = limits_of(self.layout.numbers) if limits else None
         self.clock = ManualClock(SECOND)
         self.memory = MappedMemory(self.mapping)
-        self.doorbells = [self._bell(b, 0) for b in range(brokers)]
-        self.replication_bells = [self._bell(b, 1) for b in range(brokers)]
-        self._lock, self._scanners, self._semaphore = LOCK_MODES[lock], scanners, semaphore
-        self.term = self._term(OrderState(self.door(0, Role.ROLE_SEQUENCER), self.layout, 0, self._lock, scanners,
-                                          semaphore_name=semaphore))
+        self.settings = Settings(session_lease_ns=LEASE_NS, replica_grace_ns=LEASE_NS, scanners=scanners, lock=lock,
+                                 semaphore=semaphore, replica_file_bytes=replica_file_bytes,
+                                 counters_start=counters_start)
+        self.stages: list[Stage] = []
         self.brokers = [ManualBroker(self, number) for number in range(brokers)]
-        self.table = TopicTable(self.door(0, Role.ROLE_ADMIN), self.layout, self.step, counters_start=counters_start)
+        self.doorbells, self.replication_bells = self.brokers[0].doorbells, self.brokers[0].replication_bells
+        self.term = self.brokers[0].found()
         self.dead: set[int] = set()         # brokers that run no longer
         self.watch: ReplicaWatch | None = None
-        self.replaced: list[Term] = []      # heads that were; nothing steps them
-        self._lead()
+        self.replaced: list[HeadStages] = []        # heads that were; nothing steps them
+        self._arrange()
         self._highest: dict[tuple[Any, ...], int] = {}
 
     # ---- heads ------------------------------------------------------------------------------------------------------
@@ -253,30 +201,18 @@ class ManualCluster:
         """The control word."""
         return self.memory.load_word(self.layout.offset_of("control"))
 
-    def _term(self, order: OrderState) -> Term:
-        head = order.head_broker
-        scanners = [
-            Scanner(order, self.door(head, Role.ROLE_SEQUENCER), self.clock, number,
-                    [b for b in range(self.count) if b % self._scanners == number], self.doorbells,
-                    self.replication_bells)
-            for number in range(self._scanners)]
-        leader = PoolLeader(self.door(head, Role.ROLE_SEQUENCER), order.layout, head) \
-            if self.layout.pool_strategy == "leader" else None
-        return Term(head, order, scanners, Reclaim(self.door(head, Role.ROLE_RECLAIM), order, self.doorbells, leader))
+    @property
+    def table(self) -> TopicTable:
+        """The serving head's."""
+        return self.brokers[self.order.head_broker].topics
 
-    def _lead(self) -> None:
-        """Let the brokers' parts know who is head, and put the stages together."""
-        for broker in self.brokers:
-            head = broker.number == self.term.broker
-            broker.directory.lead(self.order if head else None, self.scanners if head else [])
-        self.table.lead(self.order.layout)
-        self.stages = [stage for broker in self.brokers if broker.number not in self.dead
-                       for stage in broker.stages()]
+    def _arrange(self) -> None:
+        """Put the stages together."""
+        self.stages = [stage for broker in self.brokers if broker.number not in self.dead for stage in broker.in_turn()]
 
     def takeover(self, broker: int) -> Takeover:
         """A takeover by a broker that has raised the epoch and done nothing else."""
-        found = Takeover(self.door(broker, Role.ROLE_SEQUENCER), self.layout, self.clock, broker, self._lock,
-                         self._scanners, self._semaphore)
+        found = self.brokers[broker].new_takeover()
         control = self.control
         used = {control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF}
         if not control & ControlBits.CONTROL_SERVING:
@@ -291,10 +227,9 @@ class ManualCluster:
             assert not takeover.lost
             takeover.step_once()
         self.replaced.append(self.term)
-        self.term = self._term(takeover.order)
-        for scanner in self.scanners:
-            takeover.prepare(scanner)
-        self._lead()
+        self.brokers[self.order.head_broker].resign()
+        self.term = self.brokers[takeover.broker].lead(takeover)
+        self._arrange()
 
     def take_over(self, broker: int) -> Takeover:
         """Let a broker become head."""
@@ -303,15 +238,13 @@ class ManualCluster:
         return takeover
 
     def restart(self, number: int, control: HostControl | None = None) -> ManualBroker:
-        """A broker that is not head was killed; its next process is built, and knows nothing yet (`resume`). `control`
+        """A broker that is not head was killed; its next process is built, and knows nothing yet (`learn`). `control`
         counts what it does."""
-        assert number != self.term.broker
-        if (replication := self.brokers[number].replication) is not None:
-            replication.close()
+        assert number != self.order.head_broker
+        self.brokers[number].close()
         broker = self.brokers[number] = ManualBroker(self, number, control)
-        if broker.attach is not None:
-            broker.attach.keep_leases()
-        self._lead()
+        broker.keep_leases()
+        self._arrange()
         return broker
 
     # ---- parts ------------------------------------------------------------------------------------------------------
@@ -320,14 +253,9 @@ class ManualCluster:
         """A door to the region for one role of one broker."""
         return MappedMemory(self.mapping, int(role), True, self.layout.offset_of("role_statistics", broker, int(role)))
 
-    def _bell(self, broker: int, which: int) -> Doorbell:
-        return Doorbell(self.door(broker, Role.ROLE_BROKER), self.layout.offset_of("doorbell", broker, which))
-
     def bump(self, broker: int, word: int) -> None:
         """Change a version word of a broker's line, and let everybody look."""
-        at = self.layout.offset_of("broker", broker) + 8 * word
-        self.memory.store_word(at, self.memory.load_word(at) + 1)
-        self.step()
+        self.brokers[broker].bump(word)
 
     def record(self, record: str, place: str, *index: int) -> dict[str, Any]:
         """A one-line record, as it lies in memory: what heads write, in the bank of the one that serves."""

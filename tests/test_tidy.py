@@ -54,7 +54,6 @@ LONG_FILES = {
     "broker/errors.py": (700, "every error of the product, in one list"),
     "client/attached.pyx": (820, "the attached publisher: one structure that packing, sessions and loans share"),
     "client/engine.py": (660, "a publisher's state, which all its parts share"),
-    "sim/cluster/world.py": (640, "hosts, their lives and the clock that all share"),
     "client/cluster.py": (640, "starting, watching and stopping processes is one story"),
 }
 LONG_FUNCTIONS: dict[str, str] = {}
@@ -175,6 +174,18 @@ def test_stages_do_not_know_each_other() -> None:
             "takeover": {"sequencer"},
         }.get(Path(file).stem, set())
         assert others <= allowed, f"{file} knows {others - allowed}: stages meet only in memory (DESIGN.md, decision 4)"
+
+
+_A_STAGE_IS_MADE = re.compile(r"\b(?:BrokerLog|AckStage|AttachStage|Receiver|Delegation|Scanner|Release|Reclaim|Directory|"
+                              r"Replication|Watch|OrderState|Takeover|PoolLeader)\(")
+
+
+def test_a_broker_is_put_together_in_one_place() -> None:
+    places = {"broker/assembly.py", "broker/stages/takeover.pyx"}          # a takeover makes what it fills
+    wrong = {file for file in product() if file not in places
+             and _A_STAGE_IS_MADE.search(re.sub(r"cdef class .*", "", without_strings(text_of(file))))}
+    assert not wrong, f"{sorted(wrong)} make stages themselves: what runs a broker builds it by broker.assembly.Assembly"
+    assert _A_STAGE_IS_MADE.search(text_of("broker/assembly.py"))
 
 
 def importers(*names: str) -> list[str]:

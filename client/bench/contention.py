@@ -18,22 +18,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from broker.assembly import Assembly, Settings
 from broker.config import SEQUENCER_LOCKS, ClusterConfig, TopicConfig, load_config
-from broker.doorbell import Doorbell
 from broker.inspection import region_statistics
-from broker.log import BrokerLog
-from broker.notifier import Notifier
-from broker.order_lock import LOCK_MODES
 from broker.region import Region, create_region
-from broker.segments import make_pool
-from broker.sessions import SessionTable
-from broker.stages.ack import AckStage
-from broker.stages.delegation import Delegation
-from broker.stages.directory import Directory
-from broker.stages.receiver import Receiver
-from broker.stages.release import Release
-from broker.stages.sequencer import OrderState, Scanner
-from broker.topics import TopicEntry, TopicTable
+from broker.stages.sequencer import Scanner
+from broker.topics import TopicEntry
 from client.bench import sequencer_bench
 from client.bench.throughput import lock_advice, measure_run, subtract
 from client.bench.workload import Workload
@@ -48,8 +38,6 @@ START_NS = 3_000_000
 ORDER_ENTRIES = 32768
 # Scanners leave places in the order index for one another.
 SPARE_ENTRIES = 64
-SESSIONS_VERSION = 40                       # byte offset in BrokerLine
-PIPELINE_BELL = 0
 # Fifteen messages of 256 bytes, with their 8 bytes of framing, fill a batch.
 END_TO_END_MESSAGE_BYTES, END_TO_END_BATCH_MESSAGES = 256, 15
 END_TO_END = {"message_bytes": END_TO_END_MESSAGE_BYTES, "batch_bytes": 4096, "region_bytes": 256 << 20,
@@ -82,56 +70,42 @@ class SequencerAlone:
 
     def __init__(self, region: Region, lock: str, scanners: int) -> None:
         self._region, self._layout = region, region.layout
-        brokers = range(self._layout.numbers["broker_count"])
-        receiving = [self._door(Role.ROLE_RECEIVER, b) for b in brokers]
-        bells = [Doorbell(self._door(Role.ROLE_BROKER, b), self._layout.offset_of("doorbell", b, PIPELINE_BELL))
-                 for b in brokers]
-        self._notifier = Notifier()
-        self._logs = [BrokerLog(receiving[b], self._layout, make_pool(receiving[b], self._layout, b), b)
-                      for b in brokers]
-        acks = [AckStage(self._door(Role.ROLE_ACK, b), self._logs[b], self._notifier) for b in brokers]
-        self._receivers = [Receiver(receiving[b], self._logs[b], acks[b], bells[b], bells[0]) for b in brokers]
-        self._delegations = [Delegation(self._door(Role.ROLE_DELEGATION, b), self._logs[b], bells[0]) for b in brokers]
-        self._releases = [Release(self._door(Role.ROLE_RECLAIM, b), self._logs[b]) for b in brokers]
-        self._order = OrderState(self._door(Role.ROLE_SEQUENCER, 0), self._layout, 0, LOCK_MODES[lock], scanners,
-                                 semaphore_name="/" + region.semaphore_name)
-        self._scanners = [Scanner(self._order, self._door(Role.ROLE_SEQUENCER, 0), SystemClock(), number,
-                                  [b for b in brokers if b % scanners == number], bells) for number in range(scanners)]
-        self._directories = [Directory(self._door(Role.ROLE_BROKER, b), self._logs[b],
-                                       *((self._order, self._scanners) if b == 0 else ())) for b in brokers]
+        settings = Settings(session_lease_ns=LEASE_NS, replica_grace_ns=LEASE_NS, scanners=scanners, lock=lock,
+                            semaphore="/" + region.semaphore_name)
+        self._scanners: list[Scanner] = []
+        self._brokers: list[Assembly] = []
+        for broker in range(self._layout.numbers["broker_count"]):
+            door = functools.partial(self._door, broker=broker)
+            self._brokers.append(Assembly(self._layout, broker, door, SystemClock(), settings,
+                                          announced=self._look_at_tables))
+        head = self._brokers[0].found()
+        self._order, self._scanners = head.order, head.scanners
         self._topics, self._sessions = asyncio.run(self._open())
         self._numbers = [topic.number for topic in self._topics]
         self._sequence = 0
-        self._share = (ORDER_ENTRIES - SPARE_ENTRIES) // len(brokers)
-        self.batches = self._share * len(brokers) * len(self._topics)
+        self._share = (ORDER_ENTRIES - SPARE_ENTRIES) // len(self._brokers)
+        self.batches = self._share * len(self._brokers) * len(self._topics)
 
     def _door(self, role: int, broker: int) -> Memory:
         return self._region.memory(role, self._layout.offset_of("role_statistics", broker, int(role)))
 
     async def _open(self) -> tuple[list[TopicEntry], dict[tuple[int, int], tuple[int, int]]]:
         """Topics, and by (topic, broker) a session's client and slot."""
-        admin, brokers = self._door(Role.ROLE_ADMIN, 0), range(len(self._logs))
-        table = TopicTable(admin, self._layout, self._look_at_topics)
-        topics = [await table.create(TopicConfig(name=f"bench-{number}"), LEASE_NS, lambda: list(brokers))
+        everybody = list(range(len(self._brokers)))
+        topics = [await self._brokers[0].topics.create(TopicConfig(name=f"bench-{number}"), LEASE_NS, lambda: everybody)
                   for number in range(TOPICS)]
         found: dict[tuple[int, int], tuple[int, int]] = {}
-        for broker in brokers:
-            sessions = SessionTable(admin, self._layout, broker, functools.partial(self._announce, admin, broker))
+        for broker in self._brokers:
             for topic in topics:
                 client = len(found) + 1
-                opened = await sessions.open(client, 1, topic.generation << 16 | topic.number, 1)
-                found[topic.number, broker] = client, opened["slot"]
+                opened = await broker.sessions.open(client, 1, topic.generation << 16 | topic.number, 1)
+                found[topic.number, broker.broker] = client, opened["slot"]
         return topics, found
 
-    def _look_at_topics(self) -> None:
-        """The topic table changed: every broker looks."""
-        for directory in self._directories:
-            directory.step_once()
-
-    def _announce(self, memory: Memory, broker: int) -> None:
-        """A session line changed: the sequencer looks."""
-        at = self._layout.offset_of("broker", broker) + SESSIONS_VERSION
-        memory.store_word(at, memory.load_word(at) + 1)
+    def _look_at_tables(self) -> None:
+        """Topics or sessions changed: whom it concerns looks."""
+        for broker in self._brokers:
+            broker.directory.step_once()
         for scanner in self._scanners:
             scanner.step_once()
 
@@ -139,8 +113,8 @@ class SequencerAlone:
         """Fill the rings, let the scanners loose, take everything back; ns from the first scanner to the last."""
         before = self._committed()
         for (topic, broker), (client, slot) in self._sessions.items():
-            sequencer_bench.fill_ring(self._receivers[broker], topic, client, slot, self._sequence, self._share)
-            while self._delegations[broker].step_once():
+            sequencer_bench.fill_ring(self._brokers[broker].receiver, topic, client, slot, self._sequence, self._share)
+            while self._brokers[broker].delegation.step_once():
                 pass
         self._sequence += self._share
         start_ns = time.monotonic_ns() + START_NS
@@ -160,16 +134,18 @@ class SequencerAlone:
     def _take_back(self, number: int) -> None:
         """Give all slots and segments back, as readers and the reclaimer would in time."""
         sequencer_bench.forget_committed(self._order, self._door(Role.ROLE_ADMIN, 0), number)
-        for log, release in zip(self._logs, self._releases, strict=True):
-            release.look_everywhere()
-            while release.step_once():
+        for broker in self._brokers:
+            broker.release.look_everywhere()
+            while broker.release.step_once():
                 pass
-            if log.topic_state(number)["tail"] < log.topic_state(number)["head"]:
-                raise sequencer_bench.BenchError(f"broker {log.broker} did not get all its ring slots back")
+            state = broker.log.topic_state(number)
+            if state["tail"] < state["head"]:
+                raise sequencer_bench.BenchError(f"broker {broker.broker} did not get all its ring slots back")
 
     def close(self) -> None:
         """Give back what is not memory."""
-        self._notifier.close()
+        for broker in self._brokers:
+            broker.close()
 
 
 def measure_stage(lock: str, scanners: int, rounds: int = 20) -> dict[str, Any]:

@@ -17,14 +17,12 @@ from typing import Any
 from broker.config import TopicConfig, load_config
 from broker.layout import BrokerState
 from broker.node import BrokerNode
-from broker.sessions import SessionTable
 from client.bench.contention import LEASE_NS, bench_name, private_region
 from client.bench.sequencer_bench import BATCH_BYTES, Feeder
 
 BROKER_COUNTS = (1, 2, 4, 8)
 TOPIC_COUNTS = (1, 4, 16, 64)
 WINDOW = 64
-SESSIONS_WORD = 5                           # of BrokerLine
 
 Progress = Callable[[str], None]
 
@@ -52,13 +50,12 @@ def running_nodes(brokers: int, topics: int, **settings: Any) -> Iterator[tuple[
 async def _open_lanes(nodes: list[BrokerNode], topics: int) -> list[tuple[int, int, int, int]]:
     """Topics and sessions: (topic, generation, client, session slot) of each lane."""
     head = nodes[0]
-    sessions = SessionTable(head.memory, head.layout, 0, lambda: head.bump(SESSIONS_WORD))
     entries = [await head.topics.create(TopicConfig(name=f"bench-{number}"), LEASE_NS, lambda: list(range(len(nodes))))
                for number in range(topics)]
     lanes = []
     for number in range(max(topics, len(nodes))):
         entry = entries[number % topics]
-        opened = await sessions.open(number + 1, 1, entry.generation << 16 | entry.number, 1)
+        opened = await head.sessions.open(number + 1, 1, entry.generation << 16 | entry.number, 1)
         lanes.append((entry.number, entry.generation, number + 1, opened["slot"]))
     return lanes
 

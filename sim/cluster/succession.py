@@ -7,9 +7,7 @@ A head that only stood still goes on without knowing: what it stores lies in its
 from typing import TYPE_CHECKING
 
 from broker.layout import ControlBits
-from broker.order_lock import LOCK_MODES
 from broker.stages.takeover import Takeover
-from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
     from sim.cluster.world import Host, World
@@ -81,12 +79,11 @@ class Succession:
         return next((bank for bank in range(self.world.layout.numbers["bank_count"]) if bank not in used), None)
 
     def _begin(self, host: "Host") -> None:
-        world, scenario, bank = self.world, self.world.scenario, self._bank(host)
+        world, bank = self.world, self._bank(host)
         if bank is None:
             return
         host.resign()                       # whoever was head before has given that up first
-        takeover = Takeover(host.door(Role.ROLE_ADMIN), world.layout, world.clock, host.number,
-                            LOCK_MODES[scenario.lock], scenario.scanners, order_memory=host.door(Role.ROLE_SEQUENCER))
+        takeover = host.assembly.new_takeover()
         world.note(f"host {host.number}", f"takes over, bank {bank}")
         if takeover.begin(self.control, bank) and not host.control.dead:
             self.takeover, self.candidate = takeover, host.number

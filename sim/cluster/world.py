@@ -12,39 +12,22 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
 from zlib import crc32
 
+from broker.assembly import Assembly, Settings, TopicOf
 from broker.config import TopicConfig
-from broker.doorbell import Doorbell
 from broker.errors import SessionFenced
 from broker.head import epoch_of
 from broker.layout import BrokerState, Layout, SessionState
-from broker.log import BrokerLog
 from broker.membership import store_heartbeat
-from broker.notifier import Notifier
-from broker.order_lock import LOCK_MODES
-from broker.records import pack, unpack
 from broker.replica_folder import ReplicaFolder
-from broker.replica_watch import ReplicaWatch
-from broker.segments import PoolLeader, make_pool
-from broker.sessions import CursorTable, SessionTable
-from broker.stages.ack import AckStage
-from broker.stages.attach import AttachStage
-from broker.stages.delegation import Delegation
-from broker.stages.directory import Directory
-from broker.stages.receiver import Receiver
-from broker.stages.reclaim import Reclaim
-from broker.stages.release import Release
-from broker.stages.replication import Replication
-from broker.stages.sequencer import OrderState, Scanner
 from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
-from broker.stages.watch import Watch
-from broker.topics import TopicEntry, TopicTable
+from broker.topics import TopicEntry
 from sim.cluster.attached import AttachedPublisher, AttachedSubscriber, close_gone
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.devices import costs_of
@@ -58,11 +41,10 @@ from sim.cluster.schedule import Schedule, Stop
 from sim.cluster.succession import LOOK_STEPS, Succession
 from sim.cluster.witness import Witness
 from sim.cxl.clock import ManualClock
-from sim.cxl.memory import Memory, Role
+from sim.cxl.memory import Memory
 from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 SECOND = 1_000_000_000
-SESSIONS_WORD, CURSORS_WORD, WATCHERS_WORD = 5, 6, 4
 LEARN_STEPS = 50                            # how often a broker that was started again looks
 GRACE_TICKS = 2_000                         # a broker that is silent for so long loses its replicas
 CALL_TICKS = 20_000                         # a call that takes longer has failed
@@ -71,7 +53,6 @@ SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and 
 DISK_STEPS = 4_000                          # and how often it is looked whether disks have what they are said to have
 # A name of two lines, so that one line of it alone is of no use.
 TOPIC = "simulated-" + "-".join(f"{number:03}" for number in range(20))
-HEAD_STAGES = ("scanner", "reclaim")
 WEIGHTS = (1, 1, 2, 4)
 FOLDER_PREFIX = "cxlmq-sim-"                # then the process, so that what a killed one has left can be told
 PROBE_PERIOD = 4                            # fences between two looks at memory in the middle of a step
@@ -85,7 +66,7 @@ class KeptFiles(ReplicaFolder):
 
 
 class Host:
-    """One host: its power, its event loop, and the stages of its broker."""
+    """One host: its power, its event loop, and its broker (`assembly`: another one after each restart)."""
 
     def __init__(self, world: "World", number: int) -> None:
         self.world, self.number = world, number
@@ -97,7 +78,6 @@ class Host:
         self.attached: dict[int, int] = {}      # slots of attached publishers -> their sessions' slots
         self.attached_cursors: dict[int, int] = {}              # slots of attached readers -> their cursors
         self.ending_cursors: list[tuple[int, int, int]] = []    # slot, its generation, cursor
-        self.replica_watch: ReplicaWatch | None = None          # while it is head
         self.inherited = set[tuple[int, int]]()                 # slots of readers of the last incarnation
 
     def begin_again(self) -> None:
@@ -107,143 +87,82 @@ class Host:
         self.world.note(f"host {self.number}", "is started again")
         self.world.injected["broker started again"] += 1
         self.world.hardware.restart(self.number)
-        if self.world.folder is not None:
-            self.replication.close()
+        self.assembly.close()
         self.world.succession.banks.pop(self.number, None)
         self.connections.clear()
         self.attached.clear()
         self.attached_cursors.clear()
         self.ending_cursors.clear()
-        self.replica_watch = None
         self.start()
         self.powered, self.booting = False, True
         self._learn()
 
     def _learn(self) -> None:
-        """One look at what is there (`BrokerNode.resume`); when all is known the stages run."""
+        """One look at what is there; when all is known the stages run."""
         world = self.world
-        self.directory.step_once()
-        if not self.control.dead and self.directory.complete and self.log.sweep() >= 0 and not self.control.dead:
-            self.powered, self.booting = True, False
-            world.note(f"host {self.number}", "goes on")
-            world.witness.follow(self.number, self.log)
-            world.allow()
-        elif self.control.dead:
+        known = self.assembly.learn()
+        if self.control.dead:
             self.booting = False            # its power went once more
             world.hardware.crash(self.number, "lost")
             self.loop.end()
-            self.notifier.close()
+        elif known:
+            self.powered, self.booting = True, False
+            self.assembly.line.say(BrokerState.BROKER_READY)
+            world.note(f"host {self.number}", "goes on")
+            world.witness.follow(self.number, self.log)
+            world.allow()
         else:
             world.at(world.step + LEARN_STEPS, self._learn)
 
     def start(self) -> None:
-        """Put the broker together, as `broker.node` does."""
-        world, layout, number = self.world, self.world.layout, self.number
+        """Put the broker together."""
+        world, number = self.world, self.number
         self.incarnation += 1
         self.powered, self.stalled = True, False
         self.waiting.clear()
         self.control = world.new_control(number)
         self.loop = SimLoop(world.clock)
-        self.notifier = Notifier()
-        self.bells = [self._bell(host, 0) for host in range(world.scenario.hosts)]
-        disk_bells = [self._bell(host, 1) for host in range(world.scenario.hosts)]
-        self.receiver_door = self.door(Role.ROLE_RECEIVER)
-        self.delivery_door = self.door(Role.ROLE_DELIVERY)
-        self.memory = self.door(Role.ROLE_BROKER)
-        self.log = BrokerLog(self.receiver_door, layout, make_pool(self.receiver_door, layout, number), number)
-        self.acks = AckStage(self.door(Role.ROLE_ACK), self.log, self.notifier)
-        self.receiver = Receiver(self.receiver_door, self.log, self.acks, self.bells[number], self.bells[0])
-        self.sessions = SessionTable(self.memory, layout, number, lambda: self.bump(SESSIONS_WORD), self.loop.time)
-        self.cursors = CursorTable(self.delivery_door, layout, number, lambda: self.bump(CURSORS_WORD),
-                                   bool)
-        self.disk_bells, self.head_units = disk_bells, list[int]()
-        stages = dict(self._stages())
-        self.units = [world.schedule.add(f"{name}", stage, self.control, world.weights.choice(WEIGHTS))
-                      for name, stage in stages.items()]
-        self.head_units = [unit for unit, name in zip(self.units, stages, strict=True) if name.startswith(HEAD_STAGES)]
+        broker = self.assembly = Assembly(world.layout, number, self.door, world.clock, world.settings,
+                                          disk=self._folder if world.folder is not None else None)
+        self.log, self.acks, self.receiver, self.attach = broker.log, broker.acks, broker.receiver, broker.attach
+        self.sessions, self.cursors, self.topics = broker.sessions, broker.cursors, broker.topics
+        self.memory, self.delivery_door = broker.memory, broker.delivery_door
+        first = number == 0 and self.incarnation == 1
+        self.head_units = self._add(broker.found().stages()) if first else []
+        self.units = [*self.head_units, *self._add(broker.stages())]
         if self.incarnation == 1:
             world.witness.follow(number, self.log)
-        elif world.scenario.attached:
-            self.attach.keep_leases()
+            broker.line.say(BrokerState.BROKER_READY)
+        else:
+            broker.keep_leases()
             self.inherited = {(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
                               if slot["reads"]}
-        line = unpack("BrokerLine", self.memory.read_line_bytes(layout.offset_of("broker", number)))
-        line["state"] = BrokerState.BROKER_READY
-        self.memory.write_line_bytes(layout.offset_of("broker", number), pack("BrokerLine", **line))
-        self._flush("broker")
 
-    def _stages(self) -> Iterator[tuple[str, Stage]]:
-        world, scenario = self.world, self.world.scenario
-        self.topics = TopicTable(self.door(Role.ROLE_ADMIN), world.layout, lambda: None)
-        order: OrderState | None = None
-        scanners: list[Scanner] = []
-        if self.number == 0 and self.incarnation == 1:
-            order = OrderState(self.door(Role.ROLE_SEQUENCER), world.layout, self.number, LOCK_MODES[scenario.lock],
-                               scenario.scanners)
-            scanners = self._scanners(order)
-            yield from self._head_stages(order, scanners)
-            self._watch_replicas(order)
-        self.directory = Directory(self.memory, self.log, order, scanners)
-        yield "directory", self.directory
-        yield "delegation", Delegation(self.door(Role.ROLE_DELEGATION), self.log, self.bells[0])
-        yield "acks", self.acks
-        if scenario.attached:
-            self.attach = AttachStage(self.receiver_door, self.log, self.acks, world.clock,
-                                      LEASE_TICKS * scenario.tick_ns)
-            yield "attach", self.attach
-        yield "watch", Watch(self.delivery_door, world.layout, self.notifier)
-        yield "release", Release(self.door(Role.ROLE_RECLAIM), self.log)
-        if world.folder is not None:
-            files = KeptFiles(world.replica_folder(self.number), self.number, 1, "simulated", world.scenario.hosts,
-                              self.topics.entry_of)
-            self.replication = Replication(self.door(Role.ROLE_REPLICATION), world.layout, self.number, files,
-                                           world.clock, self.bells)
-            yield "replication", self.replication
+    def _add(self, stages: dict[str, Stage]) -> list[int]:
+        return [self.world.schedule.add(name, stage, self.control, self.world.weights.choice(WEIGHTS))
+                for name, stage in stages.items()]
 
-    def _scanners(self, order: OrderState) -> list[Scanner]:
-        world, scenario = self.world, self.world.scenario
-        return [Scanner(order, self.door(Role.ROLE_SEQUENCER), world.clock, number,
-                        [b for b in range(scenario.hosts) if b % scenario.scanners == number], self.bells,
-                        self.disk_bells) for number in range(scenario.scanners)]
-
-    def _head_stages(self, order: OrderState, scanners: list[Scanner]) -> Iterator[tuple[str, Stage]]:
-        leader = PoolLeader(self.door(Role.ROLE_SEQUENCER), order.layout, self.number) if (
-            self.world.scenario.pool == "leader") else None
-        yield from ((f"scanner {scanner.number}", scanner) for scanner in scanners)
-        yield "reclaim", Reclaim(self.door(Role.ROLE_RECLAIM), order, self.bells, leader)
+    def _folder(self, topic_of: TopicOf) -> ReplicaFolder:
+        return KeptFiles(self.world.replica_folder(self.number), self.number, 1, "simulated", self.world.scenario.hosts,
+                         topic_of)
 
     def lead(self, takeover: Takeover) -> None:
         """Be head from now on, with what a takeover rebuilt."""
-        scanners = self._scanners(takeover.order)
-        for scanner in scanners:
-            takeover.prepare(scanner)
-        self.head_units = [self.world.schedule.add(name, stage, self.control, self.world.weights.choice(WEIGHTS))
-                           for name, stage in self._head_stages(takeover.order, scanners)]
+        self.head_units = self._add(self.assembly.lead(takeover).stages())
         self.units += self.head_units
-        self.directory.lead(takeover.order, scanners)
-        self.topics.lead(takeover.order.layout)
-        self._watch_replicas(takeover.order)
-
-    def _watch_replicas(self, order: OrderState) -> None:
-        self.replica_watch = ReplicaWatch(self.door(Role.ROLE_SEQUENCER), order.layout, self.world.clock,
-                                          GRACE_TICKS * self.world.scenario.tick_ns)
 
     def attend(self) -> None:
         """What a head does in each tick of its term (`broker.leadership`)."""
-        if self.powered and not self.stalled and self.replica_watch is not None:
-            self.replica_watch.look()
+        if self.powered and not self.stalled:
+            self.assembly.attend()
 
     def resign(self) -> None:
         """Notice that somebody else is head."""
         if self.powered and self.world.succession.head != self.number:
             self.units = [unit for unit in self.units if unit not in self.head_units]
             self.head_units = []
-            self.directory.lead(None, [])
-            self.replica_watch = None
+            self.assembly.resign()
             self.world.allow()
-
-    def _bell(self, host: int, which: int) -> Doorbell:
-        return Doorbell(self.door(Role.ROLE_BROKER), self.world.layout.offset_of("doorbell", host, which))
 
     def door(self, role: int) -> Memory:
         """This host's door for a role, with the planted bug if there is one."""
@@ -253,16 +172,6 @@ class Host:
         door = SimDoor(inner, self.control)
         self.world.plant(door, self.number, int(role))
         return door
-
-    def _flush(self, place: str) -> None:
-        self.memory.flush_range(self.world.layout.offset_of(place, self.number), 64)
-        self.memory.store_fence()
-
-    def bump(self, word: int) -> None:
-        """Change a version word of this broker's line, as `BrokerNode.bump` does."""
-        at = self.world.layout.offset_of("broker", self.number) + 8 * word
-        self.memory.store_word(at, self.memory.load_word(at) + 1)
-        self._flush("broker")
 
     def sequencer_epoch(self) -> int:
         """The epoch that acks are sent under."""
@@ -301,15 +210,12 @@ class Host:
         for connection in list(self.connections):
             connection.cut()
         self.loop.end()
-        self.notifier.close()
 
     def end(self) -> None:
         """Close what the system gave."""
         if self.powered:
             self.loop.end()
-            self.notifier.close()
-        if self.world.folder is not None:
-            self.replication.close()
+        self.assembly.close()
 
 
 class World:
@@ -346,6 +252,9 @@ class World:
         self._queued = 0
         self.publishers: list[Publisher] = []
         self.subscribers: list[Subscriber] = []
+        self.settings = Settings(
+            session_lease_ns=LEASE_TICKS * scenario.tick_ns, replica_grace_ns=GRACE_TICKS * scenario.tick_ns,
+            scanners=scenario.scanners, lock=scenario.lock)
         self.succession = Succession(self)
         self.hosts = [Host(self, number) for number in range(scenario.hosts)]
         for host in self.hosts:

@@ -36,7 +36,7 @@ def test_a_sleeping_pipeline_is_woken_by_each_batch() -> None:
     print(f"seed {seed}")
     cluster = ManualCluster()
     session = cluster.open_session(cluster.create())
-    pipelines = [Pipeline(f"broker-{broker.number}", broker.stages(), cluster.doorbells[broker.number], broker.log, 0)
+    pipelines = [Pipeline(f"broker-{broker.number}", broker.in_turn(), cluster.doorbells[broker.number], broker.log, 0)
                  for broker in cluster.brokers]
     for pipeline in pipelines:
         pipeline.start()

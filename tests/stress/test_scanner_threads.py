@@ -35,7 +35,7 @@ def pipelines_of(cluster: ManualCluster, yield_ns: int) -> list[Pipeline]:
     log, bells = cluster.brokers[0].log, cluster.doorbells
     plans = [Pipeline(f"head-{i}", [stage], bells[0], log, yield_ns) for i, stage in enumerate(head)]
     for broker in cluster.brokers:
-        stages = [stage for stage in broker.stages() if stage not in head]
+        stages = [stage for stage in broker.in_turn() if stage not in head]
         plans.append(Pipeline(f"broker-{broker.number}", stages, bells[broker.number], broker.log, yield_ns))
     return plans
 

@@ -68,11 +68,11 @@ def test_heads_and_brokers_come_back_at_every_end(start: int) -> None:
             cluster.take_over(sequence // 4 % 2)
         cluster.settle()
         cluster.take_acks(session, 0), cluster.take_acks(session, 1)
-    if cluster.term.broker != 0:
+    if cluster.order.head_broker != 0:
         cluster.take_over(0)
     cluster.settle()
     broker = cluster.restart(1)
-    while not broker.resume():
+    while not broker.learn():
         pass
     cluster.publish_all(session, range(80, 90))
     assert_whole(cluster, session, start, 90)

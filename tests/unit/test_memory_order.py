@@ -20,7 +20,7 @@ def follow_with_news(operation: int) -> bool:
     cluster.publish_all(session, range(5))
     control = HostControl(1)
     broker = cluster.restart(1, control)
-    while not broker.resume():
+    while not broker.learn():
         pass
     topic = session.topic
     cursor, index = drive(broker.cursors.open(topic.generation << 16 | topic.number, 0, os.getpid(), presence=1))

@@ -54,13 +54,13 @@ def stop(cluster: ManualCluster, broker: int) -> None:
     assert replication is not None
     replication.close()
     cluster.dead.add(broker)
-    cluster.stages = [stage for stage in cluster.stages if stage not in cluster.brokers[broker].stages()]
+    cluster.stages = [stage for stage in cluster.stages if stage not in cluster.brokers[broker].in_turn()]
 
 
 def start(cluster: ManualCluster, broker: int) -> None:
     cluster.dead.discard(broker)
     resumed = cluster.restart(broker)
-    while not resumed.resume():
+    while not resumed.learn():
         pass
 
 
@@ -191,7 +191,7 @@ def test_a_head_that_falls_anywhere_while_chains_open_breaks_none(tmp_path: Path
             break                           # it opens chains with fewer operations
         cluster.finish(takeovers[0])
         for _ in range(3):
-            broker.resume()
+            broker.learn()
         cluster.settle()
         cluster.publish_all(session, range(90, 95), broker=1)
         lines = [replica_line(cluster, source, 2) for source in (0, 1)]

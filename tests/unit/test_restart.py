@@ -26,7 +26,7 @@ def loaded(pool: str = "atomic", **numbers: int) -> tuple[ManualCluster, Session
 
 def resumed(cluster: ManualCluster, broker: ManualBroker) -> ManualBroker:
     for _ in range(10):
-        if broker.resume():
+        if broker.learn():
             return broker
     raise AssertionError("it never knew the past")
 
@@ -51,12 +51,12 @@ def resume_with_a_fall(pool: str, operation: int) -> int:
     takeovers = []
     control.call, control.call_at = lambda: takeovers.append(cluster.takeover(0)), operation
     broker = cluster.restart(1, control)
-    broker.resume()
+    broker.learn()
     assert control.raised is None
     count = int(control.operations)
     assert len(takeovers) == (operation != 0)
     for _ in range(3):
-        broker.resume()
+        broker.learn()
         broker.release.look_everywhere()
         broker.release.step_once()
     if operation:
@@ -83,7 +83,7 @@ def test_what_nobody_needs_comes_back_after_a_fall() -> None:
     takeovers = []
     control.call, control.call_at = lambda: takeovers.append(cluster.takeover(0)), 400
     broker = cluster.restart(1, control)
-    broker.resume()
+    broker.learn()
     cluster.finish(takeovers[0])
     resumed(cluster, broker)
     cluster.settle()

@@ -8,9 +8,10 @@ import pytest
 
 from broker.errors import SessionFenced, SessionTableFull
 from broker.layout import SessionState
+from broker.own_line import SESSIONS_WORD
 from broker.sessions import ENTRIES_AT_ONCE, UNKNOWN_POSITION, SessionTable
 from sim.cxl.memory import Role
-from tests.manual_cluster import SESSIONS_WORD, ManualCluster
+from tests.manual_cluster import ManualCluster
 
 SECONDS = 15.0
 

@@ -6,7 +6,7 @@ import pytest
 
 from broker.head import epoch_of
 from broker.layout import ControlBits, ResultStatus, SessionState
-from tests.manual_cluster import SECOND, ManualCluster, Session, payload_of
+from tests.manual_cluster import SECOND, ManualCluster, Session, payload_of, step_head
 
 COMMITTED, DUPLICATE = ResultStatus.RESULT_COMMITTED, ResultStatus.RESULT_DUPLICATE
 
@@ -30,7 +30,7 @@ def order_without_acks(cluster: ManualCluster) -> None:
     """Delegate and order what was received; nobody takes a result."""
     for broker in cluster.brokers:
         broker.delegation.step_once()
-    cluster.term.step()
+    step_head(cluster.term)
 
 
 @pytest.mark.parametrize("scanners", [1, 2])
@@ -93,7 +93,7 @@ def stopped_in_mid_step(frontier_back: int, progress_back: int, entries_gone: in
     for sequence in range(4, 10):
         assert cluster.publish(session, sequence, broker=sequence % 2) == 0
     order_without_acks(cluster)
-    cluster.term.step()
+    step_head(cluster.term)
     number = session.topic.number
     assert cluster.record("TopicOrderLine", "topic_order", number)["committed_index"] == 10
     committed = 10 - frontier_back
@@ -171,7 +171,7 @@ def test_nothing_that_a_replaced_head_stores_is_read_or_acknowledged() -> None:
     for broker in cluster.brokers:
         broker.delegation.step_once()
     # It orders all of them, moves its frontier, writes results: under an epoch that has ended.
-    assert zombie.step() > 0
+    assert step_head(zombie) > 0
     for broker in cluster.brokers:
         broker.acks.step_once()
         broker.release.step_once()
@@ -179,7 +179,7 @@ def test_nothing_that_a_replaced_head_stores_is_read_or_acknowledged() -> None:
     assert cluster.reader(session.topic).read_frame(1 << 20) == b"", "nobody serves: nothing is there to read"
     cluster.finish(takeover)
     cluster.settle()
-    zombie.step()
+    step_head(zombie)
     cluster.settle()
     acks = [ack for broker in range(3) for ack in cluster.take_acks(session, broker)]
     assert sorted((ack.sequence, ack.position) for ack in acks) == [(each, each) for each in range(8, 12)]
@@ -197,9 +197,9 @@ def test_a_zombie_that_orders_otherwise_changes_nothing() -> None:
         cluster.publish(second, sequence, broker=1)
     for broker in cluster.brokers:
         broker.delegation.step_once()
-    zombie.step()
+    step_head(zombie)
     before = cluster.memory.read_bytes(0, cluster.layout.numbers["region_bytes"])
-    zombie.step()
+    step_head(zombie)
     cluster.settle()
     assert len(cluster.order_of(first.topic)) == 12
     for client in (1, 2):
@@ -218,7 +218,7 @@ def test_a_zombie_reclaims_nothing_that_the_next_head_copies() -> None:
         cluster.publish(session, sequence, broker=1)
     cluster.brokers[1].delegation.step_once()
     for _ in range(20):
-        zombie.step()
+        step_head(zombie)
     cluster.finish(takeover)
     assert messages_of(cluster, session)[:24] == expected_of(session, 24)
     cluster.settle()
