@@ -147,15 +147,17 @@ class AdminService:
         self._server.check_ack(entry, request.ack)
         if request.client_id == 0:              # in the region it says that no client publishes there
             raise BadRequest(reason="a publisher needs a client_id above 0")
-        opened = await self._server.sessions.open(
-            request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
+        key = entry.generation << 16 | entry.number
+        only_if_found = self._server.sessions.only_if_found(request.client_id, key, request.resume_epoch)
+        opened = await self._server.sessions.open(request.client_id, request.session_epoch, key, request.ack)
         try:
-            return await self._session(entry, request, opened)
+            return await self._session(entry, request, opened, only_if_found)
         except BaseException:               # also when the publisher goes away while it is looked for
             self._server.sessions.give_up(opened["slot"])
             raise
 
-    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> pb.Session:
+    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int],
+                       only_if_found: range) -> pb.Session:
         numbers = self._node.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
@@ -165,14 +167,15 @@ class AdminService:
             lease_ms=int(self._node.config.session_lease_seconds * 1000),
             topic=pb.TopicIdentity(run_id=self._node.region.run_id, created_ns=entry.created_ns))
         if request.resume_epoch:
-            session.high_water, positions = await self._resumed(entry, request, opened)
+            session.high_water, positions = await self._resumed(entry, request, opened, only_if_found)
             session.positions.extend(positions)
             bound = self._server.sessions.resumed_position(
                 request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
             session.resumed_position = self._node.topics.frontiers(entry)["end_position"] if bound is None else bound
         return session
 
-    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
+    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int],
+                       only_if_found: range) -> tuple[int, list[int]]:
         """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
         key = entry.generation << 16 | entry.number
         high_water: int | None = opened["predecessor_expected"]
@@ -184,7 +187,7 @@ class AdminService:
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
         positions = await self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
-                                                          range(request.resume_from, end))
+                                                          range(request.resume_from, end), only_if_found)
         while positions and positions[-1] == UNKNOWN_POSITION:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions

@@ -276,6 +276,15 @@ class DeliveryTimeout(CxlmqError):
                 "publish through the same session to have it there once, or raise delivery_timeout")
 
 
+class MessageLost(CxlmqError):
+    """A message was in the log without a receipt, and a recovery found it nowhere; details: topic."""
+
+    code = "message-lost"
+    status = "DATA_LOSS"
+    template = ("the message was in the log of topic {topic}, and no disk had it when the cluster was recovered: it is "
+                "not there any more; publish it again if it is wanted")
+
+
 class PositionLost(CxlmqError):
     """The wanted messages are reclaimed; details: position, first_available."""
 

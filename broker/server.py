@@ -302,6 +302,9 @@ class BrokerServer:
         progress = self.sessions.progress(opened.session_slot)
         if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
             raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
+        if line["found_from"] < line["found_end"]:      # the sequencer would take what was lost for duplicates
+            raise SessionFenced(reason="the cluster was recovered, and batches were lost: the next session says which",
+                                committed=progress["expected"])
 
     # ---- publish ----------------------------------------------------------------------------------------------------
 

@@ -25,11 +25,12 @@ from broker.errors import (
     ConfigError,
     CxlmqError,
     DeliveryTimeout,
+    MessageLost,
     MessageTooBig,
     SessionFenced,
 )
 from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION
 from client.arguments import as_seconds
 from client.batch import Batch, Delivery, Dropped, Packer
 from client.connection import BrokerAddress, ClientLoop, Connection
@@ -545,7 +546,9 @@ class Engine(Ways):
         for sequence, batch in self._take_in_flight():
             at = sequence - resume_from
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
-            if sequence < high_water or position != UNKNOWN_POSITION:
+            if position == LOST_POSITION:
+                self._settle(batch, None, MessageLost(topic=self.topic))
+            elif sequence < high_water or position != UNKNOWN_POSITION:
                 self._await_level(batch, None if position >= UNPLACED_POSITION else position)
             else:
                 left.append(batch)
