@@ -10,16 +10,16 @@ import grpc.aio
 from broker.calls import unary_handlers
 from broker.config import TopicConfig, check_ack
 from broker.errors import (
-    ERROR_KEY,
     AttachSlotsFull,
     BadRequest,
-    BrokerUnavailable,
+    CxlmqError,
     DeletionNotDurable,
+    DuplicateTopic,
     NotAllowed,
     TopicNotDurable,
+    UnknownTopic,
 )
-from broker.grpc_options import channel_options
-from broker.head import head_of
+from broker.head_calls import HeadCalls
 from broker.holders import Holders, holders_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
@@ -51,6 +51,7 @@ class AdminService:
     def __init__(self, server: "BrokerServer") -> None:
         self._server = server
         self._node = server.node
+        self._head_calls = HeadCalls(server.node, server.guard.own_metadata)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Methods of cxlmq.v1.Admin."""
@@ -67,23 +68,17 @@ class AdminService:
             "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
         })
 
-    async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
-        """Call a method ("Admin/CreateTopic") at the head; its error comes through as it is."""
-        head = self._node.broker_line(head_of(self._node.memory.load_word(self._node.layout.offset_of("control"))))
-        async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
-            call = channel.unary_unary(f"/cxlmq.v1.{method}", request.__class__.SerializeToString,
-                                       reply.FromString)
-            return await call(request, timeout=30, metadata=self._server.guard.own_metadata())
-
-    async def forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
+    async def forward(self, method: str, request: Any, reply: Any, context: Any,
+                      done: type[CxlmqError] | None = None) -> Any:
+        """Call a method at the head; its error comes through as it is. See `HeadCalls.call`."""
         try:
-            return await self._at_head(method, request, reply)
+            return await self._head_calls.call(method, request, reply, done)
         except grpc.aio.AioRpcError as error:
-            trailers = tuple(error.trailing_metadata() or ())
-            if not any(key == ERROR_KEY for key, _ in trailers):
-                raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
-                                        "changes topics and groups", address="head") from None
-            await context.abort(error.code(), error.details(), trailers)
+            await context.abort(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+
+    async def close(self) -> None:
+        """Close the channels to heads."""
+        await self._head_calls.close()
 
     async def create_topic(self, request: Any, context: Any) -> pb.Topic:
         count = self._node.layout.numbers["broker_count"]
@@ -91,9 +86,18 @@ class AdminService:
             name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
             retention_bytes=request.retention_bytes).validate(count)
         if not self._node.is_head:
-            return await self.forward("Admin/CreateTopic", request, pb.Topic, context)
+            made = await self.forward("Admin/CreateTopic", request, pb.Topic, context, DuplicateTopic)
+            return made if made.name else self._made_before(config)
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
         return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
+
+    def _made_before(self, config: TopicConfig) -> pb.Topic:
+        """The topic that a try made whose answer was lost. Raises `DuplicateTopic` when it is another one."""
+        entry = self._node.topics.find(config.name)
+        if any(getattr(entry, name) != getattr(config, name) for name in (
+                "order", "ack", "replication_factor", "retention_bytes")):
+            raise DuplicateTopic(topic=config.name)
+        return self._describe(entry)
 
     async def alter_topic(self, request: Any, context: Any) -> pb.Topic:
         """Change what can be changed while a topic is in use."""
@@ -111,7 +115,7 @@ class AdminService:
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
         entry = self._node.topics.find(request.name)
         if not self._node.is_head:
-            return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context)
+            return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context, UnknownTopic)
         try:
             await self._node.topics.delete(request.name, self._node.live_brokers)
             # What is answered outlives the memory, also where a broker is away.

@@ -28,7 +28,7 @@ from broker.errors import (
 from broker.group_service import RECOVERY_FILE, GroupService, start_index
 from broker.groups import topic_key
 from broker.grpc_options import PROCESS_AGENT, server_options
-from broker.head import epoch_of, head_of
+from broker.head import control_word, epoch_of, head_of
 from broker.holders import who_stops, why_full
 from broker.layout import BrokerState, SessionState
 from broker.listening import why_not_bound
@@ -169,6 +169,7 @@ class BrokerServer:
             for event in events:
                 event.set()
         await self._server.stop(grace=0.2)
+        await self._admin.close()
         asyncio.get_running_loop().remove_reader(self.node.notifier.fd)
 
     async def _look_after(self) -> None:
@@ -270,13 +271,11 @@ class BrokerServer:
 
     def epoch(self) -> int:
         """The sequencer's epoch."""
-        control = self.node.layout.offset_of("control")
-        self.node.memory.invalidate_range(control, 64)
-        return epoch_of(self.node.memory.load_word(control))
+        return epoch_of(control_word(self.node.memory, self.node.layout))
 
     def head(self) -> int:
         """The broker that is head, or becomes it."""
-        return head_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
+        return head_of(control_word(self.node.memory, self.node.layout))
 
     def why_full(self, topic: int) -> PoolFull:
         """Why this broker gives a topic no segment."""
