@@ -1,6 +1,8 @@
 """The Admin service of a broker: topics, sessions, and the slots of attached clients."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +91,25 @@ class AdminService:
             made = await self.forward("Admin/CreateTopic", request, pb.Topic, context, DuplicateTopic)
             return made if made.name else self._made_before(config)
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
-        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
+        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers, self._written))
+
+    @contextlib.asynccontextmanager
+    async def _written(self, entry: TopicEntry) -> AsyncIterator[None]:
+        """A topic is made while this disk knows of it: what is not, is not written down. Raises `TopicNotDurable`."""
+        folder = self._node.replica_folder
+        writing = asyncio.ensure_future(asyncio.to_thread(folder.announce, entry))
+        try:
+            await asyncio.shield(writing)
+            yield
+        except BaseException as error:
+            await asyncio.wait({writing})       # the thread goes on, whoever went away
+            await asyncio.to_thread(folder.retract, entry)
+            if error is writing.exception() and isinstance(error, OSError):
+                raise TopicNotDurable(
+                    f"topic {entry.name} is not created: the data directory cannot be written "
+                    f"({error.strerror or error}); make room there and create it again",
+                    topic=entry.name, reason=error.strerror or str(error)) from error
+            raise
 
     def _made_before(self, config: TopicConfig) -> pb.Topic:
         """The topic that a try made whose answer was lost. Raises `DuplicateTopic` when it is another one."""

@@ -186,7 +186,7 @@ class BadTopicOptions(TopicError):
 
 
 class TopicNotDurable(TopicError):
-    """New options of a topic are in memory and not on the head's disk; details: topic, reason."""
+    """A topic, or its new options, cannot be written to the head's disk; details: topic, reason."""
 
     code = "topic-not-durable"
     status = "FAILED_PRECONDITION"
