@@ -36,7 +36,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.publish_stream import PublishStream
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.removals import Removals
-from broker.rights import METHODS
+from broker.rights import METHODS, may_see
 from broker.security import Guard
 from broker.sessions import CursorTable, SessionTable
 from broker.topics import TopicEntry
@@ -279,11 +279,11 @@ class BrokerServer:
 
     def why_full(self, topic: int) -> PoolFull:
         """Why this broker gives a topic no segment."""
-        return why_full(self.node.head, self.node.layout, self.node.broker, topic)
+        return why_full(self.node.head, self.node.layout, self.node.broker, topic, may_see)
 
     def who_stops(self, topic: int) -> str:
         """Why a topic takes no batch although there are segments, and what helps."""
-        return who_stops(self.node.head, self.node.layout, topic)
+        return who_stops(self.node.head, self.node.layout, topic, may_see)
 
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:
