@@ -1,6 +1,8 @@
 """The Admin service of a broker: topics, sessions, and the slots of attached clients."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +12,16 @@ import grpc.aio
 from broker.calls import unary_handlers
 from broker.config import TopicConfig, check_ack
 from broker.errors import (
-    ERROR_KEY,
     AttachSlotsFull,
     BadRequest,
-    BrokerUnavailable,
+    CxlmqError,
     DeletionNotDurable,
+    DuplicateTopic,
     NotAllowed,
     TopicNotDurable,
+    UnknownTopic,
 )
-from broker.grpc_options import channel_options
-from broker.head import head_of
+from broker.head_calls import HeadCalls
 from broker.holders import Holders, holders_of
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
@@ -51,6 +53,7 @@ class AdminService:
     def __init__(self, server: "BrokerServer") -> None:
         self._server = server
         self._node = server.node
+        self._head_calls = HeadCalls(server.node, server.guard.own_metadata)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler]:
         """Methods of cxlmq.v1.Admin."""
@@ -67,23 +70,17 @@ class AdminService:
             "Detach": (self.detach, pb.DetachRequest, pb.DetachResponse),
         })
 
-    async def _at_head(self, method: str, request: Any, reply: Any) -> Any:
-        """Call a method ("Admin/CreateTopic") at the head; its error comes through as it is."""
-        head = self._node.broker_line(head_of(self._node.memory.load_word(self._node.layout.offset_of("control"))))
-        async with grpc.aio.insecure_channel(head["unix_address"], options=channel_options(1 << 20)) as channel:
-            call = channel.unary_unary(f"/cxlmq.v1.{method}", request.__class__.SerializeToString,
-                                       reply.FromString)
-            return await call(request, timeout=30, metadata=self._server.guard.own_metadata())
-
-    async def forward(self, method: str, request: Any, reply: Any, context: Any) -> Any:
+    async def forward(self, method: str, request: Any, reply: Any, context: Any,
+                      done: type[CxlmqError] | None = None) -> Any:
+        """Call a method at the head; its error comes through as it is. See `HeadCalls.call`."""
         try:
-            return await self._at_head(method, request, reply)
+            return await self._head_calls.call(method, request, reply, done)
         except grpc.aio.AioRpcError as error:
-            trailers = tuple(error.trailing_metadata() or ())
-            if not any(key == ERROR_KEY for key, _ in trailers):
-                raise BrokerUnavailable(f"the head broker does not answer ({error.code().name.lower()}): only it "
-                                        "changes topics and groups", address="head") from None
-            await context.abort(error.code(), error.details(), trailers)
+            await context.abort(error.code(), error.details(), tuple(error.trailing_metadata() or ()))
+
+    async def close(self) -> None:
+        """Close the channels to heads."""
+        await self._head_calls.close()
 
     async def create_topic(self, request: Any, context: Any) -> pb.Topic:
         count = self._node.layout.numbers["broker_count"]
@@ -91,9 +88,36 @@ class AdminService:
             name=request.name, order=request.order, ack=request.ack, replication_factor=request.replication_factor,
             retention_bytes=request.retention_bytes).validate(count)
         if not self._node.is_head:
-            return await self.forward("Admin/CreateTopic", request, pb.Topic, context)
+            made = await self.forward("Admin/CreateTopic", request, pb.Topic, context, DuplicateTopic)
+            return made if made.name else self._made_before(config)
         lease_ns = int(self._node.config.session_lease_seconds * 1e9)
-        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers))
+        return self._describe(await self._node.topics.create(config, lease_ns, self._node.live_brokers, self._written))
+
+    @contextlib.asynccontextmanager
+    async def _written(self, entry: TopicEntry) -> AsyncIterator[None]:
+        """A topic is made while this disk knows of it: what is not, is not written down. Raises `TopicNotDurable`."""
+        folder = self._node.replica_folder
+        writing = asyncio.ensure_future(asyncio.to_thread(folder.announce, entry))
+        try:
+            await asyncio.shield(writing)
+            yield
+        except BaseException as error:
+            await asyncio.wait({writing})       # the thread goes on, whoever went away
+            await asyncio.to_thread(folder.retract, entry)
+            if error is writing.exception() and isinstance(error, OSError):
+                raise TopicNotDurable(
+                    f"topic {entry.name} is not created: the data directory cannot be written "
+                    f"({error.strerror or error}); make room there and create it again",
+                    topic=entry.name, reason=error.strerror or str(error)) from error
+            raise
+
+    def _made_before(self, config: TopicConfig) -> pb.Topic:
+        """The topic that a try made whose answer was lost. Raises `DuplicateTopic` when it is another one."""
+        entry = self._node.topics.find(config.name)
+        if any(getattr(entry, name) != getattr(config, name) for name in (
+                "order", "ack", "replication_factor", "retention_bytes")):
+            raise DuplicateTopic(topic=config.name)
+        return self._describe(entry)
 
     async def alter_topic(self, request: Any, context: Any) -> pb.Topic:
         """Change what can be changed while a topic is in use."""
@@ -111,7 +135,7 @@ class AdminService:
     async def delete_topic(self, request: Any, context: Any) -> pb.DeleteTopicResponse:
         entry = self._node.topics.find(request.name)
         if not self._node.is_head:
-            return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context)
+            return await self.forward("Admin/DeleteTopic", request, pb.DeleteTopicResponse, context, UnknownTopic)
         try:
             await self._node.topics.delete(request.name, self._node.live_brokers)
             # What is answered outlives the memory, also where a broker is away.
@@ -147,15 +171,17 @@ class AdminService:
         self._server.check_ack(entry, request.ack)
         if request.client_id == 0:              # in the region it says that no client publishes there
             raise BadRequest(reason="a publisher needs a client_id above 0")
-        opened = await self._server.sessions.open(
-            request.client_id, request.session_epoch, entry.generation << 16 | entry.number, request.ack)
+        key = entry.generation << 16 | entry.number
+        only_if_found = self._server.sessions.only_if_found(request.client_id, key, request.resume_epoch)
+        opened = await self._server.sessions.open(request.client_id, request.session_epoch, key, request.ack)
         try:
-            return await self._session(entry, request, opened)
+            return await self._session(entry, request, opened, only_if_found)
         except BaseException:               # also when the publisher goes away while it is looked for
             self._server.sessions.give_up(opened["slot"])
             raise
 
-    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> pb.Session:
+    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int],
+                       only_if_found: range) -> pb.Session:
         numbers = self._node.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
@@ -165,14 +191,15 @@ class AdminService:
             lease_ms=int(self._node.config.session_lease_seconds * 1000),
             topic=pb.TopicIdentity(run_id=self._node.region.run_id, created_ns=entry.created_ns))
         if request.resume_epoch:
-            session.high_water, positions = await self._resumed(entry, request, opened)
+            session.high_water, positions = await self._resumed(entry, request, opened, only_if_found)
             session.positions.extend(positions)
             bound = self._server.sessions.resumed_position(
                 request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
             session.resumed_position = self._node.topics.frontiers(entry)["end_position"] if bound is None else bound
         return session
 
-    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int]) -> tuple[int, list[int]]:
+    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int],
+                       only_if_found: range) -> tuple[int, list[int]]:
         """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
         key = entry.generation << 16 | entry.number
         high_water: int | None = opened["predecessor_expected"]
@@ -184,7 +211,7 @@ class AdminService:
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
         positions = await self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
-                                                          range(request.resume_from, end))
+                                                          range(request.resume_from, end), only_if_found)
         while positions and positions[-1] == UNKNOWN_POSITION:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions

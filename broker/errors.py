@@ -186,7 +186,7 @@ class BadTopicOptions(TopicError):
 
 
 class TopicNotDurable(TopicError):
-    """New options of a topic are in memory and not on the head's disk; details: topic, reason."""
+    """A topic, or its new options, cannot be written to the head's disk; details: topic, reason."""
 
     code = "topic-not-durable"
     status = "FAILED_PRECONDITION"
@@ -274,6 +274,15 @@ class DeliveryTimeout(CxlmqError):
     status = "DEADLINE_EXCEEDED"
     template = ("no acknowledgement within {timeout_seconds} s: the message may be in the log or not; "
                 "publish through the same session to have it there once, or raise delivery_timeout")
+
+
+class MessageLost(CxlmqError):
+    """A message was in the log without a receipt, and a recovery found it nowhere; details: topic."""
+
+    code = "message-lost"
+    status = "DATA_LOSS"
+    template = ("the message was in the log of topic {topic}, and no disk had it when the cluster was recovered: it is "
+                "not there any more; publish it again if it is wanted")
 
 
 class PositionLost(CxlmqError):

@@ -171,7 +171,7 @@ class GroupService:
     async def delete(self, request: Any, context: Any) -> pb.DeleteGroupResponse:
         topic, _ = self._opened(request)
         if not self._node.is_head:
-            return await self._forward("Groups/Delete", request, pb.DeleteGroupResponse, context)
+            return await self._forward("Groups/Delete", request, pb.DeleteGroupResponse, context, UnknownGroup)
         group = await self.table.delete(topic, request.group)
         if topic.replication_factor > 1:        # before it is answered, a disk knows that it is gone
             await self._on_disk(self._files.delete, topic, group, (

@@ -26,7 +26,7 @@ from broker.errors import (
     UnknownGroup,
 )
 from broker.group_files import GroupRecord, read_group_files
-from broker.head import HeadView, head_of
+from broker.head import HeadView, control_word, head_of
 from broker.layout import GroupState, Layout, record_dtypes
 from broker.reader import OrderReader
 from broker.records import pack, record_bytes, unpack
@@ -158,7 +158,7 @@ class GroupTable:
         return group.lease_until_ns - self._now_at_head()
 
     def _now_at_head(self) -> int:
-        head = self._layout.offset_of("broker", head_of(self._memory.load_word(self._layout.offset_of("control"))))
+        head = self._layout.offset_of("broker", head_of(control_word(self._memory, self._layout)))
         self._memory.invalidate_range(head, 64)
         return int(unpack("BrokerLine", self._memory.read_line_bytes(head))["heartbeat_ns"])
 

@@ -38,6 +38,12 @@ def is_serving(uint64_t control) -> bool:
     return (control & CONTROL_SERVING) != 0
 
 
+def control_word(Memory memory, Layout layout) -> int:
+    """The control word as it is now."""
+    memory.invalidate(layout.control(), 64)
+    return memory.load(layout.control())
+
+
 def say_restored(Memory memory, Layout layout, uint64_t epoch) -> None:
     """Bank 0 was filled by a recovery as if a head of this epoch had: the first head takes over from there."""
     memory.store(layout.head_line(), epoch)

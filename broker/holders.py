@@ -5,7 +5,7 @@ cursors, groups and replicas as they are.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ KEEP_FOREVER = (1 << 64) - 1
 # A record by its name, its place and its index there; and so many of them as a numpy table.
 Read = Callable[..., dict[str, Any]]
 Table = Callable[[str, str, int], Any]
+MaySee = Callable[[str], bool]          # whether somebody may see a topic of this name
 
 _ADVICE = {
     HolderKind.HOLDER_NONE: "room is being made: publish again",
@@ -34,6 +35,12 @@ _ADVICE = {
     HolderKind.HOLDER_UNCOMMITTED: "publish again: they are ordered when the batches before them come, or the lease of "
                                    "their session ends",
     HolderKind.HOLDER_OTHERS: "delete a topic, or make region_bytes larger",
+}
+_UNSEEN = {
+    HolderKind.HOLDER_CURSOR: "a reader of another topic",
+    HolderKind.HOLDER_PROTECTED: "a protected group of another topic",
+    HolderKind.HOLDER_RETENTION: "another topic, which never drops data",
+    HolderKind.HOLDER_UNCOMMITTED: "batches of another topic that wait for their order",
 }
 _READER_ADVICE = ("let it read on, or close it, or give the topic a retention (`cxlmq topic alter {topic} --retention "
                   "SIZE`): readers hold no more than that")
@@ -48,6 +55,14 @@ class Holder:
     index: int
     text: str
     advice: str
+    topic: str = ""         # whose reader, group or data it is
+
+    def told_to(self, may_see: MaySee) -> "Holder":
+        """The same for somebody who may not see every topic: what it is, and no names."""
+        if not self.topic or may_see(self.topic):
+            return self
+        return replace(self, text=_UNSEEN.get(self.kind, "another topic"), topic="", advice=(
+            "wait, or ask whoever may see that topic"))
 
     @property
     def kind(self) -> HolderKind:
@@ -144,7 +159,7 @@ class Holders:
             text = {HolderKind.HOLDER_RETENTION: f"topic {names['topic']}, which never drops data",
                     HolderKind.HOLDER_UNCOMMITTED: f"batches of topic {names['topic']} that wait for their order",
                     HolderKind.HOLDER_OTHERS: "other topics, none with more than its share"}[kind]
-        return Holder(word, index, text, advice.format(**names))
+        return Holder(word, index, text, advice.format(**names), str(names["topic"]))
 
     def _reader(self, cursor: int) -> tuple[str, str, str]:
         line = self._read("CursorLine", "cursor", cursor)
@@ -167,12 +182,12 @@ def holders_of(head: HeadView, layout: Layout) -> Holders:
     return Holders(head.read, table, layout.numbers)
 
 
-def who_stops(head: HeadView, layout: Layout, topic: int) -> str:
+def who_stops(head: HeadView, layout: Layout, topic: int, may_see: MaySee = lambda _: True) -> str:
     """Why batches of a topic wait, when its order index is full: who is in the way, and what helps."""
     try:
         frontiers = head.read("TopicOrderLine", "topic_order", topic)["committed_index"], head.read(
             "TopicReclaimLine", "topic_reclaim", topic)["reclaimed_index"]
-        holder = holders_of(head, layout).of(topic)
+        holder = holders_of(head, layout).of(topic).told_to(may_see)
     except BrokerUnavailable:
         return "a new head is taking over: publish again"
     if frontiers[0] - frontiers[1] < layout.numbers["order_entry_count"] * 3 // 4 or holder.word == NOBODY or (
@@ -201,9 +216,10 @@ def pool_full(holder: Holder) -> PoolFull:
     return PoolFull(holder=text, advice=holder.advice)
 
 
-def why_full(head: HeadView, layout: Layout, broker: int, topic: int) -> PoolFull:
+def why_full(head: HeadView, layout: Layout, broker: int, topic: int,
+             may_see: MaySee = lambda _: True) -> PoolFull:
     """Why a broker gives a topic no segment."""
     try:
-        return pool_full(in_the_way(head, layout, broker, topic))
+        return pool_full(in_the_way(head, layout, broker, topic).told_to(may_see))
     except BrokerUnavailable:
         return PoolFull(holder="a new head is taking over", advice="publish again")

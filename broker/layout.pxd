@@ -267,8 +267,8 @@ cdef packed struct SessionLine:             # writer: the broker that opened it
     uint64_t topic                          # generation << 16 | topic number
     uint64_t ack
     uint64_t opened_ns
-    uint64_t streams
-    uint64_t reserved
+    uint64_t found_from                     # a recovered session's batches from it on, and below
+    uint64_t found_end                      # this one, were in the log: they are there only if they are found there
 
 cdef packed struct SessionProgressLine:     # writer: sequencer
     uint64_t state                          # generation << 8 | SessionState

@@ -69,6 +69,7 @@ class RecoveredSession:
     messages: int
     position: int       # behind its last message
     in_log: int = 0     # bit n % 256: batch n of those from `expected` on as well, at order levels below 5
+    found_from: int = 0     # of those from here up to `expected` only what is found is in the log, at order 5
 
 
 @dataclass
@@ -501,19 +502,24 @@ def _sessions(topic: RecoveredTopic, reading: _Reading) -> Iterator[RecoveredSes
         if epoch == latest and bits:
             floor = max(0, highest - TRAIL_WINDOW + 1)
             known |= {each for each in range(floor, highest + 1) if bits >> each % TRAIL_WINDOW & 1}
-        expected, in_log = _frontier(known, floor, whole, topic.options["order"] == 5)
+        expected, in_log, found_from = _frontier(known, floor, whole, topic.options["order"] == 5)
         yield RecoveredSession(client, latest, expected, sum(each["message_count"] for each in batches),
-                               max([position, *(each["position"] + each["message_count"] for each in batches)]), in_log)
+                               max([position, *(each["position"] + each["message_count"] for each in batches)]), in_log,
+                               found_from)
 
 
-def _frontier(known: set[int], floor: int, whole: bool, in_order: bool) -> tuple[int, int]:
-    """The first batch of a session that may not be in the log, and a window of those beyond it that are.
+def _frontier(known: set[int], floor: int, whole: bool, in_order: bool) -> tuple[int, int, int]:
+    """The first batch of a session that may be sent again, a window of those beyond it that are in the log, and the
+    first of those below it that may be lost.
 
-    A batch that was in the log once may be lost, where there are holes: then only those count that are known.
+    A batch that was in the log once may be lost, where there are holes: then only those count that are known. At order
+    5 it cannot be sent again either, when one behind it was kept.
     """
-    if in_order:
-        return max(known) + 1, 0                # behind a gap none was kept
-    expected = max(floor, max(known) - TRAIL_WINDOW + 1) if whole else floor
+    end = max(known) + 1
+    expected = floor if not whole else end if in_order else max(floor, end - TRAIL_WINDOW)
     while expected in known:
         expected += 1
-    return expected, sum(1 << each % TRAIL_WINDOW for each in known if expected < each < expected + TRAIL_WINDOW)
+    if in_order:
+        return end, 0, expected
+    beyond = [each for each in known if expected < each < expected + TRAIL_WINDOW]
+    return expected, sum(1 << each % TRAIL_WINDOW for each in beyond), expected

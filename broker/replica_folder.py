@@ -67,6 +67,7 @@ class ReplicaFolder:
         self._numbers: dict[str, int] = {}
         self._open: dict[tuple[str, int], Path] = {}            # the file of each chain that is being written
         self._chains: dict[str, dict[int, list[_ChainFile]]] = {}       # identity -> source -> files in order
+        self._announced: set[str] = set()                       # written down before they are made
         self._unwritten: dict[str, TopicEntry] = {}             # topics that no disk could be told of yet
         self._unremoved: set[str] = set()                       # deleted ones whose files are not all gone yet
         forget_unfinished(folder)
@@ -191,9 +192,29 @@ class ReplicaFolder:
                 entry = self._entry(topic, generation)
             except LookupError:
                 return                          # it is being deleted again
-            if self._catalogue:
-                self._unwritten[identity_of(entry.name, entry.created_ns)] = entry
+            identity = identity_of(entry.name, entry.created_ns)
+            if self._catalogue and identity not in self._announced:
+                self._unwritten[identity] = entry
                 self._write_topics()
+            self._announced.discard(identity)
+
+    def announce(self, entry: TopicEntry) -> None:
+        """Write down a topic that is about to be made; durable when this returns. Raises OSError: nothing is there."""
+        with self._lock:
+            if self._catalogue:
+                identity = identity_of(entry.name, entry.created_ns)
+                self._write_topic(identity, entry)
+                self._announced.add(identity)
+
+    def retract(self, entry: TopicEntry) -> None:
+        """It was not made after all."""
+        with self._lock:
+            identity = identity_of(entry.name, entry.created_ns)
+            self._announced.discard(identity)
+            if self._catalogue:
+                with contextlib.suppress(OSError):      # `compare` finds it, and that this run has no such topic
+                    (self._folder / (identity + TOPIC_SUFFIX)).unlink(missing_ok=True)
+                    sync_folder(self._folder)
 
     def topic_altered(self, entry: TopicEntry) -> None:
         """Note that a topic has other options. Raises OSError: `tend` tries again."""
@@ -207,9 +228,12 @@ class ReplicaFolder:
 
     def _write_topics(self) -> None:
         for identity, entry in list(self._unwritten.items()):
-            write_durable(self._folder / (identity + TOPIC_SUFFIX), "topic", {
-                **self._described, "topic": asdict(entry), "written_ns": time.time_ns()})
+            self._write_topic(identity, entry)
             del self._unwritten[identity]
+
+    def _write_topic(self, identity: str, entry: TopicEntry) -> None:
+        write_durable(self._folder / (identity + TOPIC_SUFFIX), "topic", {
+            **self._described, "topic": asdict(entry), "written_ns": time.time_ns()})
 
     def topic_deleted(self, topic: int, generation: int) -> None:
         """Remove a deleted topic's files, those of earlier runs too. Raises OSError: `tend` tries again."""

@@ -180,7 +180,7 @@ class Restorer:
         self._put(self._layout.offset_of("session", slot), pack(
             "SessionLine", state=state, client_id=session.client_id, session_epoch=session.epoch,
             topic=place.generation << 16 | place.number, ack=place.topic.options["ack"],
-            opened_ns=time.monotonic_ns()))
+            opened_ns=time.monotonic_ns(), found_from=session.found_from, found_end=session.expected))
 
 
 def restore(region: Region, plan: RecoveryPlan, lease_ns: int) -> dict[str, Any]:

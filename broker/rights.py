@@ -12,7 +12,7 @@ from enum import Enum
 from operator import attrgetter
 from typing import Any, TypeVar
 
-from broker.security import RIGHTS, Principal
+from broker.security import CALLER, RIGHTS, Principal
 
 T = TypeVar("T")
 PUBLISH, SUBSCRIBE, ADMIN = (("publish",), ("subscribe",), ("admin",))
@@ -48,6 +48,12 @@ class Access:
     def seen(self, caller: Principal, topics: Iterable[T]) -> list[T]:
         """Of these topics (what has a `name`), those that the caller may see."""
         return [each for each in topics if any(caller.may(right, each.name) for right in self.rights)]  # type: ignore[attr-defined]
+
+
+def may_see(topic: str) -> bool:
+    """Whether who calls now may know of a topic, and of who reads it: with any right to it."""
+    caller = CALLER.get()
+    return any(caller.may(right, topic) for right in RIGHTS)
 
 
 def _topic(rights: tuple[str, ...], topic: str = "topic") -> Access:

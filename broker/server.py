@@ -28,7 +28,7 @@ from broker.errors import (
 from broker.group_service import RECOVERY_FILE, GroupService, start_index
 from broker.groups import topic_key
 from broker.grpc_options import PROCESS_AGENT, server_options
-from broker.head import epoch_of, head_of
+from broker.head import control_word, epoch_of, head_of
 from broker.holders import who_stops, why_full
 from broker.layout import BrokerState, SessionState
 from broker.listening import why_not_bound
@@ -36,7 +36,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.publish_stream import PublishStream
 from broker.reader import OrderReader, ReadError, ReadStatus
 from broker.removals import Removals
-from broker.rights import METHODS
+from broker.rights import METHODS, may_see
 from broker.security import Guard
 from broker.topics import TopicEntry
 from sim.cxl.region import memory_identity
@@ -164,6 +164,7 @@ class BrokerServer:
             for event in events:
                 event.set()
         await self._server.stop(grace=0.2)
+        await self._admin.close()
         asyncio.get_running_loop().remove_reader(self.node.notifier.fd)
 
     async def _look_after(self) -> None:
@@ -265,21 +266,19 @@ class BrokerServer:
 
     def epoch(self) -> int:
         """The sequencer's epoch."""
-        control = self.node.layout.offset_of("control")
-        self.node.memory.invalidate_range(control, 64)
-        return epoch_of(self.node.memory.load_word(control))
+        return epoch_of(control_word(self.node.memory, self.node.layout))
 
     def head(self) -> int:
         """The broker that is head, or becomes it."""
-        return head_of(self.node.memory.load_word(self.node.layout.offset_of("control")))
+        return head_of(control_word(self.node.memory, self.node.layout))
 
     def why_full(self, topic: int) -> PoolFull:
         """Why this broker gives a topic no segment."""
-        return why_full(self.node.head, self.node.layout, self.node.broker, topic)
+        return why_full(self.node.head, self.node.layout, self.node.broker, topic, may_see)
 
     def who_stops(self, topic: int) -> str:
         """Why a topic takes no batch although there are segments, and what helps."""
-        return who_stops(self.node.head, self.node.layout, topic)
+        return who_stops(self.node.head, self.node.layout, topic, may_see)
 
     @staticmethod
     def check_ack(entry: TopicEntry, ack: int) -> None:
@@ -297,6 +296,9 @@ class BrokerServer:
         progress = self.sessions.progress(opened.session_slot)
         if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
             raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
+        if line["found_from"] < line["found_end"]:      # the sequencer would take what was lost for duplicates
+            raise SessionFenced(reason="the cluster was recovered, and batches were lost: the next session says which",
+                                committed=progress["expected"])
 
     # ---- publish ----------------------------------------------------------------------------------------------------
 

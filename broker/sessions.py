@@ -18,6 +18,7 @@ from sim.cxl.memory import Memory
 
 UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
+LOST_POSITION = (1 << 64) - 3           # was in the log, and a recovery did not find it
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
 ENTRIES_AT_ONCE = 2048                  # a tenth of a millisecond
@@ -151,14 +152,26 @@ class SessionTable:
         slot = self._slot_of(client_id, topic, epoch)
         return None if slot is None else int(self.progress(slot)["committed_position"])
 
+    def only_if_found(self, client_id: int, topic: int, epoch: int) -> range:
+        """Batches of an earlier session that were in the log before a recovery, and are only if they are found there.
+
+        To be asked before the next session is opened: then the slot of the earlier one may be used again.
+        """
+        slot = self._slot_of(client_id, topic, epoch)
+        line = {"found_from": 0, "found_end": 0} if slot is None else self.line(slot)
+        return range(line["found_from"], line["found_end"])
+
     async def positions(self, reader: OrderReader, client_id: int, topic: int, epoch: int,
-                        sequences: range) -> list[int]:
-        """Where batches of an earlier session are in the log: `UNKNOWN_POSITION` for those that are not, and
-        `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5).
+                        sequences: range, only_if_found: range | None = None) -> list[int]:
+        """Where batches of an earlier session are in the log: `UNKNOWN_POSITION` for those that are not,
+        `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5), and `LOST_POSITION`
+        for those `only_if_found` that were not.
 
         One pass over the kept entries, a piece at a time: others have their turn between two.
         """
         window, slot = set[int](), self._slot_of(client_id, topic, epoch)
+        if only_if_found is None:
+            only_if_found = self.only_if_found(client_id, topic, epoch)
         if slot is not None:
             line = self._head.read("SessionWindowLine", "session_window", slot)
             first = line["base"] if line["generation"] == self.line(slot)["state"] >> 8 else sequences.stop
@@ -170,8 +183,13 @@ class SessionTable:
             at = reader.find_batches(client_id, epoch, sequences.start, sequences.stop, at, ENTRIES_AT_ONCE, found)
             if at:
                 await asyncio.sleep(0)
-        return [found.get(sequence, UNPLACED_POSITION if sequence in window else UNKNOWN_POSITION)
-                for sequence in sequences]
+
+        def otherwise(sequence: int) -> int:
+            if sequence in window:
+                return UNPLACED_POSITION
+            return LOST_POSITION if sequence in only_if_found else UNKNOWN_POSITION
+
+        return [found.get(sequence, otherwise(sequence)) for sequence in sequences]
 
     def _write(self, slot: int, line: dict[str, int]) -> None:
         at = self._layout.offset_of("session", slot)

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,14 @@ class TopicEntry:
     retention_bytes: int
     created_ns: int
     alteration: int = 0             # how often its options were changed
+
+
+Written = Callable[[TopicEntry], contextlib.AbstractAsyncContextManager[None]]
+
+
+@contextlib.asynccontextmanager
+async def _memory_is_enough(_: TopicEntry) -> AsyncIterator[None]:
+    yield
 
 
 class TopicTable:
@@ -241,10 +249,12 @@ class TopicTable:
 
     # ---- changing (head only) ---------------------------------------------------------------------------------------
 
-    async def create(self, config: TopicConfig, lease_ns: int, live_brokers: Callable[[], list[int]]) -> TopicEntry:
+    async def create(self, config: TopicConfig, lease_ns: int, live_brokers: Callable[[], list[int]],
+                     written: Written = _memory_is_enough) -> TopicEntry:
         """Create a topic and wait until every live broker takes batches for it.
 
-        Raises `DuplicateTopic`, `TopicTableFull`, and `BrokerUnavailable` when a broker takes no note of it. Nothing is
+        It is made while it is `written` down, which is undone when it cannot be made. Raises `DuplicateTopic`,
+        `TopicTableFull`, `BrokerUnavailable` when a broker takes no note of it, and what `written` raises. Nothing is
         changed when it raises.
         """
         async with self._lock:
@@ -255,22 +265,30 @@ class TopicTable:
             number = self._free_number()
             with self._bank.writing() as layout:
                 generation = self._next_generation(layout, number)
-                self._wipe(layout, number)
-                self._memory.write_bytes(layout.offset_of("topic_name", number), pack("TopicName", text=config.name))
-                line = pack(
-                    "TopicLine", state=generation << 8 | TopicState.TOPIC_ACTIVE, order=config.order, ack=config.ack,
-                    replication_factor=config.replication_factor, retention_bytes=_stored(config.retention_bytes),
-                    created_wall_ns=time.time_ns(), message_bytes_max=self._numbers["message_bytes_max"],
-                    lease_ns=lease_ns)
-                self._memory.store_fence()
-                self._publish(layout, number, line)
-            try:
-                await self._every_broker(live_brokers, number, generation)
-            except BaseException:           # also when the caller goes away meanwhile
-                with contextlib.suppress(BrokerUnavailable):    # of another head's bank it is for that one to say
-                    self._set_state(number, generation, TopicState.TOPIC_DELETING)
-                raise
+            entry = TopicEntry(number, generation, config.name, config.order, config.ack, config.replication_factor,
+                               config.retention_bytes, time.time_ns())
+            async with written(entry):
+                await self._make(entry, lease_ns, live_brokers)
             return self.find(config.name)
+
+    async def _make(self, entry: TopicEntry, lease_ns: int, live_brokers: Callable[[], list[int]]) -> None:
+        number = entry.number
+        with self._bank.writing() as layout:
+            self._wipe(layout, number)
+            self._memory.write_bytes(layout.offset_of("topic_name", number), pack("TopicName", text=entry.name))
+            line = pack(
+                "TopicLine", state=entry.generation << 8 | TopicState.TOPIC_ACTIVE, order=entry.order, ack=entry.ack,
+                replication_factor=entry.replication_factor, retention_bytes=_stored(entry.retention_bytes),
+                created_wall_ns=entry.created_ns, message_bytes_max=self._numbers["message_bytes_max"],
+                lease_ns=lease_ns)
+            self._memory.store_fence()
+            self._publish(layout, number, line)
+        try:
+            await self._every_broker(live_brokers, number, entry.generation)
+        except BaseException:               # also when the caller goes away meanwhile
+            with contextlib.suppress(BrokerUnavailable):    # of another head's bank it is for that one to say
+                self._set_state(number, entry.generation, TopicState.TOPIC_DELETING)
+            raise
 
     async def alter(self, name: str, changed: Callable[[TopicEntry], TopicConfig]) -> TopicEntry:
         """Give a topic other options, all in one line: readers see the old ones or the new ones.

@@ -5,10 +5,11 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from broker.errors import CxlmqError, DamagedData, PositionLost, RangeLost
+from broker.errors import AttachSlotsFull, CxlmqError, DamagedData, PositionLost, RangeLost, RegionError
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.region import Region, attach_region
@@ -54,6 +55,10 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         self.ended = False                          # the topic that we read in memory is closed
         self.returning: Future[None] | None = None  # on its way to another broker
         self.waiting = threading.Lock()             # one thread at a time waits in memory
+        self.over_grpc: Callable[[], ReadingEngine[Any] | None] = lambda: None      # makes what reads when we cannot
+        self.handed_over: Callable[[Any], None] = lambda _: None    # told that it reads now
+        self.handing_over = False                   # nothing is taken meanwhile
+        self.successor: ReadingEngine[Any] | None = None
 
     @property
     def attachment(self) -> pb.Attachment:
@@ -153,7 +158,10 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             try:
                 place = await self._come_back()
             except CxlmqError as error:
-                if not error.comes_back:
+                # As at opening: what stands against attaching, and not against reading.
+                attaching = isinstance(error, AttachSlotsFull) or (
+                    isinstance(error, RegionError) and not error.comes_back)
+                if not (attaching and await self._hand_over(before)) and not error.comes_back:
                     self.failure = error
                 return                      # the next look tries again
             except Exception as error:      # a mistake of ours: whoever waits is told
@@ -169,6 +177,38 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
                     self.failure = error
                 self.seen = self._identity(place)
             self._let_go()
+
+    async def _hand_over(self, before: Slot) -> bool:
+        """Let another engine read on from here; False when nobody may. Refused, all is as it was."""
+        other = self.over_grpc()
+        if other is None:
+            return False
+        with self.lock:
+            self.handing_over = True
+            other.start, other.seen, other.told = self.position(), self.seen, self.told
+            other.buffer.handed = self.buffer.handed
+        try:
+            await other.open()
+        except CxlmqError as error:
+            if not error.comes_back:
+                self.failure = error
+            return True
+        else:
+            if self.closed:
+                await other.close()
+                return True
+            with self.lock:
+                try:
+                    self._check_end(other.end_position, other.seen.run_id)
+                except CxlmqError as error:
+                    other.fail(error)
+                self.successor, self.slot = other, None
+                self.handed_over(other)
+                self.buffer.clear()
+            before.reader.leave_when_free()
+            return True
+        finally:
+            self.handing_over = False
 
     def _let_go(self, all_of_them: bool = False) -> None:
         """Give up the former places under which nothing is viewed any more; their brokers see it by themselves."""
@@ -200,6 +240,8 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             left = left_until(deadline)
             if found or left == 0:
                 return found
+            if self.successor is not None:
+                return self.successor.taken(take, deadline)
             self._wait(SLEEP_SECONDS if left is None else min(SLEEP_SECONDS, left))
 
     async def taken_async(self, take: Take[T], deadline: float | None) -> list[T]:
@@ -211,9 +253,17 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             left = left_until(deadline)
             if found or left == 0:
                 return found
+            if self.successor is not None:
+                return await self.successor.taken_async(take, deadline)
             await asyncio.to_thread(self._wait, SLEEP_SECONDS if left is None else min(SLEEP_SECONDS, left))
 
+    def next_ahead(self) -> Message | None:
+        with self.lock:
+            return None if self.handing_over else super().next_ahead()
+
     def _take_now(self, take: Take[T]) -> list[T]:
+        if self.handing_over or self.successor is not None:
+            return []
         handed = self.buffer.handed
         found = super()._take_now(take)
         if found and self.slot is not None and not self.slot.reader.is_intact():

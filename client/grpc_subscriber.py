@@ -145,6 +145,12 @@ class SubscriberEngine(ReadingEngine[Stream]):
                     self.buffer.add(batch)
             self._wake()
 
+    def fail(self, error: CxlmqError) -> None:
+        """Nothing more comes; whoever asks is told why."""
+        if self.task is not None:
+            self.task.cancel()
+        self._fail(error)
+
     def _fail(self, error: CxlmqError) -> None:
         with self.changed:
             self.failure = error

@@ -79,6 +79,14 @@ class ReadingEngine(Generic[P]):
         """Let go of a place."""
         raise NotImplementedError
 
+    async def close(self) -> None:
+        """Let go of all."""
+        raise NotImplementedError
+
+    def fail(self, error: CxlmqError) -> None:
+        """Nothing more comes; whoever asks is told why."""
+        raise NotImplementedError
+
     # ---- steps (on the loop) ----------------------------------------------------------------------------------------
 
     async def open(self) -> None:

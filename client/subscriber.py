@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import threading
 import warnings
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,10 @@ class _SubscriberBase:
         if group is not None:
             self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
             self._engine.membership = self._membership
+        if isinstance(self._engine, AttachedSubscriberEngine) and self._falls_back:
+            me = weakref.ref(self)          # or nobody would notice when it is dropped
+            self._engine.over_grpc = lambda: None if (there := me()) is None else there._over_grpc()
+            self._engine.handed_over = lambda engine: None if (there := me()) is None else there._goes_on_with(engine)
         self._opening = asyncio.Lock()
         self._closing: asyncio.Task[None] | None = None
         end_in_child(self)
@@ -114,11 +119,29 @@ class _SubscriberBase:
             if not self._falls_back:
                 raise
             self._falls_back = False
-            fresh = SubscriberEngine(*self._arguments)
-            fresh.connection, fresh.membership, fresh.start = (
-                self._engine.connection, self._engine.membership, self._engine.start)
-            self._engine = fresh
+            self._engine = self._over_grpc()
             await self._open_engine()
+
+    def _over_grpc(self) -> SubscriberEngine:
+        """What reads where attaching is not possible."""
+        fresh = SubscriberEngine(*self._arguments)
+        fresh.connection, fresh.membership, fresh.start = (
+            self._engine.connection, self._engine.membership, self._engine.start)
+        return fresh
+
+    def _goes_on_with(self, engine: SubscriberEngine) -> None:
+        """The former engine found no place any more. Its lock is held."""
+        self._engine = engine
+
+    @contextlib.contextmanager
+    def _held(self) -> Iterator[SubscriberEngine | AttachedSubscriberEngine]:
+        """The engine that reads, locked: no other one takes its place meanwhile."""
+        while True:
+            engine = self._engine
+            with engine.lock:
+                if engine is self._engine:
+                    yield engine
+                    return
 
     @property
     def transport(self) -> str:
@@ -215,17 +238,17 @@ class _SubscriberBase:
     def _gave_all(self, batches: list[ReceivedBatch], end: int) -> list[Message]:
         """The messages of claimed batches up to `end`; what lies behind it comes next."""
         out = [message for batch in batches for message in batch.to_messages(0, max(0, end - batch.position))]
-        with self._engine.lock:
+        with self._held() as engine:
             if batches and batches[-1].position + batches[-1].count > end:
                 batches[-1].drop_before(end)
-                self._engine.buffer.put_back(batches[-1:])
-            self._engine.buffer.gave(end)
+                engine.buffer.put_back(batches[-1:])
+            engine.buffer.gave(end)
         return out
 
     def _give_back(self, batches: list[ReceivedBatch]) -> None:
         """What was claimed is given out to nobody: it comes next."""
-        with self._engine.lock:
-            self._engine.buffer.put_back(batches)
+        with self._held() as engine:
+            engine.buffer.put_back(batches)
 
 
 class Subscriber(_SubscriberBase):

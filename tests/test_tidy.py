@@ -24,6 +24,7 @@ MAY_MAP_MEMORY = {
 }
 MAY_IMPORT_GRPC = {
     "broker/server.py": "the broker's adapter", "broker/publish_stream.py": "its publish streams", "broker/admin_service.py": "its Admin service",
+    "broker/head_calls.py": "its calls to the head",
     "broker/calls.py": "what all its methods share", "broker/group_service.py": "its Groups service", "client/connection.py": "channels", "client/transport.py": "publish",
     "client/grpc_subscriber.py": "subscribe", "client/bench/grpc_limit.py": "the bare gRPC baseline",
     "client/admin.py": "admin calls", "sim/chaos/garbage.py": "nonsense for every method",

@@ -14,9 +14,9 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-from broker.errors import CxlmqError, DeliveryTimeout, SessionFenced
+from broker.errors import CxlmqError, DeliveryTimeout, MessageLost, SessionFenced
 from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION
 from client.batch import Batch
 from client.brokers import BrokerAddress
 from client.levels import Awaited, Outcome
@@ -186,7 +186,9 @@ class Session:
         for sequence, batch in self.flights.take():
             at = sequence - self._resume_from
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
-            if sequence < high_water or position != UNKNOWN_POSITION:
+            if position == LOST_POSITION:
+                self.settle(batch, None, MessageLost(topic=self.topic))
+            elif sequence < high_water or position != UNKNOWN_POSITION:
                 self._await_level(batch, None if position >= UNPLACED_POSITION else position)
             else:
                 left.append(batch)

@@ -14,7 +14,7 @@ from broker.errors import BrokerUnavailable, CxlmqError, SessionFenced, UnknownT
 from broker.layout import ResultStatus
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
-from broker.sessions import UNKNOWN_POSITION, UNPLACED_POSITION, CursorTable
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, CursorTable
 from broker.stages import receiver as receiving
 from client.brokers import BrokerAddress, rendezvous
 from sim.cluster.history import Operation, Read, Violation
@@ -203,6 +203,7 @@ class Publisher:
     async def _opened_at(self, host: "Host", epoch: int) -> dict[str, Any]:
         """What the broker's service does for OpenSession."""
         key = self.topic.generation << 16 | self.topic.number
+        only_if_found = host.sessions.only_if_found(self.client, key, self.epoch)
         opened: dict[str, Any] = await host.sessions.open(self.client, epoch, key, self.level)
         high_water: int | None = opened["predecessor_expected"]
         positions: list[int] = []
@@ -214,7 +215,7 @@ class Publisher:
             if high_water is not None and self.topic.order == 5:
                 end = min(end, high_water)
             positions = await host.sessions.positions(reader, self.client, key, self.epoch,
-                                                      range(self.resume_from, end))
+                                                      range(self.resume_from, end), only_if_found)
             high_water = self.resume_from if high_water is None else high_water
         return {**opened, "high_water": high_water, "positions": positions}
 
@@ -264,6 +265,8 @@ class Publisher:
         for sequence, flight in self.flights.items():
             at = sequence - self.resume_from
             known = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
+            if known == LOST_POSITION:
+                raise Violation("A1", f"batch {sequence} of client {self.client} is said to be lost, and no memory was")
             if sequence < high_water or known != UNKNOWN_POSITION:
                 # The library learns that it is in the log, and not on which disks.
                 flight.operation.level = min(flight.operation.level, 1)

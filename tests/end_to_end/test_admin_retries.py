@@ -112,3 +112,24 @@ def test_what_is_cancelled_at_the_client_is_ended_at_the_broker(cluster: Cluster
                 await admin.delete_topic(name)
 
     asyncio.run(run())
+
+
+def test_calls_right_after_the_heads_death_wait_for_the_next_head() -> None:
+    """At a broker that is not head and passes them on, over a channel that it used before."""
+    with Cluster(small_config(brokers=4, restart=False)) as cluster, Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t", order=2)
+        with Subscriber("t", cluster=cluster.name, group="g"):
+            pass
+        calls: list[Callable[[Admin], Any]] = [
+            lambda beside: beside.create_topic("new"), lambda beside: beside.alter_topic("t", retention_bytes=1 << 20),
+            lambda beside: beside.reset_group("t", "g", "end")]
+        asked = (admin.describe_cluster()["head"] + 3) % 4
+        with Admin(bootstrap=cluster.addresses[asked].unix) as beside:
+            for call in calls:
+                head = beside.describe_cluster()["head"]
+                beside.reset_group("t", "g", "beginning")
+                if head == asked:
+                    break
+                cluster.kill(head)
+                call(beside)
+        assert {each["name"] for each in admin.list_topics()} == {"t", "new"}

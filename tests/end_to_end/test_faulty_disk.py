@@ -15,7 +15,7 @@ from broker.group_files import read_group_files
 from broker.replica_files import Damage, find_files, read_records
 from client.admin import Admin
 from client.cluster import Cluster
-from client.errors import DeletionNotDurable, GroupNotDurable, ReplicaFailed
+from client.errors import DeletionNotDurable, GroupNotDurable, ReplicaFailed, TopicNotDurable
 from client.publisher import Publisher
 from client.subscriber import Subscriber
 from sim.chaos.disk import SOURCE
@@ -208,3 +208,21 @@ def test_a_slow_disk_slows_level_2_alone(faulty: FaultyCluster, topic: str) -> N
         assert not waiting.done(), "20 acks of level 1 came, one after the other, while one sync was under way"
         waiting.result()
         assert time.monotonic() - begun >= 3.0 > level_1
+
+
+@pytest.mark.parametrize("rule", ["sync eio -1", "sync enospc -1"])
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_topic_that_the_heads_disk_does_not_take_is_not_made(faulty: FaultyCluster, rule: str, factor: int) -> None:
+    name = unique("topic")
+    with Admin(cluster=faulty.cluster.name) as admin:
+        faulty.fail(f"{rule} {name}")
+        try:
+            with pytest.raises(TopicNotDurable, match="is not created"):
+                admin.create_topic(name, replication_factor=factor)
+            assert name not in {each["name"] for each in admin.list_topics()}
+            assert list(faulty.folder.rglob(f"*{name}*")) == []
+        finally:
+            faulty.fail()
+        admin.create_topic(name, replication_factor=factor)
+        assert len(list(faulty.folder.rglob(f"{name}.*.topic"))) >= 1
+        admin.delete_topic(name)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 import shutil
 import time
 from collections.abc import Iterator
@@ -244,3 +245,53 @@ def _serves(cluster: str, topic: str, broker: int) -> bool:
     with contextlib.suppress(CxlmqError), Subscriber(topic, cluster=cluster, broker=broker, transport="grpc"):
         return True
     return False
+
+
+@pytest.mark.parametrize("way", ["fetch", "for", "async"])
+def test_an_auto_reader_that_finds_no_slot_any_more_goes_on_over_grpc(folder: Path, way: str) -> None:
+    """As it would at opening; a reader that asked for "attached" waits for one."""
+    config = small_config(brokers=2, data_directory=str(folder))
+    with Cluster(config), Admin(cluster=config.name) as admin:
+        admin.create_topic("t", ack=2, replication_factor=2)
+        publish(config.name, "t", "a", 10)
+        auto = Subscriber("t", cluster=config.name).open()
+        member = Subscriber("t", cluster=config.name, group="g").open()
+        attached = Subscriber("t", cluster=config.name, transport="attached").open()
+        for reader in (auto, member, attached):
+            assert [each.position for each in reader.fetch(4, 10)] == list(range(4))
+            assert reader.transport == "attached"
+        member.commit()
+    without = small_config(brokers=2, name=config.name, data_directory=str(folder), attach_slot_count=0)
+    with Cluster(without, recover=folder), Admin(cluster=config.name) as admin:
+        publish(config.name, "t", "b", 10)
+        for reader in (auto, member):
+            got = list(_read_in(way, reader, 16))
+            assert [(each.position, bytes(each.payload)) for each in got] == [
+                *((at, b"a%d" % at) for at in range(4, 10)), *((10 + at, b"b%d" % at) for at in range(10))]
+            assert reader.transport == "grpc"
+        member.commit()
+        assert admin.describe_group("t", "g")["position"] == 20
+        auto.seek(3)
+        assert [each.position for each in auto.get_all()] == list(range(3, 20))
+        publish(config.name, "t", "c", 1)
+        assert auto.fetch(10, 10)[0].position == 20
+        attached.fetch(100, 1)
+        assert attached.transport == "attached"
+        for reader in (auto, member, attached):
+            reader.close()
+
+
+def _read_in(way: str, reader: Subscriber, count: int) -> Iterator[Message]:
+    """So many messages, by this way of asking."""
+    if way == "for":
+        yield from itertools.islice(reader, count)
+        return
+    while count > 0:
+        found = reader.fetch(3, 20) if way == "fetch" else asyncio.run(_fetch_async(reader))
+        assert found, "nothing came"
+        yield from found
+        count -= len(found)
+
+
+async def _fetch_async(reader: Subscriber) -> list[Message]:
+    return await reader._engine.taken_async(lambda buffer: buffer.take_messages(3), time.monotonic() + 20)

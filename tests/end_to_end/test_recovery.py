@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from broker.recovery import make_plan
-from broker.replica_files import find_files, read_records
+from broker.replica_files import Record, find_files, read_records
+from broker.sessions import LOST_POSITION
 from client.admin import Admin
 from client.cluster import Cluster
 from client.errors import CxlmqError, RangeLost, RecoveryError
@@ -202,8 +203,10 @@ def test_recovery_again_and_again_and_killed_in_between(tmp_path: Path) -> None:
             kill_everything(cluster)
 
 
-def test_a_publisher_that_reopens_after_recovery_neither_duplicates_nor_loses(tmp_path: Path) -> None:
-    """It has no answer for the last batches, though some are in the log: it is told where its session ended."""
+@pytest.mark.parametrize("lost", [[], [7], [0, 6, 8]], ids=str)
+def test_a_publisher_that_reopens_after_recovery_neither_duplicates_nor_loses(tmp_path: Path, lost: list[int]) -> None:
+    """It has no answer for the last batches, though some are in the log: it is told where its session ended, and what
+    no disk has any more."""
     from broker.proto import cxlmq_pb2 as pb
     from client.connection import Connection
 
@@ -213,6 +216,13 @@ def test_a_publisher_that_reopens_after_recovery_neither_duplicates_nor_loses(tm
         with Publisher("log", cluster=cluster.name, client_id=CLIENT, batch_bytes=256) as publisher:
             positions = [publisher.publish(each).result().position for each in numbered(10, 200)]
             kill_everything(cluster)
+    for file in find_files(tmp_path):
+        for record in list(read_records(file)):
+            if isinstance(record, Record) and record.position in [positions[each] for each in lost] and (
+                    record.end > record.position):
+                with open(file.path, "r+b") as out:
+                    out.seek(record.payload_offset)
+                    out.write(b"\xff" * 8)
     with recovered(tmp_path, brokers=2) as cluster:
         async def reopen() -> pb.Session:
             connection = Connection(cluster.name, None)
@@ -225,7 +235,7 @@ def test_a_publisher_that_reopens_after_recovery_neither_duplicates_nor_loses(tm
 
         session = asyncio.run(reopen())
         assert session.high_water == 10
-        assert list(session.positions) == positions[6:]
+        assert list(session.positions) == [LOST_POSITION if each in lost else positions[each] for each in range(6, 10)]
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from broker.errors import (
     ClusterReplaced,
     CxlmqError,
     DeliveryTimeout,
+    MessageLost,
     NotAllowed,
     PoolFull,
     ReplicaFailed,
@@ -22,6 +23,7 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
+from broker.sessions import LOST_POSITION
 from client.batch import Batch, Delivery
 from client.brokers import BrokerAddress
 from client.grpc_publisher import PublisherEngine
@@ -358,6 +360,23 @@ def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: En
     sent = sorted(((each.sequence, each) for fake in engine.fakes for each in fake.sent), key=lambda pair: pair[0])
     assert [sequence for sequence, _ in sent] == [0, 1, 2]
     assert [each for _, each in sent] == [deliveries[2].batch, deliveries[4].batch, deliveries[5].batch]
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_a_recovery_lost_settles_as_lost_and_is_not_sent_again(level: int) -> None:
+    engine = Engine(ack=level)
+    deliveries = engine.publish(4)
+    engine.on_loop(engine._pump)
+    engine.on_loop(lambda: engine.reopen(high_water=3, positions=[LOST_POSITION, 80, LOST_POSITION]))
+    assert [each.done() for each in deliveries] == [True, False, True, False]
+    for each in (deliveries[0], deliveries[2]):
+        assert isinstance(each.exception(), MessageLost)
+        with pytest.raises(MessageLost, match="not there any more"):
+            each.result()
+    assert [each.batch for each in engine.flights.flights.values()] == [deliveries[3].batch]
+    assert (engine.counts["failed"], engine.counts["acked"]) == (2, 0)
+    engine.learn(end_position=81, durable_position=81)
+    assert deliveries[1].receipt().position == 80
 
 
 def resumed(level: int, **options: Any) -> tuple[Engine, list[Delivery]]:

@@ -257,3 +257,48 @@ def test_a_move_that_was_interrupted_is_not_taken_for_all_there_is(
     assert moved is not None
     refuse_half_moved(root)
     assert batches_in(moved) == before
+
+
+def entry_of(name: str) -> TopicEntry:
+    return TopicEntry(1, 3, name, 5, 2, 2, 0, 4711)
+
+
+def test_a_topic_is_written_down_once_before_it_is_made(tmp_path: Path) -> None:
+    files = folder_of(tmp_path, 0, entry_of("a"), catalogue=True)
+    files.announce(entry_of("a"))
+    (path,) = tmp_path.rglob("*.topic")
+    before = path.stat()
+    assert [each.name for each in make_plan(tmp_path).topics] == ["a"]
+    files.topic_appeared(1, 3)
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    files.topic_appeared(1, 3)              # by a process that did not make it
+    assert path.stat().st_ino != before.st_ino
+
+
+def test_what_was_not_made_after_all_leaves_nothing(tmp_path: Path) -> None:
+    files = folder_of(tmp_path, 0, entry_of("a"), catalogue=True)
+    files.announce(entry_of("a"))
+    files.retract(entry_of("a"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    files.retract(entry_of("b"))
+
+
+def test_a_full_disk_refuses_an_announcement_and_keeps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = folder_of(tmp_path, 0, entry_of("a"), catalogue=True)
+
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match="No space"):
+            files.announce(entry_of("a"))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert not files.unfinished
+
+
+def test_without_a_data_directory_nothing_is_written_down(tmp_path: Path) -> None:
+    files = folder_of(tmp_path, 0, entry_of("a"))
+    files.announce(entry_of("a"))
+    files.retract(entry_of("a"))
+    assert list(tmp_path.rglob("*.topic")) == []

@@ -1,6 +1,9 @@
 """Topics come and go while traffic runs; a number that is used again knows nothing of its earlier topic."""
 
 import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator
 
 import pytest
 
@@ -19,6 +22,7 @@ from broker.layout import ResultStatus, TopicState
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from broker.stages.receiver import RECEIVED, TOPIC_CLOSED
+from broker.topics import TopicEntry
 from tests.manual_cluster import KIB, LEASE_NS, ManualCluster, drive
 
 GOOD = ("a", "A.b-c_9", "x" * 120, "_private", "9", "a..b")
@@ -260,3 +264,49 @@ def test_a_topic_that_is_not_there_or_changes_its_mind_is_not_altered() -> None:
     with pytest.raises(BadTopicOptions):
         asyncio.run(cluster.table.alter("name", refuse))
     assert (cluster.table.find("name").alteration, cluster.table.find("name").retention_bytes) == (0, 100)
+
+
+class Disk:
+    """What a topic is written down on while it is made."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        self.refuses, self.written, self.log = refuses, set[str](), list[str]()
+
+    @contextlib.asynccontextmanager
+    async def __call__(self, entry: TopicEntry) -> AsyncIterator[None]:
+        if self.refuses:
+            raise OSError(errno.ENOSPC, "full")
+        self.written.add(entry.name)
+        self.log.append(f"{entry.name} {entry.number} {entry.generation} {entry.created_ns}")
+        try:
+            yield
+        except BaseException:
+            self.written.discard(entry.name)
+            raise
+
+
+def test_a_topic_that_no_disk_takes_is_not_made() -> None:
+    cluster = ManualCluster()
+    config, _ = TopicConfig(name="a").validate(2)
+    for _ in range(3):
+        with pytest.raises(OSError, match="full"):
+            drive(cluster.table.create(config, LEASE_NS, lambda: [0, 1], Disk(refuses=True)))
+        assert cluster.table.entries() == []
+        assert all(cluster.record("TopicLine", "topic", number)["state"] & 0xFF == TopicState.TOPIC_FREE
+                   for number in range(cluster.layout.numbers["topic_count_max"]))
+    disk = Disk()
+    made = drive(cluster.table.create(config, LEASE_NS, lambda: [0, 1], disk))
+    assert disk.log == [f"a {made.number} {made.generation} {made.created_ns}"]
+    assert disk.written == {"a"}
+
+
+def test_a_topic_that_cannot_be_made_is_not_written_down() -> None:
+    cluster = ManualCluster()
+    cluster.create("a")
+    disk = Disk()
+    with pytest.raises(DuplicateTopic):
+        drive(cluster.table.create(TopicConfig(name="a").validate(2)[0], LEASE_NS, lambda: [0, 1], disk))
+    with pytest.raises(AssertionError, match="waited"):     # a broker that takes no note of it
+        drive(cluster.table.create(TopicConfig(name="b").validate(2)[0], LEASE_NS, lambda: [0, 1, 99 % 2 + 2], disk))
+    assert disk.written == set()
+    assert [each.name for each in cluster.table.entries()] == ["a"]
