@@ -53,9 +53,9 @@ class EngineFlights(AttachedFlights):
         """The core has these batches now; when nothing is left, spilling ends."""
         self.engine.hand_over(gone)
 
-    def taken(self, batches: list[Batch]) -> None:
+    def taken(self, batches: list[tuple[int, Batch]]) -> None:
         """These are private batches again."""
-        for batch in batches:
+        for _, batch in batches:
             self.engine.keep(batch)
 
     def why_not_sent(self) -> CxlmqError:
@@ -393,7 +393,7 @@ class AttachedEngine(Engine):
         self.final = self.statistics()
         if self.core is not None:
             self.core.end_pages()
-        self.flights.core = None
+        self.flights.let_go()
         for region in (*self.old_regions, *([self.region] if self.region is not None else [])):
             region.mapping.presence = None
             region.close()

@@ -65,6 +65,10 @@ class AttachedFlights(Flights):
             core.begin_session(self.session.epoch)
         self.core, self.memory, self.layout = core, memory, layout
 
+    def let_go(self) -> None:
+        """Nothing of ours keeps the region mapped any longer."""
+        self.core = self.memory = self.layout = None
+
     def connect(self, brokers: Sequence[BrokerAddress], now: float) -> None:
         """Ask for a slot at those brokers at which there is none."""
         session, alive = self.session, self.brokers_alive()
@@ -234,12 +238,12 @@ class AttachedFlights(Flights):
             return []
         with self.moving:                   # from there to here, no thread sees it in neither
             taken: list[tuple[int, Batch]] = core.take_unsettled()
-            self.taken([batch for _, batch in taken])
+            self.taken(taken)
         core.poll()                         # what was answered last is told
         self.leave(list(self.slots))
         return taken
 
-    def taken(self, batches: list[Batch]) -> None:
+    def taken(self, batches: list[tuple[int, Batch]]) -> None:
         """These are private batches again. Called when nothing moves."""
 
     def forget(self) -> None:

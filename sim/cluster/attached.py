@@ -16,7 +16,8 @@ from client.attached import AttachedCore
 from client.attached_reader import AttachedReader
 from client.batch import Batch, Delivery, Packer
 from client.brokers import BrokerAddress, rendezvous
-from sim.cluster.clients import Flight, Publisher, Subscriber
+from sim.cluster.publishers import NEVER, Publisher
+from sim.cluster.subscribers import Subscriber
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.history import Operation, Violation
 from sim.cluster.witness import build_payload
@@ -40,32 +41,49 @@ def client_door(world: "World", number: int) -> tuple[HostControl, SimDoor]:
     return control, door
 
 
+class SimFlights(AttachedFlights):
+    """What is in flight, and which operation each sequence is."""
+
+    def __init__(self, publisher: "AttachedPublisher") -> None:
+        hosts = publisher.world.hosts
+        super().__init__(lambda broker: hosts[broker].powered)
+        self.publisher = publisher
+
+    def submitted(self, gone: list[Batch]) -> None:
+        """The core has these batches now: the last that it numbered."""
+        if gone and self.core is not None:
+            self.publisher.sent(self.core.next_sequence - len(gone), gone)
+
+    def taken(self, batches: list[tuple[int, Batch]]) -> None:
+        """These are private batches again."""
+        self.publisher.took_back(batches)
+
+    def quiet(self, now: float) -> list[BrokerAddress]:
+        """The core asks the processor's clock, which is not the simulation's: here it is a host that stands still."""
+        return [slot.broker for slot in self.slots.values() if self.publisher.world.hosts[slot.broker.id].stalled]
+
+
 class AttachedPublisher(Publisher):
     """A client that attaches. It is its core's engine, too."""
 
     def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
-        super().__init__(world, client, topic, batches, window, level)
         self.number = world.scenario.hosts + client - 1
-        self.control, door = client_door(world, self.number)
-        # Not the core's: that one gets the size that leases have when a session ends, which batches here may pass.
-        self.packer, overflow = (Packer(self, self._batch_is_full, world.layout.numbers["batch_bytes_max"],
-                                        world.layout.numbers["message_bytes_max"]) for _ in range(2))
-        target = world.layout.numbers["segment_bytes"]
-        self.core = AttachedCore(self, door, world.layout, overflow, (target, target, target), WINDOW_BYTES, window,
+        self.control, self.door = client_door(world, self.number)
+        super().__init__(world, client, topic, batches, window, level)
+        # Not the packer of batches: the core's gets the size that leases have when a session ends, which those may pass.
+        numbers = world.layout.numbers
+        overflow = Packer(self, self._batch_is_full, numbers["batch_bytes_max"], numbers["message_bytes_max"])
+        target = numbers["segment_bytes"]
+        self.core = AttachedCore(self, self.door, world.layout, overflow, (target, target, target), WINDOW_BYTES, window,
                                  level, NEVER)
-        self.core.begin_session(0)
-        self.slots: dict[int, int] = {}     # slots that we have -> their hosts
-        self.built: dict[int, Batch] = {}                       # by first message: what goes into a lease again
-        self.outcomes: list[tuple[Operation, Delivery]] = []
-        self.turns = self.paused_until = 0
+        self.flights.use(self.core, self.door, world.layout)
+        self.sequences: dict[int, Batch] = {}           # of what the core has
+        self.outcomes: list[tuple[Batch, Delivery]] = []
+        self.paused_until = 0
 
-    # ---- what the core asks its engine for -------------------------------------------------------------------------
-
-    def make_room(self, nbytes: int) -> None:
-        """There is room."""
-
-    def _batch_is_full(self) -> None:
-        raise AssertionError("a batch of three messages is never full")
+    def _new_flights(self) -> SimFlights:
+        self.flights = SimFlights(self)
+        return self.flights
 
     # ---- life ------------------------------------------------------------------------------------------------------
 
@@ -88,122 +106,81 @@ class AttachedPublisher(Publisher):
         """What the client does when it comes to run."""
         if self.world.step >= self.paused_until:
             super().act()
+            self._take_outcomes()
             self.world.clock.advance(self.control.cost_ns)
             self.control.cost_ns = 0
-        if self.control.dead and self.state != "dead":
+        if self.control.dead and not self.dead:
             policy = self.random.choice(self.world.scenario.policies)
             self.world.note(self.name, f"dies; unfenced lines: {policy}")
             self.world.hardware.crash(self.number, policy)
-            self.state = "dead"
+            self.dead = True
 
-    # ---- the session -----------------------------------------------------------------------------------------------
+    def _do(self, command: Any) -> None:
+        if not isinstance(command, Leave):  # the broker sees in memory that we left
+            super()._do(command)
 
-    def _drop_connections(self) -> None:
-        """Leases of a session that has ended are given back when what was in flight was taken out of them."""
+    # ---- slots -----------------------------------------------------------------------------------------------------
 
-    def _resume(self, high_water: int, positions: list[int]) -> None:
-        unsettled = dict(self.core.take_unsettled())
-        for sequence, batch in unsettled.items():
-            self.built[self.flights[sequence].operation.first] = batch
-        self.core.poll()
-        self._take_outcomes(unsettled)
-        super()._resume(high_water, positions)
-        self._leave(list(self.slots))
+    def _connect(self, broker: BrokerAddress, opened: pb.PublishOpen, way: Any) -> None:
+        self._later(lambda: self._attach(broker, opened))
 
-    def _opened(self, session: dict[str, Any]) -> None:
-        super()._opened(session)
-        self.core.begin_session(self.epoch)
-
-    def _attach(self) -> None:
-        """Get a slot at every broker at which there is none, also at one that was started again."""
-        for host in self.world.hosts:
-            if not host.powered or host.stalled or host.number in self.core.brokers_alive() or (
-                    self.random.random() < 0.5):
-                continue
-            found = attach_publisher(host, self)
-            if isinstance(found, CxlmqError):
-                self._reopen("its session had ended")
-                return
-            if found is None or self.world.strikes("answer lost", self.random, 0.05):
-                continue                    # no slot is free, or the answer was lost: the broker notices
-            self.slots[found[0]] = host.number
-            self.core.add_channel(*found, host.number)
-
-    def _leave(self, slots: list[int]) -> None:
-        self.core.leave([(slot, self.slots.pop(slot)) for slot in slots])
+    def _attach(self, broker: BrokerAddress, opened: pb.PublishOpen) -> None:
+        """What a broker answers to AttachPublisher."""
+        host, error = self.world.hosts[broker.id], CxlmqError()
+        if not host.powered or host.stalled:
+            error = BrokerUnavailable(address=broker.target)
+        else:
+            try:
+                found = host.session_service.attach(pb.AttachPublisherRequest(
+                    open=opened, pid=self.client, presence=self.client))
+            except CxlmqError as refused:
+                error = refused
+            else:
+                # Its power went meanwhile, or the answer was lost: the broker notices.
+                if not host.control.dead and not self.world.strikes("answer lost", self.random, 0.05):
+                    slot = Slot(broker, found.slot, found.generation, broker.id)
+                    if not self.flights.attached(slot, opened.session_epoch):
+                        self.core.leave([(slot.number, slot.doorbell)])
+                    return
+                error = BrokerUnavailable(address=broker.target)
+        self.flights.not_attached(broker, error, opened.session_epoch)
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _hear(self) -> None:
-        """Take what was answered; drop brokers that died; say that we are there."""
-        self.turns += 1
-        if self.turns % LOOK_EVERY == 0:    # until then it writes to a broker that is no more, or is another one by now
-            for number in self.core.brokers_alive():
-                if not self.world.hosts[number].powered:
-                    self.core.drop_channel(number)
-            self._leave(self.core.let_go())
-            self.core.beat()
-            self.core.check_slots()
-        self.core.poll()
-        self._take_outcomes(range(self.core.oldest, self.core.next_sequence))
-        if self.core.fenced:
-            self._reopen("a broker fenced it")
-        else:
-            self._attach()
-
-    def _take_outcomes(self, undecided: Container[int]) -> None:
-        outcomes, self.outcomes = self.outcomes, []
-        for operation, delivery in outcomes:
-            if isinstance(error := delivery.exception(), Exception):
-                raise Violation("A2", f"message {operation.first} of client {self.client}: {error}, and no fault was "
-                                      "such")
-            receipt = delivery.receipt()
-            self.world.history.marks.append((f"epoch at client {self.client}", receipt.epoch))
-            self._forget(operation)
-            self._settle(operation, receipt.position)
-        for sequence, flight in list(self.flights.items()) if self.level == 0 else ():      # nobody tells of these
-            if sequence not in undecided:
-                self._forget(flight.operation)
-                self._settle(flight.operation, None)
-
-    def _forget(self, operation: Operation) -> None:
-        self.flights = {sequence: flight for sequence, flight in self.flights.items()
-                        if flight.operation is not operation}
-
     def _build(self, operation: Operation) -> Batch:
-        """Pack an operation's messages as the library does."""
-        payload, at = build_payload(self.client, operation.first, operation.count), 0
-        for _ in range(operation.count):
-            (nbytes,) = struct.unpack_from("<I", payload, at)
-            self.packer.append(payload[at + 8:at + 8 + nbytes])
-            at += 8 + -(-nbytes // 8) * 8
-        batch: Batch = self.packer.take()
-        batch.seal(self.world.clock.wall())
+        batch = super()._build(operation)
         if self.level:
-            Delivery(batch, 0).add_done_callback(lambda each: self.outcomes.append((operation, each)))
+            Delivery(batch, 0).add_done_callback(lambda each: self.outcomes.append((batch, each)))
         return batch
 
-    def _submit(self) -> None:
-        for _ in range(4):
-            if not self._may_submit() or not self.core.brokers_alive():
-                return
-            operation = self._next_operation()
-            batch = self.built.pop(operation.first, None) or self._build(operation)
-            batch.level, batch.deadline = self.level, NEVER
-            sequence = self.core.next_sequence
-            if not self.core.submit_batch(batch):
-                self.built[operation.first] = batch
-                self.pending.appendleft(operation)
-                return
-            self.flights[sequence] = Flight(operation, b"", 0, self.world.step)
+    def sent(self, first: int, batches: list[Batch]) -> None:
+        """The core has numbered these."""
+        self.sequences.update(enumerate(batches, first))
 
-    def _resend(self) -> None:
-        """Submit again what was refused, and what went to a broker that died."""
-        live = [BrokerAddress(host, "") for host in self.core.brokers_alive()]
-        for sequence in self.core.lost() if live else ():
-            for broker in rendezvous(live, self.client, sequence):
-                if self.core.resubmit(sequence, broker.id):
-                    break
+    def took_back(self, batches: list[tuple[int, Batch]]) -> None:
+        """The core has let go of these. Of what is settled when it is sent it makes new ones."""
+        for sequence, batch in batches:
+            before = self.sequences[sequence]
+            self.operations[batch] = self.operations.pop(before)
+        left = {sequence for sequence, _ in batches}
+        self._settle_sent(lambda sequence: sequence in left)
+        self.sequences.clear()
+
+    def _settle_sent(self, has: Callable[[int], bool]) -> None:
+        """Level 0: a broker has the batches that are not in flight any more. Nobody tells of these."""
+        for sequence in [each for each in self.sequences if self.level == 0 and not has(each)]:
+            self._outcome(self.sequences.pop(sequence), None, None)
+
+    def _take_outcomes(self) -> None:
+        """What the core has settled."""
+        outcomes, self.outcomes = self.outcomes, []
+        for batch, delivery in outcomes:
+            error = delivery.exception()
+            receipt = delivery.receipt() if error is None else None
+            if receipt is not None:
+                self.world.history.marks.append((f"epoch at client {self.client}", receipt.epoch))
+            self._outcome(batch, receipt.position if receipt is not None else None, error)
+        self._settle_sent(lambda sequence: self.core.oldest <= sequence < self.core.next_sequence)
 
 
 class AttachedSubscriber(Subscriber):
