@@ -37,8 +37,8 @@ def drain(world: "World") -> None:
                                            f"and again: epochs {epoch} to {publisher.epoch}")
     late = [publisher for publisher in world.publishers if not publisher.finished]
     if late and world.recovers:
-        states = ", ".join(f"client {each.client} ({each.state}: {len(each.flights)} in flight, {len(each.pending)} to "
-                           "send again)" for each in late)
+        states = ", ".join(f"client {each.client} ({each.state}: {len(each.operations)} without an outcome, "
+                           f"{len(each.session.pending)} not sent)" for each in late)
         world.history.leftovers.append(f"{DRAIN_STEPS} steps after the last fault without an answer: {states}")
 
 

@@ -25,7 +25,7 @@ class Subscriber:
         self.reads: list[Read] = world.history.reads.setdefault(self.name, [])
         self.host: Host | None = None
         self.incarnation = 0
-        self.views_memory = 0               # 1: its cursor protects views, also when its broker dies
+        self.presence = 0                   # not 0: its cursor protects views, also when its broker dies
         self.reader: OrderReader | None = None
         self.cursor = -1
         self.request: asyncio.Task[Any] | None = None
@@ -58,7 +58,7 @@ class Subscriber:
         host = self.random.choice(live)
         key = self.topic.generation << 16 | self.topic.number
         self.host, self.incarnation = host, host.incarnation
-        self.request = host.call(host.cursors.open(key, self.index, self.number + 1, presence=self.views_memory))
+        self.request = host.call(host.cursors.open(key, self.index, self.number + 1, presence=self.presence))
         self.request_until = self.world.step + ANSWER_STEPS
 
     def _wait(self) -> None:
