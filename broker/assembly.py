@@ -2,7 +2,7 @@
 
                     doors, clock, disk, settings
                                  ▼
-    Assembly    line, log, pool ─ receiver ─ sessions, cursors, topics, groups
+    Assembly    line, log, pool ─ receiver ─ sessions, cursors, topics, groups ─ session service, attached clients
                 directory ─ attach ─ delegation ─ acks ─ watch ─ release ─ replication
                                  │ lead (after a takeover), resign
     HeadStages  scanners ─ reclaim, pool leader, replica watch
@@ -14,6 +14,7 @@ drawn schedule, tests by hand.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from broker.attached_clients import AttachedClients
 from broker.bank import Bank
 from broker.doorbell import Doorbell
 from broker.groups import GroupTable
@@ -26,6 +27,7 @@ from broker.own_line import CURSORS_WORD, SESSIONS_WORD, OwnLine
 from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
+from broker.session_service import SessionService
 from broker.sessions import CursorTable, SessionTable
 from broker.stages.ack import AckStage
 from broker.stages.attach import AttachStage
@@ -68,6 +70,8 @@ class Settings:
     replica_file_bytes: int = 64 << 20
     counters_start: int = 0                                 # where slots, positions and indexes begin; 0 but in tests
     pid: int = 0
+    cluster: str = ""
+    run_id: int = 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,9 @@ class Assembly:
         self._build_log()
         self._build_tables(lives)
         self._build_stages(disk)
+        self.attached_clients = AttachedClients(self.attach, self.sessions, self.cursors, lives, self.watch_commits,
+                                                self.doorbells[broker].ring_now)
+        self.session_service = SessionService(self)
 
     @property
     def incarnation(self) -> int:
@@ -182,6 +189,7 @@ class Assembly:
     def keep_leases(self) -> None:
         """Before anything else runs: what attached clients lease of an earlier process of this broker stays theirs."""
         self.attach.keep_leases()
+        self.attached_clients.inherit()
 
     def learn(self) -> bool:
         """One look at the topics, and at what an earlier process of this broker left; whether all of it is known.

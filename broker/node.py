@@ -111,7 +111,7 @@ class BrokerNode(Assembly):
             session_lease_ns=int(config.session_lease_seconds * 1e9), replica_grace_ns=int(grace_seconds * 1e9),
             group_lease_ns=int(config.group_lease_seconds * 1e9), scanners=config.scanners, lock=config.sequencer_lock,
             semaphore="/" + self.region.semaphore_name, replica_file_bytes=config.replica_file_bytes,
-            counters_start=config.counters_start, pid=self.pid)
+            counters_start=config.counters_start, pid=self.pid, cluster=self.region.name, run_id=self.region.run_id)
 
     def _make_folder(self, topic_of: TopicOf) -> ReplicaFolder:
         numbers = self.region.layout.numbers
@@ -238,11 +238,6 @@ class BrokerNode(Assembly):
         for pipeline in self.pipelines:
             pipeline.raise_failure()
 
-    def gone_clients(self) -> list[tuple[int, int]]:
-        """Slots (number, generation) of attached clients that left, never came, or whose process is dead."""
-        return [(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
-                if slot["left"] or not self.region.client_lives(slot["presence"])]
-
     def broker_line(self, broker: int) -> dict[str, Any]:
         """A broker's line, with its addresses."""
         return self.line.read(broker)
@@ -273,8 +268,7 @@ async def serve(node: BrokerNode, stop: asyncio.Event) -> None:
             node.look_after_memory()
             node.raise_if_failed()
             server.raise_if_failed()
-            for slot, generation in node.gone_clients():
-                await server.close_attached(slot, generation)
+            node.attached_clients.tend()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), LOOK_SECONDS)
     finally:

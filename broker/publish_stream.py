@@ -72,22 +72,14 @@ class PublishStream:
             return
         opened, payload = self._parse_open(first)
         METHODS["PubSub/Publish"].check(CALLER.get(), opened)
-        entry = self._server.topic_seen(opened)
-        self._server.check_ack(entry, opened.ack)
-        self._server.check_session(entry, opened)
-        try:
-            self._number = self._acks.open_stream(entry.number, entry.generation, opened.ack, entry.replication_factor)
-        except RuntimeError as error:
-            raise StreamTableFull(broker=self._node.broker) from error
+        entry, self._number = self._node.session_service.open_stream(opened)
         self.entry = entry
         self._server.publish_streams[self._number] = self
-        self._server.sessions.attach(opened.session_slot)
         try:
             await self._serve(entry, opened, first if payload else None)
         finally:
-            self._server.sessions.detach(opened.session_slot)
             del self._server.publish_streams[self._number]
-            self._acks.close_stream(self._number)
+            self._node.session_service.close_stream(opened, self._number)
 
     async def _first_message(self) -> Any:
         """What the stream begins with. Streams that do not begin are few, and soon ended: anybody may open them."""

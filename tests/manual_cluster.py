@@ -132,7 +132,7 @@ class ManualBroker(Assembly):
             return SimDoor(cluster.door(number, role), control) if control else cluster.door(number, role)
 
         super().__init__(cluster.layout, number, door, cluster.clock, cluster.settings,
-                         disk=self._folder if cluster.folder else None, lives=lambda presence: False,
+                         disk=self._folder if cluster.folder else None, lives=lambda presence: presence in cluster.alive,
                          announced=cluster.step)
 
     def _folder(self, topic_of: TopicOf) -> ReplicaFolder:
@@ -169,6 +169,7 @@ class ManualCluster:
         self.settings = Settings(session_lease_ns=LEASE_NS, replica_grace_ns=LEASE_NS, scanners=scanners, lock=lock,
                                  semaphore=semaphore, replica_file_bytes=replica_file_bytes,
                                  counters_start=counters_start)
+        self.alive: set[int] = set()        # presences of attached clients whose process is there
         self.stages: list[Stage] = []
         self.brokers = [ManualBroker(self, number) for number in range(brokers)]
         self.doorbells, self.replication_bells = self.brokers[0].doorbells, self.brokers[0].replication_bells

@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, CxlmqError
+from broker.errors import AttachSlotsFull, BrokerUnavailable, CxlmqError
+from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError
 from client.attached import AttachedCore
 from client.attached_reader import AttachedReader
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 WINDOW_BYTES = 64 << 10
 NEVER = 1e18                                # seconds: nothing expires here, the run ends before
 DYING_OPERATIONS, DYING_FENCES = 60, 8      # a client that is killed gets so far, at most
-READERS = 1_000                             # as the process id of each: publishers have their own numbers
+READERS = 1_000                             # the presence of each: publishers have their own numbers
 LOOK_EVERY = 8                              # turns between two heartbeats
 
 
@@ -111,7 +112,7 @@ class AttachedPublisher(Publisher):
         super()._resume(high_water, positions)
         self._leave(list(self.slots))
 
-    def _opened(self, session: dict[str, Any]) -> None:
+    def _opened(self, session: pb.Session) -> None:
         super()._opened(session)
         self.core.begin_session(self.epoch)
 
@@ -214,7 +215,7 @@ class AttachedSubscriber(Subscriber):
         super().__init__(world, number, topic)
         self.control, self.door = client_door(world, world.scenario.hosts + world.scenario.attached + number)
         self.attached: AttachedReader | None = None
-        self.views_memory = 1
+        self.presence = READERS
         self.views: deque[tuple[int, Any]] = deque()            # order index, batch
 
     def end(self) -> None:
@@ -235,12 +236,13 @@ class AttachedSubscriber(Subscriber):
             return
         # The place is granted: the service hands out a slot for it, or gives it back.
         topic, layout = self.topic, self.world.layout
-        found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, READERS, 1)
+        found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, self.presence,
+                                            self.presence)
         lost = host.control.dead or self.world.strikes("answer lost", self.random, 0.05)
         if found is None:
             host.cursors.close(self.cursor)
         else:
-            host.attached_cursors[found[0]] = self.cursor
+            host.assembly.attached_clients.add_reader(found[0], self.cursor)
         if found is None or lost:           # of a slot whose answer was lost the broker notices
             self.host = self.reader = None
             return
@@ -283,40 +285,12 @@ class AttachedSubscriber(Subscriber):
 
 
 def attach_publisher(host: "Host", client: AttachedPublisher) -> tuple[int, int] | CxlmqError | None:
-    """What a broker's service does for AttachPublisher: (slot, generation), why not, or None for not now."""
+    """Ask a broker for a slot: (slot, generation), why its session is not open, or None for not now."""
+    request = pb.AttachPublisherRequest(open=client.opened(), pid=client.client, presence=client.client)
     try:
-        error = host.session_error(client.client, client.slot, client.epoch)
-    except BrokerUnavailable:
-        return None                         # a new head is taking over
-    if error is not None:
+        found = host.session_service.attach(request)
+    except (BrokerUnavailable, AttachSlotsFull):
+        return None                         # a new head is taking over, or others have all slots
+    except CxlmqError as error:
         return error
-    topic = client.topic
-    found: tuple[int, int] | None = host.attach.open(
-        topic.number, topic.generation, client.slot, client.epoch, client.client, client.level,
-        topic.replication_factor, client.client, 1)
-    if host.control.dead:
-        return None                         # its power went meanwhile: nobody answers
-    if found is not None:
-        host.sessions.attach(client.slot)
-        host.attached[found[0]] = client.slot
-    return found
-
-
-def close_gone(host: "Host") -> None:
-    """What a broker does about clients that left, never came, or are dead, and cursors of its last incarnation."""
-    host.cursors.free_left({slot["presence"] for slot in host.attach.open_slots()
-                            if not slot["left"] and (slot["number"], slot["generation"]) in host.inherited})
-    for slot in host.attach.open_slots():
-        number, generation = slot["number"], slot["generation"]
-        gone = slot["left"] or (slot["pid"] < READERS and host.world.publishers[slot["pid"] - 1].state == "dead")
-        if gone and host.attach.close_slot(number, generation):
-            if number in host.attached:
-                host.sessions.detach(host.attached.pop(number))
-            if number in host.attached_cursors:
-                host.ending_cursors.append((number, generation, host.attached_cursors.pop(number)))
-    # The stage moves a cursor as long as the slot is open: only then may somebody else have it.
-    for number, generation, cursor in list(host.ending_cursors):
-        if not host.attach.is_taken(number, generation):
-            host.ending_cursors.remove((number, generation, cursor))
-            host.cursors.close(cursor)
-
+    return None if host.control.dead else (found.slot, found.generation)    # without power nobody answers

@@ -47,7 +47,7 @@ class Connection:
 
     def __init__(self, publisher: "Publisher", host: "Host") -> None:
         self.publisher, self.host, self.world = publisher, host, publisher.world
-        self.epoch, self.slot = publisher.epoch, publisher.slot
+        self.epoch, self.slot, self.opened = publisher.epoch, publisher.slot, publisher.opened()
         self.up: deque[tuple[int, bytes, int]] = deque()          # due, frame, sequence
         self.down: deque[tuple[int, Any]] = deque()               # due, response or error
         self.stream = -1
@@ -92,19 +92,14 @@ class Connection:
             self.answer(pb.PublishResponse.FromString(acks.take_acks(self.stream, epoch)))
 
     def _open(self) -> bool:
-        """As the broker's server checks a stream's session before it opens the stream."""
-        sessions, publisher = self.host.sessions, self.publisher
         try:
-            error = self.host.session_error(publisher.client, self.slot, self.epoch)
+            _, self.stream = self.host.session_service.open_stream(self.opened)
         except BrokerUnavailable:
             return False                    # a new head is taking over
-        if error is not None:
+        except CxlmqError as error:
             self.answer(error)
             self.up.clear()
             return False
-        self.stream = self.host.acks.open_stream(publisher.topic.number, publisher.topic.generation, publisher.level,
-                                                 publisher.topic.replication_factor)
-        sessions.attach(self.slot)
         return True
 
     def cut(self) -> None:
@@ -114,8 +109,7 @@ class Connection:
             self.up.clear()
             self.down.clear()
             if self.stream >= 0 and self.host.powered and self.host.incarnation == self.incarnation:
-                self.host.acks.close_stream(self.stream)
-                self.host.sessions.detach(self.slot)
+                self.host.session_service.close_stream(self.opened, self.stream)
             if self in self.host.connections:
                 self.host.connections.remove(self)
 
@@ -125,6 +119,7 @@ class Publisher:
 
     def __init__(self, world: "World", client: int, topic: Any, batches: int, window: int, level: int) -> None:
         self.world, self.client, self.topic, self.level = world, client, topic, level
+        self.seen = pb.TopicIdentity(run_id=world.settings.run_id, created_ns=topic.created_ns)
         self.random = world.scenario.random(f"publisher {client}")
         self.batches, self.window = batches, window
         self.epoch = self.slot = 0
@@ -198,26 +193,11 @@ class Publisher:
         self.wanted_epoch += 1
         self.session_host = self.candidates[0]
         host = self.world.hosts[self.session_host]
-        self.request = host.call(self._opened_at(host, self.wanted_epoch)) if host.powered else None
+        request = pb.OpenSessionRequest(
+            topic=self.topic.name, client_id=self.client, session_epoch=self.wanted_epoch, ack=self.level,
+            resume_from=self.resume_from, resume_epoch=self.epoch, seen=self.seen)
+        self.request = host.call(host.session_service.open(request)) if host.powered else None
         self.request_until = self.world.step + ANSWER_STEPS
-
-    async def _opened_at(self, host: "Host", epoch: int) -> dict[str, Any]:
-        """What the broker's service does for OpenSession."""
-        key = self.topic.generation << 16 | self.topic.number
-        opened: dict[str, Any] = await host.sessions.open(self.client, epoch, key, self.level)
-        high_water: int | None = opened["predecessor_expected"]
-        positions: list[int] = []
-        if self.epoch:
-            if opened["predecessor_epoch"] != self.epoch:
-                high_water = host.sessions.committed(self.client, key, self.epoch)
-            reader = OrderReader(host.delivery_door, host.world.layout, self.topic.number, self.topic.generation)
-            end = self.resume_from + SPAN
-            if high_water is not None and self.topic.order == 5:
-                end = min(end, high_water)
-            positions = await host.sessions.positions(reader, self.client, key, self.epoch,
-                                                      range(self.resume_from, end))
-            high_water = self.resume_from if high_water is None else high_water
-        return {**opened, "high_water": high_water, "positions": positions}
 
     def _go_on_opening(self) -> None:
         request = self.request
@@ -249,10 +229,15 @@ class Publisher:
         self.epoch = 0 if not self.flights else self.epoch
         self.state = "closed"
 
-    def _opened(self, session: dict[str, Any]) -> None:
-        self.slot = session["slot"]
+    def opened(self) -> pb.PublishOpen:
+        """What it says of its session where it uses it."""
+        return pb.PublishOpen(topic=self.topic.name, client_id=self.client, session_slot=self.slot,
+                              session_epoch=self.epoch, ack=self.level, seen=self.seen)
+
+    def _opened(self, session: pb.Session) -> None:
+        self.slot = session.session_slot
         if self.epoch:
-            self._resume(session["high_water"], session["positions"])
+            self._resume(session.high_water, list(session.positions))
         self.epoch = self.wanted_epoch
         self.next_sequence = 0
         self.state = "open"
@@ -402,7 +387,7 @@ class Subscriber:
         self.reads: list[Read] = world.history.reads.setdefault(self.name, [])
         self.host: Host | None = None
         self.incarnation = 0
-        self.views_memory = 0               # 1: its cursor protects views, also when its broker dies
+        self.presence = 0                   # not 0: its cursor protects views, also when its broker dies
         self.reader: OrderReader | None = None
         self.cursor = -1
         self.request: asyncio.Task[Any] | None = None
@@ -435,7 +420,7 @@ class Subscriber:
         host = self.random.choice(live)
         key = self.topic.generation << 16 | self.topic.number
         self.host, self.incarnation = host, host.incarnation
-        self.request = host.call(host.cursors.open(key, self.index, self.number + 1, presence=self.views_memory))
+        self.request = host.call(host.cursors.open(key, self.index, self.number + 1, presence=self.presence))
         self.request_until = self.world.step + ANSWER_STEPS
 
     def _wait(self) -> None:

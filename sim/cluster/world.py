@@ -20,15 +20,14 @@ from zlib import crc32
 
 from broker.assembly import Assembly, Settings, TopicOf
 from broker.config import TopicConfig
-from broker.errors import SessionFenced
 from broker.head import epoch_of
-from broker.layout import BrokerState, Layout, SessionState
+from broker.layout import BrokerState, Layout
 from broker.membership import store_heartbeat
 from broker.replica_folder import ReplicaFolder
 from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
 from broker.topics import TopicEntry
-from sim.cluster.attached import AttachedPublisher, AttachedSubscriber, close_gone
+from sim.cluster.attached import READERS, AttachedPublisher, AttachedSubscriber
 from sim.cluster.clients import ANSWER_STEPS, Connection, Publisher, Subscriber
 from sim.cluster.devices import costs_of
 from sim.cluster.door import HostControl, SimDoor
@@ -75,10 +74,6 @@ class Host:
         self.connections: list[Connection] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
-        self.attached: dict[int, int] = {}      # slots of attached publishers -> their sessions' slots
-        self.attached_cursors: dict[int, int] = {}              # slots of attached readers -> their cursors
-        self.ending_cursors: list[tuple[int, int, int]] = []    # slot, its generation, cursor
-        self.inherited = set[tuple[int, int]]()                 # slots of readers of the last incarnation
 
     def begin_again(self) -> None:
         """The broker that lost power is started anew: first it learns what the last one left."""
@@ -90,9 +85,6 @@ class Host:
         self.assembly.close()
         self.world.succession.banks.pop(self.number, None)
         self.connections.clear()
-        self.attached.clear()
-        self.attached_cursors.clear()
-        self.ending_cursors.clear()
         self.start()
         self.powered, self.booting = False, True
         self._learn()
@@ -123,9 +115,10 @@ class Host:
         self.control = world.new_control(number)
         self.loop = SimLoop(world.clock)
         broker = self.assembly = Assembly(world.layout, number, self.door, world.clock, world.settings,
-                                          disk=self._folder if world.folder is not None else None)
+                                          disk=self._folder if world.folder is not None else None, lives=world.lives)
         self.log, self.acks, self.receiver, self.attach = broker.log, broker.acks, broker.receiver, broker.attach
         self.sessions, self.cursors, self.topics = broker.sessions, broker.cursors, broker.topics
+        self.session_service = broker.session_service
         self.memory, self.delivery_door = broker.memory, broker.delivery_door
         first = number == 0 and self.incarnation == 1
         self.head_units = self._add(broker.found().stages()) if first else []
@@ -135,8 +128,6 @@ class Host:
             broker.line.say(BrokerState.BROKER_READY)
         else:
             broker.keep_leases()
-            self.inherited = {(slot["number"], slot["generation"]) for slot in self.attach.open_slots()
-                              if slot["reads"]}
 
     def _add(self, stages: dict[str, Stage]) -> list[int]:
         return [self.world.schedule.add(name, stage, self.control, self.world.weights.choice(WEIGHTS))
@@ -177,15 +168,6 @@ class Host:
         """The epoch that acks are sent under."""
         return epoch_of(self.memory.load_word(self.world.layout.offset_of("control")))
 
-    def session_error(self, client: int, slot: int, epoch: int) -> SessionFenced | None:
-        """Why this session is not open, as a broker says it before it opens a stream or hands out a slot. Raises
-        `BrokerUnavailable` while a new head takes over."""
-        line, progress = self.sessions.line(slot), self.sessions.progress(slot)
-        if (line["client_id"], line["session_epoch"]) == (client, epoch) and (
-                progress["state"] & 0xFF == SessionState.SESSION_OPEN):
-            return None
-        return SessionFenced(reason="it ended", committed=progress["expected"])
-
     def call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a service's coroutine on this host's event loop; a task whose end the caller looks for."""
         return self.loop.call_here(coroutine, CALL_TICKS * self.world.scenario.tick_ns / 1e9)
@@ -201,7 +183,7 @@ class Host:
             if self.powered and not self.control.dead:
                 connection.serve()
         if self.world.scenario.attached:
-            close_gone(self)
+            self.assembly.attached_clients.tend()
 
     def lose_power(self) -> None:
         """Everything private to the host is gone."""
@@ -271,6 +253,10 @@ class World:
     def new_control(self, number: int) -> HostControl:
         """The power switch of a host, of a broker or of a client."""
         return HostControl(number, *self.costs, self.witness, self.turns.getrandbits(62), self.probe_period)
+
+    def lives(self, presence: int) -> bool:
+        """Whether an attached client is there: publishers are known by their numbers, and readers do not die."""
+        return presence >= READERS or (presence > 0 and self.publishers[presence - 1].state != "dead")
 
     def plant(self, door: SimDoor, host: int, role: int) -> None:
         """Put the planted bug into a door, if there is one and it belongs there."""

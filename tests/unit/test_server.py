@@ -27,11 +27,10 @@ def looking_after(versions: list[int | Exception], monkeypatch: pytest.MonkeyPat
         done.append(what)
 
     made: Any = found
-    made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version, entries=list), attach=SimpleNamespace(open_slots=list),
+    made.node = SimpleNamespace(is_head=False, topics=SimpleNamespace(version=version, entries=list),
                                 config=SimpleNamespace(session_lease_seconds=1))
     made._places = set()
     made.sessions = SimpleNamespace(end_idle=lambda seconds: note("sessions"))
-    made.cursors = SimpleNamespace(free_left=lambda left: None)
     made.groups = SimpleNamespace(look_after=lambda: note("groups"))
     monkeypatch.setattr("broker.server.Removals", lambda node: SimpleNamespace(look_after=lambda: note("removals")))
     made._tell_of_deletions = lambda: done.append("deletions")
