@@ -13,7 +13,6 @@ from broker.calls import unary_handlers
 from broker.config import TopicConfig, check_ack
 from broker.errors import (
     AttachSlotsFull,
-    BadRequest,
     CxlmqError,
     DeletionNotDurable,
     DuplicateTopic,
@@ -27,8 +26,6 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.rights import METHODS
 from broker.security import CALLER
-from broker.sessions import UNKNOWN_POSITION
-from broker.stages.sequencer import SESSION_WINDOW
 from broker.topics import TopicEntry
 
 if TYPE_CHECKING:
@@ -167,80 +164,15 @@ class AdminService:
             degraded=self._node.topics.degraded(entry), **frontiers)
 
     async def open_session(self, request: Any, context: Any) -> pb.Session:
-        entry = self._server.topic_seen(request)
-        self._server.check_ack(entry, request.ack)
-        if request.client_id == 0:              # in the region it says that no client publishes there
-            raise BadRequest(reason="a publisher needs a client_id above 0")
-        key = entry.generation << 16 | entry.number
-        only_if_found = self._server.sessions.only_if_found(request.client_id, key, request.resume_epoch)
-        opened = await self._server.sessions.open(request.client_id, request.session_epoch, key, request.ack)
-        try:
-            return await self._session(entry, request, opened, only_if_found)
-        except BaseException:               # also when the publisher goes away while it is looked for
-            self._server.sessions.give_up(opened["slot"])
-            raise
-
-    async def _session(self, entry: TopicEntry, request: Any, opened: dict[str, int],
-                       only_if_found: range) -> pb.Session:
-        numbers = self._node.layout.numbers
-        session = pb.Session(
-            session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
-            topic_generation=entry.generation, order=entry.order, window=SESSION_WINDOW,
-            message_bytes_max=numbers["message_bytes_max"], batch_bytes_max=numbers["batch_bytes_max"],
-            high_water=opened["predecessor_expected"], replication_factor=entry.replication_factor,
-            lease_ms=int(self._node.config.session_lease_seconds * 1000),
-            topic=pb.TopicIdentity(run_id=self._node.region.run_id, created_ns=entry.created_ns))
-        if request.resume_epoch:
-            session.high_water, positions = await self._resumed(entry, request, opened, only_if_found)
-            session.positions.extend(positions)
-            bound = self._server.sessions.resumed_position(
-                request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
-            session.resumed_position = self._node.topics.frontiers(entry)["end_position"] if bound is None else bound
-        return session
-
-    async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int],
-                       only_if_found: range) -> tuple[int, list[int]]:
-        """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
-        key = entry.generation << 16 | entry.number
-        high_water: int | None = opened["predecessor_expected"]
-        if opened["predecessor_epoch"] != request.resume_epoch:
-            # Sessions that the client never heard of lie between.
-            high_water = self._server.sessions.committed(request.client_id, key, request.resume_epoch)
-        reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
-        end = request.resume_from + SESSION_WINDOW
-        if high_water is not None and entry.order == 5:
-            end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
-        positions = await self._server.sessions.positions(reader, request.client_id, key, request.resume_epoch,
-                                                          range(request.resume_from, end), only_if_found)
-        while positions and positions[-1] == UNKNOWN_POSITION:
-            positions.pop()
-        return (request.resume_from if high_water is None else high_water), positions
+        return await self._node.session_service.open(request)
 
     async def close_session(self, request: Any, context: Any) -> pb.CloseSessionResponse:
-        line = self._server.sessions.line(request.session_slot) if (
-            request.session_slot < self._node.layout.numbers["session_count_max"]) else {}
-        if line.get("client_id") == request.client_id and line["session_epoch"] == request.session_epoch:
-            for entry in self._node.topics.entries():
-                if entry.generation << 16 | entry.number == line["topic"]:
-                    CALLER.get().require(METHODS["Admin/CloseSession"].rights, entry.name)
-            await self._server.sessions.close(request.session_slot)
+        rights = METHODS["Admin/CloseSession"].rights
+        await self._node.session_service.close(request, lambda topic: CALLER.get().require(rights, topic.name))
         return pb.CloseSessionResponse()
 
     async def attach_publisher(self, request: Any, context: Any) -> pb.Attachment:
-        opened, node = request.open, self._node
-        entry = self._server.topic_seen(opened)
-        self._server.check_ack(entry, opened.ack)
-        self._server.check_session(entry, opened)
-        found = node.attach.open(entry.number, entry.generation, opened.session_slot, opened.session_epoch,
-                                 opened.client_id, opened.ack, entry.replication_factor, request.pid,
-                                 request.presence, CALLER.get().number)
-        if found is None:
-            raise AttachSlotsFull(broker=node.broker)
-        self._server.sessions.attach(opened.session_slot)
-        self._server.attached_sessions[found[0]] = opened.session_slot
-        node.doorbells[node.broker].ring_now()
-        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
-                             topic_number=entry.number, topic_generation=entry.generation, doorbell=node.broker)
+        return self._node.session_service.attach(request, CALLER.get().number)
 
     async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
         node, server = self._node, self._server
@@ -256,8 +188,7 @@ class AdminService:
         except BaseException:
             server.cursors.close(cursor)
             raise
-        server.attached_cursors[found[0]] = cursor
-        node.watch_commits(+1)
+        node.attached_clients.add_reader(found[0], cursor)
         return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
                              topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
                              position=position, created_ns=entry.created_ns,
@@ -270,6 +201,9 @@ class AdminService:
         if owner is not None and owner != caller.number:
             raise NotAllowed("this slot belongs to another principal: only who attached may detach", topic="",
                              principal=caller.name, right="detach")
-        await self._server.close_attached(request.slot, request.generation)
-        self._node.doorbells[self._node.broker].ring_now()
+        clients = self._node.attached_clients
+        clients.close(request.slot, request.generation)
+        while clients.is_ending(request.slot, request.generation):
+            await asyncio.sleep(0.001)
+            clients.end_cursors()
         return pb.DetachResponse()

@@ -16,21 +16,19 @@ from grpc_reflection.v1alpha import reflection
 
 from broker.admin_service import AdminService
 from broker.calls import Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary_handlers
-from broker.config import check_ack, host_and_port
+from broker.config import host_and_port
 from broker.errors import (
     BrokerUnavailable,
     PoolFull,
     PortTaken,
     PositionLost,
-    SessionFenced,
-    SessionUnknown,
 )
 from broker.group_service import RECOVERY_FILE, GroupService, start_index
 from broker.groups import topic_key
 from broker.grpc_options import PROCESS_AGENT, server_options
 from broker.head import control_word, epoch_of, head_of
 from broker.holders import who_stops, why_full
-from broker.layout import BrokerState, SessionState
+from broker.layout import BrokerState
 from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
 from broker.publish_stream import PublishStream
@@ -81,11 +79,7 @@ class BrokerServer:
         self.sessions, self.cursors = node.sessions, node.cursors
         self.publish_streams: dict[int, PublishStream] = {}
         self.streams_beginning = 0
-        self._inherited = {(each["number"], each["generation"]) for each in node.attach.open_slots() if each["reads"]}
-        self.attached_cursors: dict[int, int] = {}                   # of the slots of attached clients
-        self.attached_sessions: dict[int, int] = {}
         self._commit_events: dict[int, set[asyncio.Event]] = {}
-        self._closing: set[asyncio.Task[None]] = set()
         self._places = set[Place]()
         self._receiving_bytes = 0
         self._receiving_free = asyncio.Condition()
@@ -179,9 +173,6 @@ class BrokerServer:
                     await self._write_down_alterations()
                     seen = now
                 await self.sessions.end_idle(self.node.config.session_lease_seconds)
-                self.cursors.free_left({
-                    each["presence"] for each in self.node.attach.open_slots()
-                    if not each["left"] and (each["number"], each["generation"]) in self._inherited})
                 if self.node.is_head:
                     await self.node.topics.complete_deletions(self.node.live_brokers)
                 self._let_go_of_lost()
@@ -243,27 +234,6 @@ class BrokerServer:
             async with self._receiving_free:
                 self._receiving_free.notify_all()
 
-    async def close_attached(self, slot: int, generation: int) -> None:
-        """An attached client is done, or dead: its slot and its cursor are free again."""
-        if not self.node.attach.close_slot(slot, generation):
-            return
-        self.node.doorbells[self.node.broker].ring_now()
-        if slot in self.attached_sessions:
-            self.sessions.detach(self.attached_sessions.pop(slot))
-        if slot not in self.attached_cursors:
-            return
-        closing = asyncio.create_task(self._close_cursor(self.attached_cursors.pop(slot), slot, generation))
-        self._closing.add(closing)
-        closing.add_done_callback(self._closing.discard)
-        await asyncio.shield(closing)       # done to its end, also when the caller goes away
-
-    async def _close_cursor(self, cursor: int, slot: int, generation: int) -> None:
-        """The stage moves the cursor as long as the slot is open: only then may somebody else have it."""
-        while self.node.attach.is_taken(slot, generation):
-            await asyncio.sleep(0.001)
-        self.cursors.close(cursor)
-        self.node.watch_commits(-1)
-
     def epoch(self) -> int:
         """The sequencer's epoch."""
         return epoch_of(control_word(self.node.memory, self.node.layout))
@@ -279,26 +249,6 @@ class BrokerServer:
     def who_stops(self, topic: int) -> str:
         """Why a topic takes no batch although there are segments, and what helps."""
         return who_stops(self.node.head, self.node.layout, topic, may_see)
-
-    @staticmethod
-    def check_ack(entry: TopicEntry, ack: int) -> None:
-        """Refuse an ack level that the topic cannot give."""
-        check_ack(entry.name, ack, entry.replication_factor)
-
-    def check_session(self, entry: TopicEntry, opened: pb.PublishOpen) -> None:
-        """Refuse a stream or slot whose session is not open, or is somebody else's."""
-        if opened.session_slot >= self.node.layout.numbers["session_count_max"]:
-            raise SessionUnknown(session=opened.session_slot)
-        line = self.sessions.line(opened.session_slot)
-        if (line["client_id"] != opened.client_id or line["session_epoch"] != opened.session_epoch
-                or line["topic"] != entry.generation << 16 | entry.number):
-            raise SessionUnknown(session=opened.session_slot)
-        progress = self.sessions.progress(opened.session_slot)
-        if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
-            raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
-        if line["found_from"] < line["found_end"]:      # the sequencer would take what was lost for duplicates
-            raise SessionFenced(reason="the cluster was recovered, and batches were lost: the next session says which",
-                                committed=progress["expected"])
 
     # ---- publish ----------------------------------------------------------------------------------------------------
 

@@ -42,17 +42,17 @@ class SessionService:
         entry = self.topic_of(request)
         if request.client_id == 0:              # in the region it says that no client publishes there
             raise BadRequest(reason="a publisher needs a client_id above 0")
-        sessions = self._broker.sessions
-        opened = await sessions.open(request.client_id, request.session_epoch, entry.generation << 16 | entry.number,
-                                     request.ack)
+        sessions, key = self._broker.sessions, entry.generation << 16 | entry.number
+        only_if_found = sessions.only_if_found(request.client_id, key, request.resume_epoch)
+        opened = await sessions.open(request.client_id, request.session_epoch, key, request.ack)
         try:
-            return await self._described(entry, request, opened)
+            return await self._described(entry, request, opened, only_if_found)
         except BaseException:               # also when the publisher goes away while it is looked for
             sessions.give_up(opened["slot"])
             raise
 
-    async def _described(self, entry: TopicEntry, request: pb.OpenSessionRequest,
-                         opened: dict[str, int]) -> pb.Session:
+    async def _described(self, entry: TopicEntry, request: pb.OpenSessionRequest, opened: dict[str, int],
+                         only_if_found: range) -> pb.Session:
         numbers = self._broker.layout.numbers
         session = pb.Session(
             session_slot=opened["slot"], session_epoch=request.session_epoch, topic_number=entry.number,
@@ -62,15 +62,15 @@ class SessionService:
             lease_ms=self._settings.session_lease_ns // 1_000_000,
             topic=pb.TopicIdentity(run_id=self._settings.run_id, created_ns=entry.created_ns))
         if request.resume_epoch:
-            session.high_water, positions = await self._resumed(entry, request, opened)
+            session.high_water, positions = await self._resumed(entry, request, opened, only_if_found)
             session.positions.extend(positions)
             bound = self._broker.sessions.resumed_position(
                 request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
             session.resumed_position = self._broker.topics.frontiers(entry)["end_position"] if bound is None else bound
         return session
 
-    async def _resumed(self, entry: TopicEntry, request: pb.OpenSessionRequest,
-                       opened: dict[str, int]) -> tuple[int, list[int]]:
+    async def _resumed(self, entry: TopicEntry, request: pb.OpenSessionRequest, opened: dict[str, int],
+                       only_if_found: range) -> tuple[int, list[int]]:
         """Where the client's earlier session ended, and where its batches lie from `resume_from` on."""
         sessions, key = self._broker.sessions, entry.generation << 16 | entry.number
         high_water: int | None = opened["predecessor_expected"]
@@ -82,7 +82,7 @@ class SessionService:
         if high_water is not None and entry.order == 5:
             end = min(end, high_water)      # with other orders, batches beyond a gap may be there as well
         positions = await sessions.positions(reader, request.client_id, key, request.resume_epoch,
-                                             range(request.resume_from, end))
+                                             range(request.resume_from, end), only_if_found)
         while positions and positions[-1] == UNKNOWN_POSITION:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions
@@ -100,6 +100,9 @@ class SessionService:
         progress = self._broker.sessions.progress(opened.session_slot)
         if progress["state"] & 0xFF != SessionState.SESSION_OPEN:
             raise SessionFenced(reason="its lease ended, or a newer one was opened", committed=progress["expected"])
+        if line["found_from"] < line["found_end"]:      # the sequencer would take what was lost for duplicates
+            raise SessionFenced(reason="the cluster was recovered, and batches were lost: the next session says which",
+                                committed=progress["expected"])
         return entry
 
     async def close(self, request: pb.CloseSessionRequest,

@@ -73,8 +73,8 @@ class AttachedPublisher(Publisher):
         numbers = world.layout.numbers
         overflow = Packer(self, self._batch_is_full, numbers["batch_bytes_max"], numbers["message_bytes_max"])
         target = numbers["segment_bytes"]
-        self.core = AttachedCore(self, self.door, world.layout, overflow, (target, target, target), WINDOW_BYTES, window,
-                                 level, NEVER)
+        self.core = AttachedCore(self, self.door, world.layout, overflow, (target, target, target), WINDOW_BYTES,
+                                 window, level, NEVER)
         self.flights.use(self.core, self.door, world.layout)
         self.sequences: dict[int, Batch] = {}           # of what the core has
         self.outcomes: list[tuple[Batch, Delivery]] = []

@@ -1,15 +1,15 @@
 """Publishers of the simulated cluster: the library's session (`client.publishing`), driven by simulated time and calls.
 
-    act: answers of calls ─► what came by connections ─► new batches ─► tick      commands ─► calls, connections, outcomes
+    act: answers of calls ─► what came by connections ─► new batches ─► tick    commands ─► calls, connections, outcomes
 
-A connection is first in first out each way, as a gRPC stream is; it may be slow, it may break, and then nobody knows what
-of it arrived.
+A connection is first in first out each way, as a gRPC stream is; it may be slow, it may break, and then nobody knows
+what of it arrived.
 """
 
 import asyncio
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerUnavailable, CxlmqError
@@ -223,15 +223,15 @@ class Publisher:
     def _do(self, command: Any) -> None:
         match command:
             case Send(way, batch):
-                if (connection := self.connections.get(way.broker.id)) is not None and connection.way is way:
+                if (connection := self._by_way(way)) is not None:
                     connection.send(batch)
             case Settle():
                 self._settle(command)
             case Connect(broker, opened, way):
                 self._connect(broker, opened, way)
             case Disconnect(way):
-                if (connection := self.connections.get(way.broker.id)) is not None and connection.way is way:
-                    self.connections.pop(way.broker.id).cut()
+                if (connection := self._by_way(way)) is not None:
+                    self.connections.pop(connection.host.number).cut()
             case AskBrokers():
                 self._later(self._say_brokers)
             case OpenSession(broker, request):
@@ -314,9 +314,10 @@ class Publisher:
             if isinstance(error, TimeoutError) or error is None:
                 error = BrokerUnavailable(address=self.asked.target)
         self.request = None
-        if not isinstance(error, CxlmqError):
+        if isinstance(error, CxlmqError):
+            self._event(lambda: self.session.session_refused(error))
+        elif error is not None:
             raise error
-        self._event(lambda: self.session.session_refused(error))
 
     def _opened(self, opened: pb.Session) -> None:
         if self.session.state is State.REOPENING:
@@ -328,6 +329,9 @@ class Publisher:
 
     def _connect(self, broker: BrokerAddress, opened: pb.PublishOpen, way: Any) -> None:
         self.connections[broker.id] = Connection(self, self.world.hosts[broker.id], way, opened)
+
+    def _by_way(self, way: Hashable) -> Connection | None:
+        return next((each for each in self.connections.values() if each.way is way), None)
 
     def cut(self, host: int) -> bool:
         """Its connection to a host breaks, if there is one."""
