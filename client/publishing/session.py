@@ -34,7 +34,7 @@ from client.publishing.commands import (
 )
 from client.publishing.flights import Flights
 from client.publishing.life import NEXT, State
-from client.publishing.opening import Opening
+from client.publishing.opening import Epochs, Opening
 
 RECONNECT_SECONDS = 0.5                 # between two looks for brokers that are lacking
 REOPEN_SECONDS = 0.1                    # between two searches for a broker that opens the session
@@ -62,7 +62,7 @@ class Session:
         self.commands: deque[Command] = deque()
         self.failure: CxlmqError | None = None
         self.reopened = self.retries = 0            # counts
-        self._tried: set[int] = set()               # epochs that we asked for and may have got
+        self._epochs = Epochs()
         self._opening: Opening | None = None
         self._resume_from = 0
         self._reason: CxlmqError | None = None      # why it is being opened anew
@@ -121,7 +121,7 @@ class Session:
 
     def _search(self, brokers: Sequence[BrokerAddress]) -> None:
         self.brokers = brokers
-        self._opening = Opening(self._awake(brokers), self.client_id, self.epoch, self._tried)
+        self._opening = Opening(self._awake(brokers), self.client_id, self.epoch, self._epochs)
         self._ask_next()
 
     def _awake(self, brokers: Sequence[BrokerAddress]) -> Sequence[BrokerAddress]:
@@ -163,7 +163,7 @@ class Session:
         if self._opening is None:
             return False
         again, self._opening = self.state is State.REOPENING, None
-        self._tried.clear()
+        self._epochs.tried.clear()
         self.opened, self.opened_at, self.epoch = opened, broker, opened.session_epoch
         if again:
             self.reopened += 1

@@ -69,7 +69,7 @@ class AttachedPublisher(Publisher):
         self.number = world.scenario.hosts + client - 1
         self.control, self.door = client_door(world, self.number)
         super().__init__(world, client, topic, batches, window, level)
-        # Not the packer of batches: the core's gets the size that leases have when a session ends, which those may pass.
+        # Not the packer of batches: the core's gets the size of leases when a session ends, which those may pass.
         numbers = world.layout.numbers
         overflow = Packer(self, self._batch_is_full, numbers["batch_bytes_max"], numbers["message_bytes_max"])
         target = numbers["segment_bytes"]

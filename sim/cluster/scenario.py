@@ -8,7 +8,7 @@ FAULT_KINDS = ("crash", "evict", "stall", "torn", "net")
 KIB, MIB = 1 << 10, 1 << 20
 STEPS = 20_000
 STAGES = 8                                  # of a host that may stall alone; the head has more
-SLOTS = 4                                   # of attached clients at each host
+SLOTS = 4                                   # of attached clients at each host, at least
 LEASE_TICKS = 3_000                         # a session's gap may last so many ticks of the clock
 
 
@@ -73,10 +73,15 @@ class Scenario:
         """The numbers of the region's layout."""
         return {"broker_count": self.hosts, "topic_count_max": 2, "ring_slot_count": self.ring_slots,
                 "order_entry_count": self.entries, "session_count_max": 8 * self.hosts,
-                "cursor_count_max": 4 * self.hosts, "attach_slot_count": SLOTS * self.hosts if self.attached else 0,
+                "cursor_count_max": 4 * self.hosts, "attach_slot_count": self.slots * self.hosts if self.attached else 0,
                 "segment_bytes": self.segment_bytes,
                 "message_bytes_max": 8 * KIB, "batch_bytes_max": 16 * KIB, "region_bytes": self.region_bytes,
                 "pool_strategy": self.pool}
+
+    @property
+    def slots(self) -> int:
+        """Of attached clients at each host: whoever waits for one gets one, also while an old one is being given up."""
+        return max(SLOTS, 2 * self.attached + self.attached_readers)
 
     @property
     def policies(self) -> tuple[str, ...]:
