@@ -1,7 +1,7 @@
 """Running seeds: one here, or a range over several cores."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from time import perf_counter
@@ -30,6 +30,7 @@ class Verdict:
     seconds: float = 0.0
     simulated_seconds: float = 0.0
     faults: dict[str, int] = field(default_factory=dict)    # that met somebody, by kind
+    ran: dict[str, list[int]] = field(default_factory=dict, repr=False)     # promising lines, when they were counted
 
     @property
     def failed(self) -> bool:
@@ -38,7 +39,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "ran"}
 
 
 def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World]:
@@ -70,14 +71,17 @@ def run_scenario(scenario: Scenario) -> Verdict:
     return run_world(scenario)[0]
 
 
-def _run_seed(job: tuple[int, dict[str, Any]]) -> Verdict:
-    seed, options = job
-    return run_scenario(draw(seed, **options))
+Runner = Callable[[Scenario], Verdict]
 
 
-def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]:
+def _run_seed(job: tuple[int, dict[str, Any], Runner]) -> Verdict:
+    seed, options, runner = job
+    return runner(draw(seed, **options))
+
+
+def run_seeds(seeds: range, processes: int, runner: Runner = run_scenario, **options: Any) -> Iterator[Verdict]:
     """Run a range of seeds over several processes; verdicts as they come, in the order of the seeds."""
-    jobs = [(seed, options) for seed in seeds]
+    jobs = [(seed, options, runner) for seed in seeds]
     if processes == 1:
         yield from map(_run_seed, jobs)
         return
