@@ -2,6 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from time import perf_counter
@@ -14,6 +15,7 @@ from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
 from sim.cluster.world import SECOND, World
 
 COHERENCE = "coherence"                     # the "invariant" that the checker judges
+GO_ON_STEPS = 500                           # after a breach, under the checker
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
             raise Violation(COHERENCE, report_text(found))
     except Violation as violation:
         verdict, invariant, text = "violation", violation.invariant, violation.text
+        if world.hardware.checker is not None and invariant != COHERENCE:
+            _go_on(world)
+            text += "\n" + report_text(coherence_report(world))
     except Exception as error:
         verdict, invariant = "error", type(error).__name__
         text = f"{error}\n{traceback.format_exc(limit=-6)}"
@@ -64,6 +69,13 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
     batches = len(world.witness.log_of(0))
     return Verdict(scenario.seed, verdict, world.step, f"{world.trace_hash:016x}", batches, invariant, text,
                    perf_counter() - begun, (world.clock.now() - SECOND) / SECOND, dict(+world.injected)), world
+
+
+def _go_on(world: World) -> None:
+    """An invariant is broken already: let those come by who read what is wrong, so that the checker names them, too."""
+    world.witness.look_away()
+    with suppress(Exception):               # whatever follows from what is broken: the verdict is there
+        world.advance(world.step + GO_ON_STEPS)
 
 
 def run_scenario(scenario: Scenario) -> Verdict:
