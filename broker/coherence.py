@@ -83,6 +83,9 @@ _COUNTS = {"broker": "broker_count", "replica": "broker_count", "topic": "topic_
            "group": "group_count_max", "attached client": "attach_slot_count", "segment": "segment_count"}
 _FIXED_COUNTS = {"lease": 16, "completion": 64, "descriptor": 64}
 
+# Frontiers and what they pass: (record of the frontier, its place, place of what lies below its first word).
+COVERS = (("OffsetBrokerLine", "offset_broker", "ring"), ("TopicOrderLine", "topic_order", "order_entry"))
+
 # What is not looked at: words that atomics change, counters, and what is judged by the line that announces it.
 UNWATCHED = {
     "ControlLine": "whoever becomes head", "BankLine": "whoever takes the bank", "LockLine": "who shares it",
@@ -120,6 +123,8 @@ MISSING = {
                      "the data of all its lines before its commit word, each flushed and fenced"),
     Kind.KIND_ATOMIC: ("atomic access to a line outside the coherent area",
                        "a pool that needs no atomics (partitioned, leader), or coherent memory for this word"),
+    Kind.KIND_PUBLISHED: ("a frontier passed data that its writer had not flushed and fenced",
+                          "a flush of this line and a fence, both before the store that moves the frontier"),
     Kind.KIND_BYPASS: ("the line changed in memory and nobody wrote it back: somebody goes around the door",
                        "access by Memory alone"),
 }
@@ -166,6 +171,19 @@ class LineMap:
                 stride, count = dimensions[-1] if dimensions else (LINE_BYTES, 1)
                 _mark(lines, start, max(stride, 16), count, nbytes, head)
         return lines, table
+
+    def rules(self) -> dict[str, Any]:
+        """What else `Checker` takes: which frontiers pass which lines, and where it stands who is head."""
+        return {"covers": self._covers(), "head": (int(self.layout.offset_of("control")), _ROLES["sequencer"])}
+
+    def _covers(self) -> list[tuple[str, int, list[int], int, list[int], int, int]]:
+        places, found = {owned.place: (first, dimensions) for owned, first, dimensions, _ in self._places}, []
+        for record, frontier, place in COVERS:
+            (first, indexes), (covered, dimensions) = places[frontier], places[place]
+            *others, (ring_stride, ring_count) = dimensions
+            found.append((record, first, [stride for stride, _ in indexes], covered, [stride for stride, _ in others],
+                          ring_stride, ring_count))
+        return found
 
     def describe(self, offset: int) -> str:
         """The record, field and indexes at an offset, for people."""
@@ -250,7 +268,9 @@ def explain(found: list[dict[str, Any]], wasted: list[dict[str, Any]], layout: L
         report = {"kind": Kind(each["kind"]).name.removeprefix("KIND_").lower(), "what": what, "missing": missing,
                   "count": each["count"], "line": lines.describe(each["offset"]), "offset": each["offset"],
                   "writer": side(each["writer"]), "reader": side(each["reader"]), "cause": ""}
-        if each["other_offset"] and each["kind"] in (Kind.KIND_WRONG_FLUSH, Kind.KIND_STRANDED):
+        if each["kind"] == Kind.KIND_PUBLISHED:
+            report["cause"] = f"passed by {lines.describe(each['other_offset'])}"
+        elif each["other_offset"] and each["kind"] in (Kind.KIND_WRONG_FLUSH, Kind.KIND_STRANDED):
             report["cause"] = (f"flushed {lines.describe(each['other_offset'])} at {places[each['other_site']]}, "
                                f"dirtied {report['line']}")
         reports.append(report)
@@ -267,7 +287,8 @@ def report_text(report: dict[str, Any], redundant_max: int = 12) -> str:
     for each in report["reports"]:
         out.append(f"coherence: {each['what']} ({each['kind']}, {each['count']} times)")
         out.append(f"  line     {each['line']}, region offset {each['offset']}")
-        for label, who in (("written", each["writer"]), ("accessed", each["reader"])):
+        second = "passed" if each["kind"] == "published" else "accessed"
+        for label, who in (("written", each["writer"]), (second, each["reader"])):
             if who is not None:
                 out.append(f"  {label:8} by host {who['host']}, role {who['role']}, at {who['place']}")
         out.append(f"  missing  {each['missing']}")

@@ -77,10 +77,11 @@ class Hardware:
         self._host: HostCache | None = None
         self._checker: Checker | None = None
         self._place: tuple[int, bool] = CLIENT_HOST, False
+        self._hosts: list[int] = []         # of the brokers, once this process is one
 
     def be_broker(self, broker: int, hosts: list[int]) -> None:
         """This process is a broker: its host's cache is its own, or shared with the brokers of the same host."""
-        self._place = hosts[broker], hosts.count(hosts[broker]) > 1
+        self._place, self._hosts = (hosts[broker], hosts.count(hosts[broker]) > 1), hosts
         self._host = None
 
     @property
@@ -98,7 +99,8 @@ class Hardware:
         """The checker, when the memory is checked."""
         if self._checker is None and self._simulated and self.kind == "checked":
             shared = files.shared_file(check_name_of(self._name), Checker.shared_bytes(self.device))
-            self._checker = Checker(self.device, *LineMap(self._layout).classes(), shared=shared)
+            lines = LineMap(self._layout)
+            self._checker = Checker(self.device, *lines.classes(), shared=shared, **lines.rules())
         return self._checker
 
     @property
@@ -112,6 +114,7 @@ class Hardware:
                 store = files.shared_file(host_name_of(self._name, number), HostCache.store_bytes(self.device))
             seed = (self._superblock["memory_seed"] << 8) + number
             if self.checker is not None:
+                self.checker.tell_hosts(self._hosts)
                 if number >= HOSTS_MAX:
                     number = self.checker.new_host()
                 if shared:

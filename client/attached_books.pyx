@@ -528,11 +528,10 @@ cdef class AttachedBooks:
         """Say that we are alive: a silent client's leases end."""
         cdef uint64_t c, at
         for c in range(self.channel_count):
-            if self.channels[c].left:
-                continue
-            at = self.layout.attach_client(self.channels[c].slot)
-            self.memory.store(at, cxl_now_ns())
-            self.memory.flush(at, 64)
+            if not self.channels[c].left:
+                at = self.layout.attach_client(self.channels[c].slot)
+                self.memory.store(at, cxl_now_ns())
+                self.memory.flush(at, 64)
         # Before we read whether a slot is open: a broker gives back what nobody was ever heard of.
         self.memory.full_fence()
 
@@ -547,9 +546,11 @@ cdef class AttachedBooks:
 
     def is_supplied(self) -> bool:
         """Whether every live broker has given us a lease."""
-        cdef uint64_t c
+        cdef uint64_t c, at
         for c in range(self.channel_count):
-            if self.channels[c].alive and self.memory.load(self.layout.attach_line(self.channels[c].slot) + 16) == 0:
+            at = self.layout.attach_line(self.channels[c].slot)
+            self.memory.invalidate(at, 64)
+            if self.channels[c].alive and self.memory.load(at + 16) == 0:
                 return False
         return True
 
@@ -567,7 +568,6 @@ cdef class AttachedBooks:
 
     def lost(self) -> list[int]:
         """Sequences that were refused, or went to a broker that died."""
-        cdef uint64_t each
         found = [each for each in range(self.oldest, self.next_sequence) if self.sent[each % SENT_RING].state == SENT_RETRY]
         self.retry_wanted = bool(found)
         return found

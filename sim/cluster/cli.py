@@ -26,6 +26,7 @@ from sim.cluster.diagram import describe, explain
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.mutants import BY_NAME, MUTANTS, RULED_OUT, planted_bugs_markdown
 from sim.cluster.plan_report import show_plan
+from sim.cluster.promises import check_available, measured, ranges_text, shares
 from sim.cluster.run import COHERENCE, Verdict, hunt, run_scenario, run_seeds
 from sim.cluster.scenario import FAULT_KINDS, STEPS, Scenario, draw
 from sim.cluster.shrink import shrink
@@ -76,10 +77,12 @@ def _faults(text: str) -> frozenset[str]:
               help="With --plan: beside real runs of 4 brokers on this machine, for three message sizes [compare].")
 @click.option("--plot", type=click.Path(dir_okay=False), metavar="FILE.png", help="With --plan: a picture of it.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes for --seeds [one a core].")
+@click.option("--coverage", is_flag=True,
+              help="Say of each file that promises something how many of its lines ran, and which did not.")
 @common_options
 def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str, memory: str, mutant: str | None,
         mutants: bool, output: str | None, shrinks: bool, profile: str, plan: bool, message_bytes: int,
-        batch_bytes: int, compares: bool, plot: str | None, jobs: int | None) -> None:
+        batch_bytes: int, compares: bool, plot: str | None, jobs: int | None, coverage: bool) -> None:
     """Run a whole cluster in one process: deterministic, with faults, checked after every step.
 
     The stages are those of the broker processes. Clients publish, retry, reopen and read; a seed decides who steps next
@@ -90,6 +93,7 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
       cxlmq sim --seed 123
       cxlmq sim --seed 123 --faults crash,stall --steps 50000 --json
       cxlmq sim --seeds 0..999
+      cxlmq sim --seeds 0..199 --coverage
       cxlmq sim --seed 1 --mutant entry-not-flushed
       cxlmq sim --seed 0 --mutant result-not-flushed --faults none --memory checked
       cxlmq sim --mutants
@@ -110,11 +114,13 @@ def sim(seed: int | None, seeds: str | None, hosts: int, steps: int, faults: str
                                "mutant": _known_mutant(mutant), "profile": profile}
     if (seed is None) == (seeds is None):
         raise click.UsageError("give --seed, --seeds, --mutants or --plan")
+    if coverage:
+        check_available()
     if seed is not None:
-        _one(draw(seed, **options), shrinks)
+        _one(draw(seed, **options), shrinks, coverage)
     else:
         assert seeds is not None
-        _many(_seeds(seeds), jobs or os.cpu_count() or 1, options)
+        _many(_seeds(seeds), jobs or os.cpu_count() or 1, options, coverage)
 
 
 def _known_mutant(name: str | None) -> str:
@@ -123,10 +129,10 @@ def _known_mutant(name: str | None) -> str:
     return name or ""
 
 
-def _one(scenario: Scenario, shrinks: bool) -> None:
-    verdict = run_scenario(scenario)
+def _one(scenario: Scenario, shrinks: bool, coverage: bool) -> None:
+    verdict = measured(scenario) if coverage else run_scenario(scenario)
     if settings().as_json:
-        print_json(verdict.to_json())
+        print_json(verdict.to_json() | _coverage_json([verdict], coverage))
     else:
         line(f"seed {verdict.seed}: {verdict.verdict}, {verdict.steps:,} steps, {verdict.batches:,} batches in "
                    f"the log, trace hash {verdict.trace_hash}")
@@ -134,6 +140,10 @@ def _one(scenario: Scenario, shrinks: bool) -> None:
             line(_reason(verdict))
             if shrinks:
                 _show_smallest(scenario, verdict)
+        else:
+            _say_times(verdict.simulated_seconds, verdict.seconds, Counter(verdict.faults))
+        if coverage:
+            _show_coverage([verdict])
     if verdict.failed:
         raise CommandExit(EXIT_FAILED)
 
@@ -182,13 +192,44 @@ def _reason(verdict: Verdict) -> str:
         verdict.verdict == "violation") else f"seed {verdict.seed}: {verdict.text}"
 
 
-def _many(seeds: range, jobs: int, options: dict[str, Any]) -> None:
+def _say_times(simulated: float, seconds: float, faults: Counter[str]) -> None:
+    line(f"{simulated:,.1f} s simulated in {seconds:,.1f} s of a core: {simulated / seconds:,.3g} to 1")
+    line("faults: " + (", ".join(f"{what} {count:,}" for what, count in sorted(faults.items())) or "none"))
+
+
+def _coverage_json(verdicts: list[Verdict], coverage: bool) -> dict[str, Any]:
+    if not coverage:
+        return {}
+    found = shares(each.ran for each in verdicts)
+    return {"coverage": {"lines": sum(each.lines for each in found), "ran": sum(each.ran for each in found),
+                         "files": [each.to_json() for each in found]}}
+
+
+def _show_coverage(verdicts: list[Verdict]) -> None:
+    """How much of what promises ran, by file, and the lines that did not."""
+    found = shares(each.ran for each in verdicts)
+
+    def percent(ran: int, lines: int) -> str:
+        return f"{ran / max(lines, 1):.0%}"
+
+    rows = [(each.promise.subject, each.promise.file, f"{each.lines:,}", percent(each.ran, each.lines),
+             each.promise.why) for each in found]
+    ran, lines = sum(each.ran for each in found), sum(each.lines for each in found)
+    console().print(make_table("", ("subject", "file", ">lines", ">ran", "what it promises"),
+                               [*rows, ("all", "", f"{lines:,}", percent(ran, lines), "")]))
+    line("lines that did not run:")
+    for each in found:
+        if each.missing:
+            line(f"  {each.promise.file}: {ranges_text(each.missing) if each.ran else 'all'}")
+
+
+def _many(seeds: range, jobs: int, options: dict[str, Any], coverage: bool) -> None:
     from rich.progress import Progress
 
     verdicts: list[Verdict] = []
     with Progress(console=console(stderr=True), transient=True) as progress:
         task = progress.add_task("seeds", total=len(seeds))
-        for verdict in run_seeds(seeds, min(jobs, len(seeds)), **options):
+        for verdict in run_seeds(seeds, min(jobs, len(seeds)), measured if coverage else run_scenario, **options):
             verdicts.append(verdict)
             progress.advance(task)
             if verdict.failed:
@@ -201,13 +242,14 @@ def _many(seeds: range, jobs: int, options: dict[str, Any]) -> None:
         print_json({"seeds": len(verdicts), "failed": [each.to_json() for each in failed], "steps": steps,
                     "batches": sum(each.batches for each in verdicts), "steps_per_second_and_core": steps / seconds,
                     "simulated_seconds": simulated, "simulated_per_real_second": simulated / seconds,
-                    "faults": dict(sorted(faults.items()))})
+                    "faults": dict(sorted(faults.items()))} | _coverage_json(verdicts, coverage))
     else:
         console().print(make_table("", (">seeds", ">failed", ">steps", ">batches ordered", ">steps/s and core"), [(
             f"{len(verdicts):,}", len(failed), f"{steps:,}", f"{sum(each.batches for each in verdicts):,}",
             f"{steps / seconds:,.0f}")]))
-        line(f"{simulated:,.1f} s simulated in {seconds:,.1f} s of a core: {simulated / seconds:,.3g} to 1")
-        line("faults: " + (", ".join(f"{what} {count:,}" for what, count in sorted(faults.items())) or "none"))
+        _say_times(simulated, seconds, faults)
+        if coverage:
+            _show_coverage(verdicts)
         if failed:
             line("replay one: cxlmq sim --seed " + str(failed[0].seed))
     if failed:

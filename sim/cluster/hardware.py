@@ -69,7 +69,8 @@ class NonCoherentHardware(MappedHardware):
                 self.device.fill_garbage(random.getrandbits(62), at,
                                          count or layout.numbers["region_bytes"] - at)
         period = random.choice(EVICTION_PERIODS) if evict else 0
-        self.checker = Checker(self.device, *_classes(layout)) if checked else None
+        lines = LineMap(layout)
+        self.checker = Checker(self.device, *_classes(layout), **lines.rules()) if checked else None
         self.caches = [HostCache(self.device, f"host {host}", random.getrandbits(62), period, observer=self.checker,
                                  number=host) for host in range(hosts)]
 

@@ -1,7 +1,8 @@
 """Running seeds: one here, or a range over several cores."""
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from time import perf_counter
@@ -14,6 +15,7 @@ from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
 from sim.cluster.world import SECOND, World
 
 COHERENCE = "coherence"                     # the "invariant" that the checker judges
+GO_ON_STEPS = 500                           # after a breach, under the checker
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Verdict:
     seconds: float = 0.0
     simulated_seconds: float = 0.0
     faults: dict[str, int] = field(default_factory=dict)    # that met somebody, by kind
+    ran: dict[str, list[int]] = field(default_factory=dict, repr=False)     # promising lines, when they were counted
 
     @property
     def failed(self) -> bool:
@@ -38,7 +41,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """For `--json`."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "ran"}
 
 
 def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World]:
@@ -54,6 +57,9 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
             raise Violation(COHERENCE, report_text(found))
     except Violation as violation:
         verdict, invariant, text = "violation", violation.invariant, violation.text
+        if world.hardware.checker is not None and invariant != COHERENCE:
+            _go_on(world)
+            text += "\n" + report_text(coherence_report(world))
     except Exception as error:
         verdict, invariant = "error", type(error).__name__
         text = f"{error}\n{traceback.format_exc(limit=-6)}"
@@ -65,19 +71,29 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
                    perf_counter() - begun, (world.clock.now() - SECOND) / SECOND, dict(+world.injected)), world
 
 
+def _go_on(world: World) -> None:
+    """An invariant is broken already: let those come by who read what is wrong, so that the checker names them, too."""
+    world.witness.look_away()
+    with suppress(Exception):               # whatever follows from what is broken: the verdict is there
+        world.advance(world.step + GO_ON_STEPS)
+
+
 def run_scenario(scenario: Scenario) -> Verdict:
     """Run a scenario."""
     return run_world(scenario)[0]
 
 
-def _run_seed(job: tuple[int, dict[str, Any]]) -> Verdict:
-    seed, options = job
-    return run_scenario(draw(seed, **options))
+Runner = Callable[[Scenario], Verdict]
 
 
-def run_seeds(seeds: range, processes: int, **options: Any) -> Iterator[Verdict]:
+def _run_seed(job: tuple[int, dict[str, Any], Runner]) -> Verdict:
+    seed, options, runner = job
+    return runner(draw(seed, **options))
+
+
+def run_seeds(seeds: range, processes: int, runner: Runner = run_scenario, **options: Any) -> Iterator[Verdict]:
     """Run a range of seeds over several processes; verdicts as they come, in the order of the seeds."""
-    jobs = [(seed, options) for seed in seeds]
+    jobs = [(seed, options, runner) for seed in seeds]
     if processes == 1:
         yield from map(_run_seed, jobs)
         return

@@ -63,6 +63,7 @@ cdef class Witness:
     cdef public uint64_t step           # the schedule's, for what is noted
     cdef readonly uint64_t hash
     cdef readonly int breach
+    cdef bint blind             # has seen its breach and looks no more
     cdef uint64_t details[5]
 
     cdef int check(self) noexcept nogil

@@ -211,7 +211,7 @@ cdef class Witness:
 
     cdef int check(self) noexcept nogil:
         cdef uint64_t topic
-        if not self.served():
+        if self.blind or not self.served():
             return BREACH_NONE
         for topic in range(self.topic_count):
             if self.check_topic(topic):
@@ -386,7 +386,7 @@ cdef class Witness:
         cdef TopicTruth* known
         cdef OrderEntry entry
         cdef Seen* seen
-        for topic in range(self.topic_count):
+        for topic in range(0 if self.blind else self.topic_count):
             known = &self.topics[topic]
             if known.generation == 0:
                 continue
@@ -403,6 +403,11 @@ cdef class Witness:
         return BREACH_NONE
 
     # ---- for the world ---------------------------------------------------------------------------------------------
+
+    def look_away(self) -> None:
+        """Say no more from now on: what is broken stays broken, and the run goes on for others who look."""
+        self.blind = True
+        self.breach = BREACH_NONE
 
     def check_now(self, bint thorough=True) -> int:
         """Check everything now; a `Breach`."""
@@ -448,7 +453,9 @@ cdef class Witness:
         return [dict(self.topics[topic].seen[i]) for i in range(self.topics[topic].committed)]
 
     def entry(self, uint64_t topic, uint64_t index) -> "dict[str, int]":
-        """One committed order entry, as it was when the frontier passed it."""
+        """One committed order entry, as it was when the frontier passed it. Raises `IndexError` for one that was not seen."""
+        if index >= self.topics[topic].committed:
+            raise IndexError(f"order entry {index} of topic {topic} was not seen")
         return dict(self.topics[topic].seen[index])
 
     def frontiers(self, uint64_t topic) -> "dict[str, int]":

@@ -367,7 +367,7 @@ class World:
                            if fault.kind == "crash" and fault.where == host.number]
                 policy = next((fault.policy for fault in crashes), "lost")
                 self.note(f"host {host.number}", f"power lost; unfenced lines: {policy}")
-                self.injected["power lost" if policy in ("lost", "kept") else "power lost, lines torn"] += 1
+                self.injected["power lost" if policy in ("lost", "kept") else "power lost with lines torn"] += 1
                 self.hardware.crash(host.number, policy)
                 host.lose_power()
                 if again := next((fault.again for fault in crashes if fault.again), 0):

@@ -4,8 +4,11 @@
     load  ──► the reader's agent learns what the agent knew whose store it sees
     report ─► the reader knows of a store (learnt through other lines) that its copy does not have
 
+    cover ─► a frontier is stored over lines that are not in memory yet, whether a reader has come by or not
+
 An agent is a thread of a host. A line that is `reached` is read because another line said so: there an old copy is a
-mistake. A line that is polled may be old at any time: there only a store that nobody flushes is one.
+mistake. A line that is polled may be old at any time: there only a store that nobody flushes is one, and a reader who looks
+again and again without an invalidate.
 What processes share lies in a buffer beside the device; what is kept of each host's copies beside its cache.
 """
 
@@ -21,6 +24,8 @@ cdef enum:
     SITE_BYTES = 200
     REPORTS = 256
     CLASSES = 256
+    COVERS = 8
+    COVER_INDEXES = 3           # bank, topic, broker
     GRANULE = 4096
 
 cpdef enum Kind:
@@ -35,6 +40,7 @@ cpdef enum Kind:
     KIND_TORN = 9
     KIND_ATOMIC = 10
     KIND_BYPASS = 11
+    KIND_PUBLISHED = 12         # a frontier was stored before what it covers was flushed and fenced
 
 cpdef enum ClassFlag:
     CLASS_REACHED = 1
@@ -95,6 +101,15 @@ cdef struct Report:
     uint64_t other_site
     uint64_t wall_ns
 
+cdef struct Cover:              # frontiers (word 0 of their lines), each over a ring of lines
+    uint64_t first
+    uint64_t covered            # the first line of the first ring
+    uint64_t index_count
+    uint64_t strides[COVER_INDEXES]             # of frontiers, the widest first
+    uint64_t covered_strides[COVER_INDEXES]     # and of their rings
+    uint64_t ring_stride
+    uint64_t ring_count
+
 cdef struct Place:              # what a place in the code did in vain
     uint64_t flushes
     uint64_t fences
@@ -131,6 +146,11 @@ cdef class Checker(LineObserver):
     cdef uint64_t line_bytes
     cdef uint64_t roles[CLASSES]
     cdef uint8_t flags[CLASSES]
+    cdef uint8_t cover_of[CLASSES]      # number and one
+    cdef Cover covers[COVERS]
+    cdef uint64_t head_word             # its low byte says which broker is head; 0: there is none
+    cdef int head_role                  # the role that only a head has
+    cdef uint8_t broker_hosts[HOSTS]
     cdef uint8_t* agents                # HOSTS * LOCAL_AGENTS: number and one
     cdef uint32_t* known                # AGENTS * AGENTS
     cdef uint32_t intervals[AGENTS]
@@ -146,6 +166,8 @@ cdef class Checker(LineObserver):
     cdef void fill_store(self, Store* store, Host* h, int agent, Access* who) noexcept nogil
     cdef void learn(self, int agent, Store* store) noexcept nogil
     cdef void check_load(self, Host* h, uint64_t line, int agent, Access* who) noexcept nogil
+    cdef bint replaced(self, Host* h, Access* who) noexcept nogil
+    cdef void check_covered(self, Cover* cover, Host* h, uint64_t offset, int agent, Access* who) noexcept nogil
     cdef void check_torn(self, Host* h, uint64_t line, int agent, Access* who) noexcept nogil
     cdef void report_store(self, int kind, uint64_t offset, Store* writer, Host* h, int agent,
                            Access* who, uint64_t other, uint64_t other_site) noexcept nogil

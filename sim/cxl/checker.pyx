@@ -38,11 +38,10 @@ cdef extern from *:
     void set_python_site(uint64_t site) nogil
 
 cdef enum:
-    STALE_POLLS = 4096          # hits of one stale copy, without an invalidate, that are no accident
+    STALE_POLLS = 32            # hits of one stale copy, without an invalidate, that are no accident: its words, four times
     POLLS_MAX = 60000
     LOCK_TRIES = 1 << 22
     PYTHON = 0xFFFFFFFF         # an address of the Python face of Memory: the caller's frame is the place
-
 
 
 cdef inline void lock(uint64_t* word) noexcept nogil:
@@ -78,7 +77,9 @@ cdef class Checker(LineObserver):
     """Observes every host of one device.
 
     `classes` has a byte a line: the number of its entry in `class_table`, (name, mask of roles that may store,
-    ClassFlags). `shared` is a buffer of `shared_bytes` zero bytes when several processes are checked together.
+    ClassFlags). `covers` lists frontiers: (name of their class, first one, strides, first line that they pass, strides, ring
+    stride, ring count). `head` is (offset of the word whose low byte names the head, role that only a head has).
+    `shared` is a buffer of `shared_bytes` zero bytes when several processes are checked together.
     """
 
     def __cinit__(self):
@@ -91,7 +92,8 @@ cdef class Checker(LineObserver):
         free(self.agents)
         free(self.known)
 
-    def __init__(self, device, classes=None, class_table=(("line", ~0 & 0xFFFF, CLASS_REACHED),), shared=None):
+    def __init__(self, device, classes=None, class_table=(("line", ~0 & 0xFFFF, CLASS_REACHED),), shared=None, covers=(),
+                 head=(0, 0)):
         cdef Py_buffer view
         cdef uint64_t number
         self.device = device
@@ -110,13 +112,28 @@ cdef class Checker(LineObserver):
         for number, (_, roles, flags) in enumerate(class_table):
             self.roles[number] = roles
             self.flags[number] = flags
-        self.stores = []
-        self.python_sites = {}
+        self.head_word, self.head_role, self.broker_hosts = head[0], head[1], list(range(HOSTS))
+        for number, each in enumerate(covers):
+            self.add_cover(number, *each, [name for name, _, _ in class_table])
+        self.stores, self.python_sites = [], {}
         self.stranded_ns = 2_000_000_000
         if self.shared.sites == 0:
             self.new_site(b"an unknown place")
         if self.shared.agents == 0:
             self.shared.agents = 1          # agent 0 is nobody
+
+    def tell_hosts(self, hosts) -> None:
+        """The host of each broker; without it, each is a host of its own."""
+        for broker, host in enumerate(hosts):
+            self.broker_hosts[broker] = host
+
+    def add_cover(self, uint64_t number, frontier, first, strides, covered, others, ring_stride, ring_count, names):
+        cdef Cover* cover = &self.covers[number]
+        self.cover_of[names.index(frontier)] = number + 1
+        cover.first, cover.covered, cover.ring_stride, cover.ring_count = first, covered, ring_stride, ring_count
+        for stride, other in sorted(zip(strides, others, strict=True), reverse=True):
+            cover.strides[cover.index_count], cover.covered_strides[cover.index_count] = stride, other
+            cover.index_count += 1
 
     @staticmethod
     def shared_bytes(device) -> int:
@@ -248,6 +265,32 @@ cdef class Checker(LineObserver):
         record.state = LINE_DIRTY
         memcpy(&record.newest, &copy.store, sizeof(Store))
         unlock(&record.lock)
+        if self.cover_of[kind] and who.offset % 64 == 0:
+            self.check_covered(&self.covers[self.cover_of[kind] - 1], h, line * 64, agent, who)
+
+    cdef void check_covered(self, Cover* cover, Host* h, uint64_t offset, int agent, Access* who) noexcept nogil:
+        """A frontier was stored: it may get to memory at any moment, so what it passes must be there by now."""
+        cdef uint64_t now = cxl_load_relaxed(h.lines + offset), at = cxl_load_relaxed(h.base + offset)
+        cdef uint64_t ring = cover.covered, rest = offset - cover.first, i, other = 0, site = 0
+        cdef Line* record
+        cdef Store seen
+        cdef int kind
+        for i in range(cover.index_count):
+            ring += rest // cover.strides[i] * cover.covered_strides[i]
+            rest %= cover.strides[i]
+        for at in range(max(at, now - min(now, cover.ring_count)), now):
+            i = ring // 64 + at % cover.ring_count * cover.ring_stride // 64
+            record = &self.lines[i]
+            if record.state == 0:
+                continue
+            lock(&record.lock)
+            kind = KIND_PUBLISHED if record.state and record.newest.host == h.number else 0
+            if kind and record.state == LINE_DIRTY and self.wasted_since(&record.newest, &other, &site):
+                kind = KIND_WRONG_FLUSH
+            memcpy(&seen, &record.newest, sizeof(Store))
+            unlock(&record.lock)
+            if kind:
+                self.report_store(kind, i * 64, &seen, h, agent, who, other if kind == KIND_WRONG_FLUSH else offset, site)
 
     cdef void loaded(self, Host* h, uint64_t line, Access* who) noexcept nogil:
         cdef int agent
@@ -286,6 +329,8 @@ cdef class Checker(LineObserver):
                 kind = KIND_NO_INVALIDATE
                 memcpy(&seen, &record.memory, sizeof(Store))
         unlock(&record.lock)
+        if kind and self.replaced(h, who):
+            return
         if kind == KIND_UNFLUSHED and self.wasted_since(&seen, &other, &site):
             kind = KIND_WRONG_FLUSH
         if kind == KIND_UNFLUSHED or kind == KIND_UNFENCED:
@@ -296,6 +341,11 @@ cdef class Checker(LineObserver):
             self.report_store(kind, line * 64, &seen, h, agent, who, other, site)
         elif self.flags[self.classes[line]] & CLASS_CONTINUES and self.last_line[agent] == line - 1:
             self.check_torn(h, line, agent, who)
+
+    cdef bint replaced(self, Host* h, Access* who) noexcept nogil:
+        """Whether a head that was replaced accesses: what it held is others' by now, and nobody looks at what it stores."""
+        return (self.head_word != 0 and who.role == self.head_role
+                and self.broker_hosts[cxl_load_acquire(h.base + self.head_word) % HOSTS] != h.number)
 
     cdef void check_torn(self, Host* h, uint64_t line, int agent, Access* who) noexcept nogil:
         """Two lines of one record that were stored between the same fences, of which the reader has one old."""

@@ -32,6 +32,32 @@ def test_the_checker_names_it(name: str) -> None:
                for seed in range(12)), f"{name}: {mutant.what}"
 
 
+@pytest.mark.parametrize(("name", "kind", "line", "writer", "readers"), [
+    ("wrong-line-flushed", "wrong_flush", "OrderEntry.commit", "sequencer", {"sequencer", "delivery"}),
+    ("frontier-stale", "no_invalidate", "TopicOrderLine.committed_index", "sequencer", {"delivery"}),
+    ("header-not-flushed", "published", "BatchHeader.complete", "delegation", {"delegation"}),
+    ("header-not-flushed", "unflushed", "BatchHeader.complete", "delegation", {"sequencer"}),
+])
+def test_it_says_which_line_who_wrote_it_and_who_read_it(
+        name: str, kind: str, line: str, writer: str, readers: set[str]) -> None:
+    mutant = BY_NAME[name]
+    found = next(found for seed in range(12) if (found := run_checked(
+        draw(seed, steps=6_000, kinds=CALM, mutant=name).smaller(**dict(mutant.shape)))))
+    mine = [each for each in found if each["kind"] == kind]
+    assert mine
+    assert all(each["line"].startswith(line) and each["writer"]["role"] == writer for each in mine), mine
+    assert {each["reader"]["role"] for each in mine} >= readers
+    assert all(each[side]["place"] for each in mine for side in ("writer", "reader"))
+
+
+def test_a_breach_under_the_checker_comes_with_what_the_checker_found() -> None:
+    verdict = run_scenario(draw(0, steps=6_000, kinds=CALM, mutant="wrong-line-flushed", memory="checked"))
+    assert (verdict.verdict, verdict.invariant) == ("violation", "T")
+    assert "coherence: the wrong line was flushed" in verdict.text
+    again = run_scenario(draw(0, steps=6_000, kinds=CALM, mutant="wrong-line-flushed", memory="checked"))
+    assert (again.trace_hash, again.steps) == (verdict.trace_hash, verdict.steps)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_the_checker_finds_nothing_in_the_product(seed: int) -> None:
     assert run_checked(draw(seed, steps=6_000, kinds=CALM | {"stall", "evict"})) == []

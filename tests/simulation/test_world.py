@@ -61,6 +61,22 @@ def test_a_session_that_ended_changes_no_size_of_batches() -> None:
     assert max(sizes) > 4 << 10
 
 
+def test_a_client_on_a_host_of_its_own_sees_that_it_was_given_room() -> None:
+    world = World(draw(0, kinds=frozenset()).smaller(attached=1, publishers=1, hosts=2, region_bytes=3 << 20))
+    for host in world.hosts:
+        world._often(host.serve, 60)
+    client = AttachedPublisher(world, 1, world.create_topic("t"), 1, 1, 1)
+    world.publishers.append(client)
+    while len(client.slots) < 2:
+        client.act()
+        client.core.is_supplied()           # it looks, and its cache has what it saw
+        world.advance(world.step + 5)
+    world.advance(world.step + 5_000)
+    supplied = client.core.is_supplied()
+    world.close()
+    assert supplied
+
+
 def test_a_run_says_which_faults_met_somebody_and_how_much_time_it_simulated() -> None:
     calm, rough = run_scenario(draw(62, hosts=1, kinds=frozenset())), run_scenario(draw(62, hosts=1))
     assert calm.faults == {}

@@ -1,22 +1,28 @@
 """The checker names each kind of mistake when it is planted, and is silent without it."""
 
+import itertools
 from collections.abc import Callable
+from random import Random
+from typing import Any
 
 import pytest
 
 from broker.coherence import explain, report_text
 from broker.layout import Layout
+from sim.cluster.hardware import CheckedHardware
 from sim.cxl.checker import AGENTS_MAX, Checker, ClassFlag, Kind
 from sim.cxl.host import Device, HostCache
 from sim.cxl.memory import MappedMemory, MemoryFault, Role
 from sim.cxl.noncoherent import NonCoherentMemory
 
 DATA, FLAG, PAIR, OWNED, OTHER, COHERENT = 64, 128, 256, 512, 576, 640
+FRONTIER, RING, RING_LINES = 1024, 2048, 4
 PAYLOAD = 4096
 REACHED, CONTINUES = int(ClassFlag.CLASS_REACHED), int(ClassFlag.CLASS_CONTINUES)
-# Polled, reached, first and second line of a reached record of two lines, owned by role 4.
+# Polled, reached, first and second line of a reached record of two lines, owned by role 4, a frontier over a ring.
 TABLE = [("flag", 0xFFFF, 0), ("data", 0xFFFF, REACHED), ("pair", 0xFFFF, REACHED),
-         ("pair", 0xFFFF, REACHED | CONTINUES), ("owned", 1 << 4, 0)]
+         ("pair", 0xFFFF, REACHED | CONTINUES), ("owned", 1 << 4, 0), ("frontier", 0xFFFF, 0)]
+COVERS = [("frontier", FRONTIER, [], RING, [], 64, RING_LINES)]
 
 
 class Bench:
@@ -27,9 +33,10 @@ class Bench:
         classes[DATA // 64] = 1
         classes[PAIR // 64], classes[PAIR // 64 + 1] = 2, 3
         classes[OWNED // 64] = 4
+        classes[FRONTIER // 64] = 5
         self.mapping = bytearray(3 * PAYLOAD)
         self.device = Device(self.mapping, PAYLOAD, coherent=[(COHERENT, 64)])
-        self.checker = Checker(self.device, classes, TABLE)
+        self.checker = Checker(self.device, classes, TABLE, covers=COVERS)
         hosts = [HostCache(self.device, f"host {n}", observer=self.checker, number=n) for n in range(2)]
         self.writer = NonCoherentMemory(hosts[0], Role.ROLE_DELEGATION)
         self.reader = NonCoherentMemory(hosts[1], Role.ROLE_SEQUENCER)
@@ -129,6 +136,13 @@ def polled_for_ever(bench: Bench) -> None:
         bench.get(FLAG, invalidate=False)
 
 
+def polled_by_a_stage(bench: Bench) -> None:
+    bench.get(FLAG)
+    bench.put(FLAG)
+    for _ in range(40):                 # as often as a stage comes to run in some ms
+        bench.get(FLAG, invalidate=False)
+
+
 def wrong_role(bench: Bench) -> None:
     bench.put(OWNED)
 
@@ -158,6 +172,31 @@ def wrong_flush(bench: Bench) -> None:
     bench.put(FLAG)
     bench.get(FLAG)
     bench.get(DATA)
+
+
+def published_unflushed(bench: Bench) -> None:
+    """The frontier passes two lines, of which the first never got to memory; nobody has read it yet."""
+    bench.put(RING, flush=False, fence=False)
+    bench.put(RING + 64)
+    bench.put(FRONTIER, value=2)
+
+
+def published_unfenced(bench: Bench) -> None:
+    bench.put(RING, fence=False)
+    bench.writer.store_word(FRONTIER, 1)
+
+
+def published_after_a_lap(bench: Bench) -> None:
+    for number in range(6):
+        bench.put(RING + 64 * (number % RING_LINES), value=number, fence=number != 5)
+        bench.put(FRONTIER, value=number + 1)
+
+
+def wrong_flush_in_a_ring(bench: Bench) -> None:
+    bench.writer.store_word(RING, 1)
+    bench.writer.flush_range(RING + 64, 8)
+    bench.writer.store_fence()
+    bench.put(FRONTIER)
 
 
 def stranded(bench: Bench) -> None:
@@ -191,6 +230,9 @@ PLANTED: list[tuple[Callable[[Bench], None], Kind]] = [
     (stale, Kind.KIND_NO_INVALIDATE), (stale_payload, Kind.KIND_NO_INVALIDATE),
     (polled_for_ever, Kind.KIND_NO_INVALIDATE), (wrong_role, Kind.KIND_WRONG_ROLE),
     (two_writers, Kind.KIND_LOST_UPDATE), (late_write_back, Kind.KIND_LOST_UPDATE), (own_dirty, Kind.KIND_OWN_DIRTY),
+    (published_unflushed, Kind.KIND_PUBLISHED), (published_unfenced, Kind.KIND_PUBLISHED),
+    (published_after_a_lap, Kind.KIND_PUBLISHED), (wrong_flush_in_a_ring, Kind.KIND_WRONG_FLUSH),
+    (polled_by_a_stage, Kind.KIND_NO_INVALIDATE),
     (wrong_flush, Kind.KIND_WRONG_FLUSH), (stranded, Kind.KIND_STRANDED), (torn, Kind.KIND_TORN),
     (atomic_outside, Kind.KIND_ATOMIC), (around_the_door, Kind.KIND_BYPASS),
 ]
@@ -221,6 +263,24 @@ def ring(bench: Bench) -> None:
         bench.writer.store_fence()
         assert bench.get(FLAG) == round_number
         assert bench.get(DATA) == round_number
+
+
+def frontiers(bench: Bench) -> None:
+    """What lies at and beyond the frontier may be dirty, and what went back is no publication."""
+    for number in range(20):
+        bench.put(RING + 64 * (number % RING_LINES), value=number + 1)
+        bench.put(RING + 64 * ((number + 1) % RING_LINES), value=number + 2, flush=False, fence=False)
+        bench.put(FRONTIER, value=number + 1)
+        assert bench.get(FRONTIER) == number + 1
+        assert bench.get(RING + 64 * (number % RING_LINES)) == number + 1
+    bench.put(FRONTIER, value=0)
+
+
+def words_of_an_old_copy(bench: Bench) -> None:
+    bench.get(FLAG)
+    bench.put(FLAG)
+    for word in range(16):              # a snapshot of the whole line, looked at twice
+        bench.reader.load_word(FLAG + word % 8 * 8)
 
 
 def pairs(bench: Bench) -> None:
@@ -260,12 +320,65 @@ def coherent(bench: Bench) -> None:
     assert bench.reader.load_word(COHERENT) == 1
 
 
-@pytest.mark.parametrize("use", [correct, ring, pairs, payloads, handed_over, coherent], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("use", [correct, ring, frontiers, words_of_an_old_copy, pairs, payloads, handed_over, coherent],
+                         ids=lambda each: each.__name__)
 def test_correct_code_is_not_reported(use: Callable[[Bench], None]) -> None:
     bench = Bench()
     use(bench)
     assert bench.checker.find_stranded(0) == 0
     assert bench.kinds() == []
+
+
+REGION = {"broker_count": 3, "topic_count_max": 2, "ring_slot_count": 16, "order_entry_count": 16, "session_count_max": 3,
+          "cursor_count_max": 3, "attach_slot_count": 0, "segment_bytes": 4096, "message_bytes_max": 4096,
+          "batch_bytes_max": 8192, "region_bytes": 1 << 20, "pool_strategy": "atomic"}
+
+
+def dirty_and_pass(layout: Layout, frontier: int, role: Role, covered: int, index: int) -> list[dict[str, Any]]:
+    """Store a line, flush nothing, and store a frontier over it: what the product's own checker says."""
+    hardware = CheckedHardware(layout, 2, Random(1), evict=False)
+    door = hardware.door(0, int(role))
+    hardware.truth.store_word(frontier, index)
+    door.store_word(covered, 7)
+    door.store_word(frontier, index + 1)
+    return list(explain(hardware.checker.reports(), [], layout)["reports"])
+
+
+@pytest.mark.parametrize("index", [0, 5, 21])
+def test_each_frontier_finds_what_it_passes(index: int) -> None:
+    layout = Layout.compute(**REGION)
+    numbers = layout.numbers
+    for topic, broker in itertools.product(range(2), range(3)):
+        report, = dirty_and_pass(layout, layout.offset_of("offset_broker", topic, broker), Role.ROLE_DELEGATION,
+                                 layout.offset_of("ring", topic, broker, index % 16), index)
+        assert report["kind"] == "published"
+        assert report["line"] == f"BatchHeader.complete of topic {topic}, broker {broker}, slot {index % 16}"
+        assert report["cause"] == f"passed by OffsetBrokerLine.delegated of topic {topic}, broker {broker}"
+        assert (report["writer"]["role"], report["reader"]["role"]) == ("delegation", "delegation")
+    for topic, bank in itertools.product(range(2), range(numbers["bank_count"])):
+        base = bank * numbers["bank_stride"]
+        report, = dirty_and_pass(layout, base + layout.offset_of("topic_order", topic), Role.ROLE_SEQUENCER,
+                                 base + layout.offset_of("order_entry", topic, index % 16), index)
+        assert report["line"] == f"OrderEntry.commit of bank {bank}, topic {topic}, index {index % 16}"
+
+
+@pytest.mark.parametrize("head", [0, 1])
+def test_what_a_replaced_head_reads_is_not_judged(head: int) -> None:
+    # It holds a header from its own time, whose slot others have filled anew since: it was stopped, and does not know.
+    layout = Layout.compute(**REGION)
+    hardware = CheckedHardware(layout, 2, Random(1), evict=False)
+    broker, scanner = hardware.door(1, int(Role.ROLE_DELEGATION)), hardware.door(0, int(Role.ROLE_SEQUENCER))
+    header, frontier = layout.offset_of("ring", 0, 1, 0), layout.offset_of("offset_broker", 0, 1)
+    hardware.truth.store_word(layout.offset_of("control"), head)
+    for lap in (1, 2):
+        for offset in (header, frontier):
+            broker.store_word(offset, lap)
+            broker.flush_range(offset, 64)
+            broker.store_fence()
+        scanner.invalidate_range(frontier, 64)
+        assert scanner.load_word(frontier) == lap
+        assert scanner.load_word(header) == 1
+    assert [each["kind"] for each in hardware.checker.reports()] == [Kind.KIND_NO_INVALIDATE] * (head == 0)
 
 
 def test_flushes_and_fences_in_vain_are_counted_by_place() -> None:
@@ -286,8 +399,5 @@ def test_threads_that_it_cannot_tell_apart_are_said_to_be_unwatched() -> None:
         bench.reader.load_word(DATA)
     # The writer's thread and the reader's first one came before.
     assert bench.checker.unwatched() == AGENTS_MAX + 9 + 2 - AGENTS_MAX
-    text = report_text(explain([], [], Layout.compute(broker_count=1, topic_count_max=1, ring_slot_count=16, order_entry_count=16, session_count_max=1,
-                                                      cursor_count_max=1, attach_slot_count=0, segment_bytes=4096,
-                                                      message_bytes_max=4096, batch_bytes_max=8192,
-                                                      region_bytes=1 << 20, pool_strategy="atomic"), unwatched=bench.checker.unwatched()))
+    text = report_text(explain([], [], Layout.compute(**REGION), unwatched=bench.checker.unwatched()))
     assert "11 threads were not watched" in text
