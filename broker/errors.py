@@ -98,6 +98,13 @@ class RegionForeign(RegionError):
                    region=name)
 
 
+    @classmethod
+    def orphaned(cls, name: str) -> "RegionForeign":
+        """The supervisor under the name that a new cluster is to have is dead, and its brokers are not."""
+        return cls(f"the supervisor of cluster {name} was killed, and its brokers have not ended yet: end them with "
+                   f"`cxlmq cluster down {name}`, which removes what they left, and start again", region=name)
+
+
 class RegionMissing(RegionError):
     """There is no region of this name, or it did not become ready in time."""
 

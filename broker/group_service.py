@@ -27,6 +27,7 @@ from broker.reader import OrderReader
 from broker.records import HOLDER_BYTES, fitted
 from broker.rights import METHODS
 from broker.security import CALLER
+from broker.sessions import ENTRIES_AT_ONCE
 from broker.topics import TopicEntry
 from broker.unread import lost_from
 
@@ -38,21 +39,30 @@ _log = logging.getLogger("cxlmq")
 RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
 
 
-def start_index(request: Any, reader: OrderReader) -> int:
-    """The order entry that a request with a start means; "beginning" when it has none."""
+async def time_index(request: Any, reader: OrderReader) -> int:
+    """The order entry of the time that a request begins at, if it does: a piece at a time, others run in between."""
+    at, end = 0, reader.frontiers()["committed_index"] if request.WhichOneof("start") == "published_ns" else 0
+    while at < end and (found := reader.find_time(request.published_ns, at, ENTRIES_AT_ONCE)) != at:
+        at = found
+        await asyncio.sleep(0)
+    return at
+
+
+def start_index(request: Any, reader: OrderReader, at_time: int) -> int:
+    """The order entry that a request with a start means; "beginning" when it has none. `at_time`: see `time_index`."""
     frontiers = reader.frontiers()
     index: int = {
         "beginning": lambda: frontiers["reclaimed_index"],
         "end": lambda: frontiers["committed_index"],
         "position": lambda: reader.find(request.position),
-        "published_ns": lambda: reader.find_time(request.published_ns),
+        "published_ns": lambda: max(at_time, frontiers["reclaimed_index"]),
     }[request.WhichOneof("start") or "beginning"]()
     return index
 
 
-def start_place(request: Any, reader: OrderReader) -> tuple[int, int]:
+def start_place(request: Any, reader: OrderReader, at_time: int) -> tuple[int, int]:
     """(position, index) that a request with a start means, for a group. Raises `CommitRefused`, `PositionLost`."""
-    index = start_index(request, reader)
+    index = start_index(request, reader, at_time)
     if request.WhichOneof("start") != "position":
         return reader.position_of(index), index
     frontiers = reader.frontiers()
@@ -103,8 +113,10 @@ class GroupService:
         if not self._node.is_head:
             return await self._forward("Groups/Join", request, pb.GroupMembership, context)
         holder = fitted(request.holder, HOLDER_BYTES) or f"member {request.member:x}"
-        group = await self.table.join(topic, reader, request.group, request.member, holder, self._lease_ns,
-                                      request.protect, lambda: start_place(request, reader), self._make_durable)
+        at_time = await time_index(request, reader)
+        group = await self.table.join(
+            topic, reader, request.group, request.member, holder, self._lease_ns, request.protect,
+            lambda: start_place(request, reader, at_time), self._make_durable)
         return self._membership(topic, group)
 
     async def commit(self, request: Any, context: Any) -> pb.GroupMembership:
@@ -163,7 +175,8 @@ class GroupService:
         topic, reader = self._opened(request)
         if not self._node.is_head:
             return await self._forward("Groups/Reset", request, pb.Group, context)
-        start = (lambda: start_place(request, reader)) if request.WhichOneof("start") else None
+        at_time = await time_index(request, reader)
+        start = (lambda: start_place(request, reader, at_time)) if request.WhichOneof("start") else None
         protect = {pb.ResetGroupRequest.ON: True, pb.ResetGroupRequest.OFF: False}.get(request.protection)
         group = await self.table.reset(topic, reader, request.group, start, protect, self._make_durable)
         return self._describe(topic, group)

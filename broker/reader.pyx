@@ -151,12 +151,19 @@ cdef class OrderReader:
             raise self.error(status, index)
         return entry.position
 
-    def find_time(self, uint64_t wall_ns) -> int:
-        """Index of the first kept entry published at or after a time."""
+    def find_time(self, uint64_t wall_ns, uint64_t at=0, uint64_t entries_max=<uint64_t>-1) -> int:
+        """Index of the first kept entry, from `at` on, published at or after a time.
+
+        Times are the publishers' and come in any order, so all are looked at, up to `entries_max`: the index behind
+        them when it is none of them. Called again from there until the answer stays, it is the entry, or the end.
+        """
         frontiers = self.frontiers()
-        cdef uint64_t at = frontiers["reclaimed_index"], end = frontiers["committed_index"]
+        cdef uint64_t end = frontiers["committed_index"]
         cdef OrderEntry entry
         cdef int status
+        at = max(at, <uint64_t>frontiers["reclaimed_index"])
+        if at < end and end - at > entries_max:
+            end = at + entries_max
         while at < end:
             status = self.peek(at, &entry)
             if status == READ_NOTHING:
@@ -164,7 +171,7 @@ cdef class OrderReader:
             if status == READ_OK and entry.wall_ns >= wall_ns:
                 return at
             at += 1
-        return end
+        return at
 
     def find_batches(self, uint64_t client, uint64_t session_epoch, uint64_t first, uint64_t end, uint64_t at,
                      uint64_t entries_max, dict found) -> int:

@@ -23,7 +23,7 @@ from broker.errors import (
     PortTaken,
     PositionLost,
 )
-from broker.group_service import RECOVERY_FILE, GroupService, start_index
+from broker.group_service import RECOVERY_FILE, GroupService, start_index, time_index
 from broker.groups import topic_key
 from broker.grpc_options import PROCESS_AGENT, server_options
 from broker.head import control_word, epoch_of, head_of
@@ -316,8 +316,9 @@ class BrokerServer:
         if request.group:
             self.groups.table.require_member(entry, request.group, request.member, request.member_epoch)
         start = request.WhichOneof("start") or "beginning"
-        cursor, granted = await self.cursors.open(topic_key(entry), start_index(request, reader), process[0],
-                                                  request.group, process[1], copies)
+        wanted = start_index(request, reader, await time_index(request, reader))
+        cursor, granted = await self.cursors.open(topic_key(entry), wanted, process[0], request.group, process[1],
+                                                  copies)
         try:
             reader.move_to(granted)
             first = reader.frontiers()["reclaimed_position"]

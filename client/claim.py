@@ -16,12 +16,13 @@ from broker.config import FOLDER_PREFIX, ClusterConfig, check_folder, make_folde
 from broker.errors import PermissionDenied
 from broker.records import record_bytes, unpack
 from sim.cxl import region as files
-from sim.cxl.locks import OWNERS, SUPERVISOR, FileLocks
+from sim.cxl.locks import BROKERS, BROKERS_END, OWNERS, SUPERVISOR, FileLocks
 from sim.cxl.memory import MappedMemory
 
 PID_FILE = "supervisor.pid"
 _POLL_SECONDS = 0.005
 _CLAIM_SECONDS = 1.0
+_ORPHANS_SECONDS = 5.0                 # brokers whose supervisor died end by themselves, unless they stand still
 
 
 class Claim:
@@ -45,10 +46,17 @@ class Claim:
 
 def claim_name(config: ClusterConfig) -> Claim | None:
     """Take a cluster's name for this process; None when it is taken. Raises `PermissionDenied`."""
-    deadline = time.monotonic() + _CLAIM_SECONDS
+    begun = time.monotonic()
+    deadline, orphans_end = begun + _CLAIM_SECONDS, begun + _ORPHANS_SECONDS
     while time.monotonic() < deadline:
-        if supervisor_of(config.folder) or not name_is_free(config.name, config.folder.parent):
+        if supervisor_of(config.folder):
             return None
+        if not name_is_free(config.name, config.folder.parent):
+            if time.monotonic() > orphans_end or not is_orphaned(config):
+                return None
+            deadline = time.monotonic() + _CLAIM_SECONDS
+            time.sleep(_POLL_SECONDS)
+            continue
         try:
             folder = make_folder(config)
             lock = _lock(folder / PID_FILE)
@@ -68,6 +76,17 @@ def claim_name(config: ClusterConfig) -> Claim | None:
         (folder / PID_FILE).write_text(text)
         return claim
     return None
+
+
+def is_orphaned(config: ClusterConfig) -> bool:
+    """Whether a cluster's supervisor was killed, and brokers of it live on: they were told to end."""
+    try:
+        if not (_is_mine(config.folder) and (config.folder / PID_FILE).is_file()) or supervisor_of(config.folder):
+            return False
+        with files.locks_of(files.REGION_PREFIX + config.name) as seen:
+            return seen.held_by_others(BROKERS, BROKERS_END) and not seen.held_by_others(SUPERVISOR)
+    except (files.RegionFileError, OSError):
+        return False
 
 
 def _is_mine(folder: Path) -> bool:

@@ -33,7 +33,7 @@ from broker.errors import CxlmqError, RegionForeign, from_code
 from broker.layout import BrokerState
 from broker.records import record_bytes, unpack
 from broker.security import Guard, Security
-from client.claim import Claim, claim_name, collect_leftovers, remove_region, supervisor_of
+from client.claim import Claim, claim_name, collect_leftovers, is_orphaned, remove_region, supervisor_of
 from client.restarts import Endings, how
 from sim.cxl import region as files
 from sim.cxl.locks import SUPERVISOR
@@ -198,7 +198,7 @@ class Cluster:
                 return
             if self._exact_name:
                 break
-        raise RegionForeign.taken(wanted)
+        raise RegionForeign.orphaned(wanted) if is_orphaned(self.config) else RegionForeign.taken(wanted)
 
     def _spawn(self, broker: int, again: bool = False) -> None:
         if not again:

@@ -253,11 +253,12 @@ class Publisher(_PublisherBase):
         """Flush, then end the session. In a forked child there is nothing to end: it is the parent's."""
         if isinstance(self._engine, ForkedEngine):
             return
-        try:
-            if self._engine.packer is not None and not self._engine.closed:
-                self._engine.flush(None)
-        finally:
-            self._end()
+        with unclosed.counted_when_interrupted(self._engine):
+            try:
+                if self._engine.packer is not None and not self._engine.closed:
+                    self._engine.flush(None)
+            finally:
+                self._end()
 
     def _end(self) -> None:
         if isinstance(self._engine, ForkedEngine):

@@ -10,10 +10,12 @@ In a forked child there is nothing to send: it is the parent's.
 
 import asyncio
 import atexit
+import contextlib
 import os
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future
 
@@ -83,6 +85,20 @@ async def _finish(engine: Engine, when: str) -> None:
 def limit_of(engine: Engine) -> float:
     """How long flushing a publisher may take, seconds."""
     return engine.delivery_timeout + FLUSH_GRACE_SECONDS
+
+
+@contextlib.contextmanager
+def counted_when_interrupted(engine: Engine) -> Iterator[None]:
+    """Around closing: when somebody cannot wait for it (Ctrl-C), what was given up is said."""
+    before = engine.statistics()["failed"]
+    try:
+        yield
+    except Exception:
+        raise                               # of which the caller hears
+    except BaseException:
+        given_up = engine.statistics()["failed"] - before + engine.undecided()
+        _say(engine.topic, given_up, "when close() was interrupted", "there was no time for them")
+        raise
 
 
 def _say(topic: str, count: int, when: str, why: str) -> None:

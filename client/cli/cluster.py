@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from broker.errors import CxlmqError, RegionForeign, RegionMissing
+from broker.errors import CxlmqError, PermissionDenied, RegionForeign, RegionMissing
 from client.cli import common, output
 from client.cli.common import (
     EXIT_FAILED,
@@ -157,12 +157,26 @@ def down(name: str | None, every: bool) -> None:
     if every and name:
         raise click.UsageError("give a name or --all, not both")
     names = [each.name for each in find_regions() if each.live] if every else [name or default_cluster()]
-    roots = {each: _folder_of(each).parent for each in names}
-    stopped = [{"name": each, "how": _stop(each)} for each in names]
-    common.report({"stopped": stopped}, "\n".join(f"cluster {each['name']!r} {each['how']}" for each in stopped)
-                  or "no cluster runs")
-    for cluster_name in names:
-        tell_coherence(cluster_name, roots[cluster_name], say)
+    roots: dict[str, Path] = {}
+    stopped: list[dict[str, str]] = []
+    refused: dict[str, CxlmqError] = {}
+    for each in names:
+        try:
+            roots[each] = _folder_of(each).parent
+            stopped.append({"name": each, "how": _stop(each)})
+        except CxlmqError as error:
+            if not every:
+                raise
+            refused[each] = error           # the others are stopped all the same
+    common.report({"stopped": stopped, "not_stopped": [{"name": each, "error": error.message}
+                                                       for each, error in refused.items()]},
+                  "\n".join(f"cluster {each['name']!r} {each['how']}" for each in stopped)
+                  or ("" if refused else "no cluster runs"))
+    for done in stopped:
+        tell_coherence(done["name"], roots[done["name"]], say)
+    if refused:
+        raise CxlmqError(f"{len(refused)} of {len(names)} clusters are not stopped:" + "".join(
+            f"\n  {each!r}: {error.message}" for each, error in refused.items()))
 
 
 def _stop(name: str) -> str:
@@ -219,6 +233,8 @@ def _signal_brokers(name: str, number: int = signal.SIGTERM) -> bool:
             os.kill(pid, number)
         except ProcessLookupError:
             continue
+        except PermissionError:
+            raise PermissionDenied(f"cluster {name!r} belongs to another user, who can stop it") from None
     return bool(pids)
 
 

@@ -27,7 +27,7 @@ from client.publisher import Publisher
 from client.restarts import FAULTS_MAX, endings_in
 from client.subscriber import Subscriber
 from tests.end_to_end.conftest import SHARED, small_config, traces, unique
-from tests.end_to_end.library_support import eventually, read_topic
+from tests.end_to_end.library_support import eventually, inspected, read_topic
 from tests.end_to_end.test_cluster_lifecycle import END_SECONDS, free_ports
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -385,3 +385,82 @@ def test_a_folder_that_others_may_write_into_is_not_used(lone: Cluster, tmp_path
     with pytest.raises(PermissionDenied, match="link"):
         Cluster(other).start()
     assert not is_there(other.name)
+
+
+# ---- the command that stops them -----------------------------------------------------------------------------------
+
+
+def test_down_all_goes_on_behind_a_cluster_that_it_may_not_stop(tmp_path: Path) -> None:
+    """In a /dev/shm of its own: it stops all there are."""
+    script = '''
+        mount -t tmpfs -o size=1g none /dev/shm || exit 99
+        cxlmq() { "$PYTHON" -m client.cli.main "$@"; }
+        small="--brokers 1 --region-bytes 32MiB"
+        unshare --pid --fork --mount-proc --kill-child "$PYTHON" -m client.cli.main cluster up --name b $small >/dev/null &
+        for try in $(seq 300); do cxlmq cluster status b >/dev/null 2>&1 && break; sleep 0.1; done
+        cxlmq cluster status b >/dev/null || exit 99
+        cxlmq cluster up -d --name a $small >/dev/null && cxlmq cluster up -d --name c $small >/dev/null || exit 98
+        cxlmq cluster down --all --json
+        echo "exit code $?"
+        cxlmq cluster list --json
+        kill -9 %1; wait
+    '''
+    runtime = tmp_path / "run"
+    runtime.mkdir(mode=0o700)
+    ended = subprocess.run(["unshare", "--mount", "bash", "-c", script], cwd=ROOT, capture_output=True, text=True,
+                           check=False, timeout=180, env={**os.environ, "PYTHON": sys.executable,
+                                                          "CXLMQ_RUNTIME_DIRECTORY": str(runtime)})
+    if ended.returncode == 99 or "unshare failed" in ended.stderr:
+        pytest.skip(f"no namespaces here: {ended.stderr[-200:]}")
+    text, _, listed = ended.stdout.partition("exit code ")
+    told = json.loads(text)
+    assert [(each["name"], each["how"]) for each in told["stopped"]] == [("a", "is stopped"), ("c", "is stopped")]
+    assert [each["name"] for each in told["not_stopped"]] == ["b"]
+    assert "1 of 3 clusters are not stopped" in ended.stderr and "container" in ended.stderr
+    code, _, rest = listed.partition("\n")
+    assert code == "1"
+    assert [each["name"] for each in json.loads(rest) if each["live"]] == ["b"]
+
+
+# Its supervisor is a child of a process of the same session that takes its orphans: else the kernel would end those that
+# are stopped.
+_KEPT_ORPHANS = """
+import ctypes, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+program = ("import sys; from broker.config import ClusterConfig; from client.cluster import Cluster\\n"
+           "with Cluster(ClusterConfig.from_json(sys.argv[1])) as running: print(1, flush=True); sys.stdin.read()")
+with subprocess.Popen([sys.executable, "-c", program, sys.argv[1]], process_group=0, stdin=subprocess.PIPE,
+                      stdout=subprocess.PIPE) as supervisor:
+    supervisor.stdout.readline()
+    print(supervisor.pid, flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("stands_still", [False, True], ids=["end by themselves", "stand still"])
+def test_after_the_supervisors_death_the_name_is_free_or_what_helps_is_said(stands_still: bool) -> None:
+    config = small_config(brokers=2)
+    with subprocess.Popen([sys.executable, "-c", _KEPT_ORPHANS, config.to_json()], cwd=ROOT, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE, start_new_session=True) as keeper:
+        try:
+            assert keeper.stdout
+            supervisor = int(keeper.stdout.readline())
+            brokers = [each["pid"] for each in inspected(config.name)["brokers"]]
+            for broker in brokers if stands_still else ():
+                os.kill(broker, signal.SIGSTOP)
+            os.kill(supervisor, signal.SIGKILL)
+            assert eventually(lambda: supervisor_of(config.folder) is None)
+            if stands_still:
+                with pytest.raises(RegionForeign, match=f"was killed.*cxlmq cluster down {config.name}"):
+                    Cluster(config, exact_name=True).start()
+                done = subprocess.run([sys.executable, "-m", "client.cli.main", "cluster", "down", config.name], cwd=ROOT,
+                                      check=False, timeout=100, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+            with Cluster(config, exact_name=True) as again:
+                assert again.name == config.name
+        finally:
+            keeper.kill()
+            for broker in brokers:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(broker, signal.SIGKILL)
+    assert traces(config.name) == []

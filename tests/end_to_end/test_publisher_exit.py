@@ -116,6 +116,26 @@ def test_what_could_not_be_sent_is_said_with_its_count(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("way", ["close", "with"])
+def test_what_an_interrupted_close_gives_up_is_said_with_its_count(transport: str, way: str) -> None:
+    with Cluster(small_config(brokers=1, restart=False)) as cluster:
+        with Admin(cluster=cluster.name) as admin:
+            admin.create_topic("t")
+        stop = ("import os, signal, threading\n"
+                "from tests.end_to_end.test_publisher_exit import stand_still\n"
+                f"stand_still({cluster.processes[0]})\n")
+        interrupt = "threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()\n"
+        end = interrupt + ("publisher.close()" if way == "close" else "with publisher: pass")
+        ended = run(SYNC.replace("for number", stop + "for number"), cluster.name, "t", transport, end,
+                    "delivery_timeout=60.0, linger_ms=60000.0", count=7)
+        os.kill(cluster.processes[0], signal.SIGCONT)
+        assert ended.returncode == -signal.SIGINT, ended.stderr
+        assert ended.stderr.count("not delivered") == 1
+        assert "cxlmq: 7 messages to topic t were not delivered when close() was interrupted: there was no time for " \
+               "them" in ended.stderr
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("raised", [KeyError("the block"), KeyboardInterrupt(), GeneratorExit()],
                          ids=lambda each: type(each).__name__)
 def test_an_exception_in_the_block_loses_nothing_that_was_published_before(

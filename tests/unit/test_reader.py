@@ -1,11 +1,15 @@
 """A reader gets what is committed, in order, and a typed error for what is lost, gone or damaged."""
 
+import asyncio
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from broker import group_service
+from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from tests.manual_cluster import KIB, ManualCluster, Session, payload_of
 
@@ -40,6 +44,50 @@ def test_a_time_is_found_at_the_first_batch_published_then_or_later() -> None:
     cluster, session = filled()
     reader = cluster.reader(session.topic)
     assert [reader.find_time(ns) for ns in (0, 1000, 1001, 3000, 6000, 6001)] == [0, 0, 1, 2, 5, 6]
+
+
+@pytest.mark.parametrize("entries_max", [1, 2, 3, 100])
+def test_a_time_is_found_a_piece_at_a_time_and_others_run_in_between(
+        entries_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group_service, "ENTRIES_AT_ONCE", entries_max)
+    cluster, session = filled()
+    reader, turns = cluster.reader(session.topic), 0
+
+    async def find(ns: int) -> int:
+        async def others_run() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.ensure_future(others_run())
+        try:
+            return await group_service.time_index(pb.SubscribeRequest(published_ns=ns), reader)
+        finally:
+            beside.cancel()
+
+    assert [asyncio.run(find(ns)) for ns in (0, 1000, 1001, 3000, 6000)] == [0, 0, 1, 2, 5]
+    turns = 0
+    assert asyncio.run(find(6001)) == 6
+    assert turns >= len(SIZES) // entries_max
+    assert asyncio.run(group_service.time_index(pb.SubscribeRequest(position=3), reader)) == 0
+
+
+def test_a_time_that_is_to_come_is_not_run_after() -> None:
+    """However fast others publish meanwhile."""
+    class Growing:
+        end = 1000
+
+        def frontiers(self) -> dict[str, int]:
+            return {"committed_index": self.end, "reclaimed_index": 0}
+
+        def find_time(self, _: int, at: int, entries_max: int) -> int:
+            self.end += 2 * entries_max
+            return min(at + entries_max, self.end)
+
+    reader: Any = Growing()
+    assert 1000 <= asyncio.run(group_service.time_index(pb.SubscribeRequest(published_ns=9), reader)) < 1000 + 2 * (
+        group_service.ENTRIES_AT_ONCE)
 
 
 @pytest.mark.parametrize("entries_max", [1, 2, 4, 100])
