@@ -145,7 +145,7 @@ class AttachedFlights(Flights):
         if now >= self._next_check:
             self._next_check = now + CHECK_SECONDS
             self._check_brokers(core)
-        if core.in_flight or core.spilling or core.messages != self._packed_before:
+        if core.in_flight or core.spilling or self.session.pending or core.messages != self._packed_before:
             self._packed_before, self._idle_since = core.messages, now
         elif now - self._idle_since > IDLE_LEASE_SECONDS:
             core.give_leases_back()

@@ -34,7 +34,7 @@ def test_the_checker_names_it(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "kind", "line", "writer", "readers"), [
     ("wrong-line-flushed", "wrong_flush", "OrderEntry.commit", "sequencer", {"sequencer", "delivery"}),
-    ("frontier-stale", "no_invalidate", "TopicOrderLine.committed_index", "sequencer", {"delivery"}),
+    ("frontier-stale", "no_invalidate", "TopicOrderLine.committed_", "sequencer", {"delivery"}),
     ("header-not-flushed", "published", "BatchHeader.complete", "delegation", {"delegation"}),
     ("header-not-flushed", "unflushed", "BatchHeader.complete", "delegation", {"sequencer"}),
 ])

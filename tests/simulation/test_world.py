@@ -54,7 +54,7 @@ def test_attached_clients_go_on_at_the_only_broker_when_it_was_started_again(see
 
 def test_a_session_that_ended_changes_no_size_of_batches() -> None:
     world = World(draw(0).smaller(attached=1, publishers=1, segment_bytes=4 << 10, region_bytes=3 << 20))
-    client = AttachedPublisher(world, 1, None, 1, 1, 1)
+    client = AttachedPublisher(world, 1, world.create_topic("t"), 1, 1, 1)
     client.core.take_unsettled()            # which makes what spills as small as leases were
     sizes = [client._build(Operation(1, first, 3, 1, 0)).used for first in range(0, 3_000, 3)]
     world.close()
@@ -67,7 +67,7 @@ def test_a_client_on_a_host_of_its_own_sees_that_it_was_given_room() -> None:
         world._often(host.serve, 60)
     client = AttachedPublisher(world, 1, world.create_topic("t"), 1, 1, 1)
     world.publishers.append(client)
-    while len(client.slots) < 2:
+    while len(client.flights.slots) < 2:
         client.act()
         client.core.is_supplied()           # it looks, and its cache has what it saw
         world.advance(world.step + 5)
