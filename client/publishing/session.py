@@ -58,13 +58,14 @@ class Session:
         self.broker_count = 0                       # those that are not live now as well
         self.silent: set[int] = set()               # brokers that stand still: nothing is sent to them
         self.pending: deque[Batch] = deque()
-        self.awaited = Awaited()
+        self.awaited = Awaited(topic)
         self.commands: deque[Command] = deque()
         self.failure: CxlmqError | None = None
         self.reopened = self.retries = 0            # counts
         self._epochs = Epochs()
         self._opening: Opening | None = None
         self._resume_from = 0
+        self._earlier: list[pb.EarlierBatches] = []     # that are asked for with it
         self._reason: CxlmqError | None = None      # why it is being opened anew
         self._asking_brokers = self._looking_up = False
         self._asked: dict[int, float] = {}          # brokers -> until when nobody asks again whether they are there
@@ -120,7 +121,7 @@ class Session:
     # ---- opening ----------------------------------------------------------------------------------------------------
 
     def _search(self, brokers: Sequence[BrokerAddress]) -> None:
-        self.brokers = brokers
+        self.brokers, self._earlier = brokers, self.awaited.earlier()
         self._opening = Opening(self._awake(brokers), self.client_id, self.epoch, self._epochs)
         self._ask_next()
 
@@ -137,7 +138,7 @@ class Session:
         broker, epoch = found
         self.commands.append(OpenSession(broker, pb.OpenSessionRequest(
             topic=self.topic, client_id=self.client_id, ack=self.ack, session_epoch=epoch, resume_epoch=self.epoch,
-            resume_from=self._resume_from, seen=self.opened.topic)))
+            resume_from=self._resume_from, seen=self.opened.topic, earlier=self._earlier)))
 
     def session_refused(self, error: CxlmqError) -> None:
         """The broker that was asked last did not open it, or did not answer."""
@@ -162,12 +163,13 @@ class Session:
         """A broker has opened it. False when nobody wants it any more: close it there."""
         if self._opening is None:
             return False
-        again, self._opening = self.state is State.REOPENING, None
+        again, self._opening, ended = self.state is State.REOPENING, None, self.epoch
         self._epochs.tried.clear()
         self.opened, self.opened_at, self.epoch = opened, broker, opened.session_epoch
         if again:
             self.reopened += 1
-            self._resume()
+            self._tell_outcomes(self.awaited.looked_up(self._earlier, opened))
+            self._resume(ended)
         self._go(State.OPEN)
         self.flights.begin(opened)
         self.commands.append(Opened(again))
@@ -179,7 +181,7 @@ class Session:
             self._reason = None
         return True
 
-    def _resume(self) -> None:
+    def _resume(self, ended: int) -> None:
         """Keep for their level what the ended session has in the log; the rest goes before everything that waits."""
         high_water, positions = self.opened.high_water, list(self.opened.positions)
         left = []
@@ -189,18 +191,18 @@ class Session:
             if position == LOST_POSITION:
                 self.settle(batch, None, MessageLost(topic=self.topic))
             elif sequence < high_water or position != UNKNOWN_POSITION:
-                self._await_level(batch, None if position >= UNPLACED_POSITION else position)
+                self._await_level(batch, None if position >= UNPLACED_POSITION else position, ended, sequence)
             else:
                 left.append(batch)
         self.pending.extendleft(reversed(left))
 
-    def _await_level(self, batch: Batch, position: int | None) -> None:
+    def _await_level(self, batch: Batch, position: int | None, epoch: int, sequence: int) -> None:
         """A batch is in the log: at level 0 that is all there is to know."""
         if batch.level == 0:
             self.commands.append(Settle(batch, None, None, duplicate=True))
             return
         batch.release()
-        self.awaited.add(batch, position, self.opened)
+        self.awaited.add(batch, position, self.opened, epoch, sequence)
 
     # ---- brokers ----------------------------------------------------------------------------------------------------
 
@@ -296,7 +298,10 @@ class Session:
     def topic_known(self, topic: pb.Topic) -> None:
         """How far the topic's levels have come: what is awaited and has reached its level, or cannot, settles."""
         self._looking_up = False
-        self._tell_outcomes(self.awaited.decided(topic))
+        if topic.run_id != self.opened.topic.run_id:    # recovered: the next session says what it still has
+            self.reopen(SessionFenced(reason="the cluster was recovered", committed=self.flights.oldest()))
+        else:
+            self._tell_outcomes(self.awaited.decided(topic))
 
     def topic_unknown(self) -> None:
         """Nobody could say; what ends the publisher is found on other ways."""
