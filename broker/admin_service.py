@@ -27,7 +27,7 @@ from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
 from broker.rights import METHODS
 from broker.security import CALLER
-from broker.sessions import UNKNOWN_POSITION
+from broker.sessions import EARLIER_MAX, UNKNOWN_POSITION
 from broker.stages.sequencer import SESSION_WINDOW
 from broker.topics import TopicEntry
 
@@ -171,6 +171,10 @@ class AdminService:
         self._server.check_ack(entry, request.ack)
         if request.client_id == 0:              # in the region it says that no client publishes there
             raise BadRequest(reason="a publisher needs a client_id above 0")
+        if len(request.earlier) > EARLIER_MAX or any(
+                not each.first <= each.end <= each.first + SESSION_WINDOW for each in request.earlier):
+            raise BadRequest(reason=f"at most {EARLIER_MAX} earlier sessions, with {SESSION_WINDOW} batches each, are "
+                                    "looked for")
         key = entry.generation << 16 | entry.number
         only_if_found = self._server.sessions.only_if_found(request.client_id, key, request.resume_epoch)
         opened = await self._server.sessions.open(request.client_id, request.session_epoch, key, request.ack)
@@ -196,7 +200,19 @@ class AdminService:
             bound = self._server.sessions.resumed_position(
                 request.client_id, entry.generation << 16 | entry.number, request.resume_epoch)
             session.resumed_position = self._node.topics.frontiers(entry)["end_position"] if bound is None else bound
+        if request.earlier:
+            session.earlier_positions.extend(await self._earlier(entry, request))
+            session.first_position = self._node.topics.frontiers(entry)["first_position"]
         return session
+
+    async def _earlier(self, entry: TopicEntry, request: Any) -> list[int]:
+        """Where batches of the client's sessions before the earlier one are, in the log of this run."""
+        key, found = entry.generation << 16 | entry.number, list[int]()
+        reader = OrderReader(self._node.delivery_door, self._node.layout, entry.number, entry.generation)
+        for each in request.earlier:
+            found += await self._server.sessions.positions(reader, request.client_id, key, each.session_epoch,
+                                                           range(each.first, each.end))
+        return found
 
     async def _resumed(self, entry: TopicEntry, request: Any, opened: dict[str, int],
                        only_if_found: range) -> tuple[int, list[int]]:

@@ -19,6 +19,7 @@ from sim.cxl.memory import Memory
 UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
 LOST_POSITION = (1 << 64) - 3           # was in the log, and a recovery did not find it
+EARLIER_MAX = 4                         # sessions whose batches a publisher may ask for when it opens another one
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
 ENTRIES_AT_ONCE = 2048                  # a tenth of a millisecond

@@ -87,7 +87,8 @@ class Engine(Ways):
         self.session_open = False
         self.epoch = 0
         self.tried: set[int] = set()                # epochs that we asked for and may have got
-        self.awaited = Awaited()
+        self.awaited = Awaited(topic)
+        self.lost_meanwhile: list[Outcome] = []
         self.learning: asyncio.Task[None] | None = None
         self.next_learning = 0.0
         self.pending: deque[Batch] = deque()
@@ -151,12 +152,13 @@ class Engine(Ways):
         assert self.ack is not None
         request = pb.OpenSessionRequest(
             topic=self.topic, client_id=self.client_id, ack=self.ack, resume_from=resume_from,
-            resume_epoch=self.epoch, seen=self.session.topic)
+            resume_epoch=self.epoch, seen=self.session.topic, earlier=self.awaited.earlier())
         # Cancelled not before the answer: nobody else could close what it opened.
         (self.session, self.session_target), cancelled = await answered(
             open_session(self.connection, self._awake(brokers), request, self.tried))
         self.epoch = self.session.session_epoch
         self.session_open = True
+        self.lost_meanwhile = self.awaited.looked_up(request.earlier, self.session)
         if cancelled is not None:
             raise cancelled
 
@@ -515,7 +517,7 @@ class Engine(Ways):
     async def _reopen(self, reason: CxlmqError) -> None:
         """Open the next epoch, settle what is in the log, and send the rest again, renumbered from 0."""
         self._abandon()
-        resume_from = self._oldest()
+        resume_from, ended = self._oldest(), self.epoch
         while not self.closed:
             try:
                 brokers = await self.connection.brokers()
@@ -530,7 +532,7 @@ class Engine(Ways):
         if self.closed:
             return
         self.counts["reopened"] += 1
-        self._resume(resume_from)
+        self._resume(resume_from, ended)
         self.reopening = False
         with contextlib.suppress(CxlmqError):       # `_reconnect` comes again
             await self._connect(brokers)
@@ -539,8 +541,9 @@ class Engine(Ways):
         self.next_learning = 0.0            # what is awaited has most often reached its level
         self._tell(reason)
 
-    def _resume(self, resume_from: int) -> None:
+    def _resume(self, resume_from: int, ended: int = 0) -> None:
         """Keep for their level what the ended session has in the log; the rest goes before everything that waits."""
+        self._tell_outcomes(self.lost_meanwhile)
         high_water, positions = self.session.high_water, list(self.session.positions)
         left = []
         for sequence, batch in self._take_in_flight():
@@ -549,23 +552,26 @@ class Engine(Ways):
             if position == LOST_POSITION:
                 self._settle(batch, None, MessageLost(topic=self.topic))
             elif sequence < high_water or position != UNKNOWN_POSITION:
-                self._await_level(batch, None if position >= UNPLACED_POSITION else position)
+                self._await_level(batch, None if position >= UNPLACED_POSITION else position, ended, sequence)
             else:
                 left.append(batch)
         self.pending.extendleft(reversed(left))
 
-    def _await_level(self, batch: Batch, position: int | None) -> None:
+    def _await_level(self, batch: Batch, position: int | None, epoch: int, sequence: int) -> None:
         """A batch is in the log: at level 0 that is all there is to know."""
         if batch.level == 0:
             self._settle(batch, None, None, duplicate=True)
             return
         batch.release()
-        self.awaited.add(batch, position, self.session)
+        self.awaited.add(batch, position, self.session, epoch, sequence)
 
     async def _learn(self) -> None:
         """Settle what is awaited and has reached its level, or cannot."""
         with contextlib.suppress(CxlmqError):       # come again; what ends the publisher is found on other ways
-            if self._tell_outcomes(self.awaited.decided(await self._describe())):
+            topic = await self._describe()
+            if topic.run_id != self.session.topic.run_id:   # recovered: the next session says what it still has
+                self._start_reopening(SessionFenced(reason="the cluster was recovered", committed=self._oldest()))
+            elif self._tell_outcomes(self.awaited.decided(topic)):
                 self._notify()
 
     def _tell_outcomes(self, outcomes: list[Outcome]) -> bool:

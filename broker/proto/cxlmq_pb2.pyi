@@ -229,7 +229,7 @@ class Topic(_message.Message):
     def __init__(self, name: _Optional[str] = ..., order: _Optional[int] = ..., ack: _Optional[int] = ..., replication_factor: _Optional[int] = ..., retention_bytes: _Optional[int] = ..., number: _Optional[int] = ..., generation: _Optional[int] = ..., first_position: _Optional[int] = ..., end_position: _Optional[int] = ..., committed_batches: _Optional[int] = ..., committed_bytes: _Optional[int] = ..., created_ns: _Optional[int] = ..., degraded: _Optional[_Iterable[str]] = ..., holder: _Optional[str] = ..., run_id: _Optional[int] = ..., durable_position: _Optional[int] = ..., failed_position: _Optional[int] = ..., failed_replica: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch", "seen")
+    __slots__ = ("topic", "client_id", "session_epoch", "ack", "resume_from", "resume_epoch", "seen", "earlier")
     TOPIC_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +237,7 @@ class OpenSessionRequest(_message.Message):
     RESUME_FROM_FIELD_NUMBER: _ClassVar[int]
     RESUME_EPOCH_FIELD_NUMBER: _ClassVar[int]
     SEEN_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_FIELD_NUMBER: _ClassVar[int]
     topic: str
     client_id: int
     session_epoch: int
@@ -244,10 +245,21 @@ class OpenSessionRequest(_message.Message):
     resume_from: int
     resume_epoch: int
     seen: TopicIdentity
-    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
+    earlier: _containers.RepeatedCompositeFieldContainer[EarlierBatches]
+    def __init__(self, topic: _Optional[str] = ..., client_id: _Optional[int] = ..., session_epoch: _Optional[int] = ..., ack: _Optional[int] = ..., resume_from: _Optional[int] = ..., resume_epoch: _Optional[int] = ..., seen: _Optional[_Union[TopicIdentity, _Mapping]] = ..., earlier: _Optional[_Iterable[_Union[EarlierBatches, _Mapping]]] = ...) -> None: ...
+
+class EarlierBatches(_message.Message):
+    __slots__ = ("session_epoch", "first", "end")
+    SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    session_epoch: int
+    first: int
+    end: int
+    def __init__(self, session_epoch: _Optional[int] = ..., first: _Optional[int] = ..., end: _Optional[int] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms", "resumed_position", "topic")
+    __slots__ = ("session_slot", "session_epoch", "topic_number", "topic_generation", "order", "window", "message_bytes_max", "batch_bytes_max", "high_water", "positions", "replication_factor", "lease_ms", "resumed_position", "topic", "earlier_positions", "first_position")
     SESSION_SLOT_FIELD_NUMBER: _ClassVar[int]
     SESSION_EPOCH_FIELD_NUMBER: _ClassVar[int]
     TOPIC_NUMBER_FIELD_NUMBER: _ClassVar[int]
@@ -262,6 +274,8 @@ class Session(_message.Message):
     LEASE_MS_FIELD_NUMBER: _ClassVar[int]
     RESUMED_POSITION_FIELD_NUMBER: _ClassVar[int]
     TOPIC_FIELD_NUMBER: _ClassVar[int]
+    EARLIER_POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_POSITION_FIELD_NUMBER: _ClassVar[int]
     session_slot: int
     session_epoch: int
     topic_number: int
@@ -276,7 +290,9 @@ class Session(_message.Message):
     lease_ms: int
     resumed_position: int
     topic: TopicIdentity
-    def __init__(self, session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., order: _Optional[int] = ..., window: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., high_water: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., replication_factor: _Optional[int] = ..., lease_ms: _Optional[int] = ..., resumed_position: _Optional[int] = ..., topic: _Optional[_Union[TopicIdentity, _Mapping]] = ...) -> None: ...
+    earlier_positions: _containers.RepeatedScalarFieldContainer[int]
+    first_position: int
+    def __init__(self, session_slot: _Optional[int] = ..., session_epoch: _Optional[int] = ..., topic_number: _Optional[int] = ..., topic_generation: _Optional[int] = ..., order: _Optional[int] = ..., window: _Optional[int] = ..., message_bytes_max: _Optional[int] = ..., batch_bytes_max: _Optional[int] = ..., high_water: _Optional[int] = ..., positions: _Optional[_Iterable[int]] = ..., replication_factor: _Optional[int] = ..., lease_ms: _Optional[int] = ..., resumed_position: _Optional[int] = ..., topic: _Optional[_Union[TopicIdentity, _Mapping]] = ..., earlier_positions: _Optional[_Iterable[int]] = ..., first_position: _Optional[int] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("client_id", "session_slot", "session_epoch")

@@ -3,24 +3,38 @@
 The brokers are real; a preloaded library (faulty_disk.c) lets chosen writes and syncs fail while they run.
 """
 
+import asyncio
 import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from broker.group_files import read_group_files
-from broker.replica_files import Damage, find_files, read_records
+from broker.proto import cxlmq_pb2 as pb
+from broker.replica_files import Damage, Record, find_files, read_records
 from client.admin import Admin
 from client.cluster import Cluster
-from client.errors import DeletionNotDurable, GroupNotDurable, ReplicaFailed, TopicNotDurable
+from client.connection import Connection
+from client.errors import (
+    BadRequest,
+    DeletionNotDurable,
+    GroupNotDurable,
+    MessageLost,
+    RangeLost,
+    ReplicaFailed,
+    SessionFenced,
+    TopicNotDurable,
+)
 from client.publisher import Publisher
 from client.subscriber import Subscriber
 from sim.chaos.disk import SOURCE
 from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, inspected, numbered, read_topic
+from tests.end_to_end.test_recovery import kill_everything
 
 SECONDS = 20.0
 
@@ -226,3 +240,67 @@ def test_a_topic_that_the_heads_disk_does_not_take_is_not_made(faulty: FaultyClu
         admin.create_topic(name, replication_factor=factor)
         assert len(list(faulty.folder.rglob(f"{name}.*.topic"))) >= 1
         admin.delete_topic(name)
+
+
+@pytest.mark.parametrize("transport", ["grpc", "attached"])
+@pytest.mark.parametrize("lost", [False, True])
+def test_what_waited_for_its_level_over_a_recovery_settles_as_it_is(
+        library: Path, tmp_path: Path, transport: str, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session had ended before the memory went, and the disks were slow: what they have is there at its position,
+    and no receipt is given for the rest."""
+    control = tmp_path / "rules"
+    control.write_text("")
+    monkeypatch.setenv("LD_PRELOAD", str(library))
+    monkeypatch.setenv("FAULTY_DISK", str(control))
+    cluster = Cluster(small_config(brokers=2, data_directory=str(tmp_path / "data"), restart=False)).start()
+    monkeypatch.delenv("LD_PRELOAD")
+    with Admin(cluster=cluster.name) as admin:
+        admin.create_topic("t", ack=2, replication_factor=2)
+    with Publisher("t", cluster=cluster.name, ack=2, transport=transport, delivery_timeout=60.0, batch_bytes=256) as out:
+        first = out.publish(b"first").result().position
+        control.write_text("sync delay=60000 -1 .replica\n")
+        engine: Any = out._engine
+        waiting = [out.publish(each) for each in numbered(6, 200)]
+        assert eventually(lambda: inspected(cluster.name)["topics"][0]["committed_position"] == 7)
+        engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="the test ends it", committed=0))
+        assert eventually(lambda: len(engine.awaited._places) == 6)
+        kill_everything(cluster)
+        if lost:
+            for file in find_files(tmp_path / "data"):
+                for record in list(read_records(file)):
+                    if isinstance(record, Record) and record.position in (3, 4) and record.end > record.position:
+                        with open(file.path, "r+b") as damaged:
+                            damaged.seek(record.payload_offset)
+                            damaged.write(b"\xff" * 8)
+        with Cluster(small_config(brokers=2, name=cluster.name, data_directory=str(tmp_path / "data")),
+                     recover=tmp_path / "data"):
+            errors = {first + 1 + number: error for number, each in enumerate(waiting)
+                      if (error := each.exception(50)) is not None}
+            assert {type(each) for each in errors.values()} <= {MessageLost}
+            there = {each.receipt().position for each in waiting if each.exception(1) is None}
+            kept = dict(enumerate([b"first", *numbered(6, 200)]))
+            with Subscriber("t", cluster=cluster.name, transport="grpc") as reader:
+                got = dict[int, bytes]()
+                while len(got) < 7 - len(errors):
+                    try:
+                        got |= {each.position: bytes(each.payload) for each in reader.fetch(10, 10)}
+                    except RangeLost as gone:
+                        reader.seek(gone.end)
+            assert got == {position: kept[position] for position in {first, *there}}
+            assert errors or not lost
+            assert out.publish(b"later").result().level == 2
+
+
+def test_nobody_asks_for_more_earlier_sessions_than_are_looked_for(faulty: FaultyCluster, topic: str) -> None:
+    async def ask(*earlier: pb.EarlierBatches) -> pb.Session:
+        connection = Connection(faulty.cluster.name, None)
+        try:
+            return await connection.any("Admin/OpenSession", pb.OpenSessionRequest(
+                topic=topic, client_id=77, session_epoch=2, ack=1, resume_epoch=1, earlier=earlier), pb.Session)
+        finally:
+            await connection.close()
+
+    for wrong in ([pb.EarlierBatches(session_epoch=1, first=0, end=257)], [pb.EarlierBatches(first=2, end=1)],
+                  [pb.EarlierBatches(end=1)] * 5):
+        with pytest.raises(BadRequest):
+            asyncio.run(ask(*wrong))

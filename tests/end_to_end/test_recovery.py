@@ -18,7 +18,7 @@ import pytest
 
 from broker.recovery import make_plan
 from broker.replica_files import Record, find_files, read_records
-from broker.sessions import LOST_POSITION
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION
 from client.admin import Admin
 from client.cluster import Cluster
 from client.errors import CxlmqError, RangeLost, RecoveryError
@@ -229,12 +229,17 @@ def test_a_publisher_that_reopens_after_recovery_neither_duplicates_nor_loses(tm
             brokers = await connection.brokers()
             try:
                 return await connection.unary(brokers[0].target, "Admin/OpenSession", pb.OpenSessionRequest(
-                    topic="log", client_id=CLIENT, session_epoch=2, ack=2, resume_from=6, resume_epoch=1), pb.Session)
+                    topic="log", client_id=CLIENT, session_epoch=2, ack=2, resume_from=6, resume_epoch=1, earlier=[
+                        pb.EarlierBatches(session_epoch=1, first=4, end=12),
+                        pb.EarlierBatches(session_epoch=9, first=0, end=1)]), pb.Session)
             finally:
                 await connection.close()
 
         session = asyncio.run(reopen())
         assert session.high_water == 10
+        assert list(session.earlier_positions) == [*(
+            LOST_POSITION if each in lost else positions[each] for each in range(4, 10)), *[UNKNOWN_POSITION] * 3]
+        assert session.first_position == 0
         assert list(session.positions) == [LOST_POSITION if each in lost else positions[each] for each in range(6, 10)]
 
 

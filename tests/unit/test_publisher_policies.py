@@ -23,7 +23,7 @@ from broker.errors import (
     UnknownTopic,
 )
 from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import LOST_POSITION
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION
 from client.batch import Batch, Delivery, Packer
 from client.connection import BrokerAddress
 from client.grpc_publisher import SPAN_MAX, PublisherEngine
@@ -364,7 +364,7 @@ def resumed(level: int, **options: Any) -> tuple[Engine, list[Delivery]]:
     engine.on_loop(engine._pump)
     engine.session.high_water, engine.session.resumed_position = 3, 90
     engine.session.positions.extend([70, 71])
-    engine.on_loop(engine._resume, 0)
+    engine.on_loop(engine._resume, 0, 1)
     return engine, deliveries
 
 
@@ -407,7 +407,57 @@ def test_a_level_that_is_not_reached_in_time_is_a_time_out() -> None:
 def test_the_frontier_of_another_run_says_nothing_about_what_the_first_had() -> None:
     engine, deliveries = resumed(2)
     engine.learn(run_id=2, end_position=1000, durable_position=1000)
-    assert {type(each.exception()) for each in deliveries} == {DeliveryTimeout}
+    assert not any(each.done() for each in deliveries)
+    assert [type(each) for each in engine.reopened] == [SessionFenced], "the next session says what is there"
+
+
+def looked_up(engine: Engine, positions: list[int], first_position: int = 0, run_id: int = 2) -> None:
+    """The session is opened anew, in another run, which says where the batches of the first session are."""
+    asked = engine.awaited.earlier()
+    assert [(each.session_epoch, each.first, each.end) for each in asked] == [(1, 0, 3)]
+    session = pb.Session(topic=pb.TopicIdentity(run_id=run_id), session_epoch=3, order=5, message_bytes_max=1000,
+                         batch_bytes_max=1 << 20, window=256, earlier_positions=positions, first_position=first_position)
+    engine.session, engine.epoch, engine.reopening = session, 3, False
+    engine.lost_meanwhile = engine.awaited.looked_up(asked, session)
+    engine.on_loop(engine._resume, 0, 2)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_what_a_recovered_log_has_is_settled_when_its_level_is_reached_there(level: int) -> None:
+    engine, deliveries = resumed(level)
+    looked_up(engine, [70, 71, 80])
+    assert not any(each.done() for each in deliveries)
+    frontier = "durable_position" if level == 2 else "end_position"
+    for reached, settled in ((70, []), (71, [0]), (72, [0, 1]), (80, [0, 1]), (81, [0, 1, 2])):
+        engine.learn(run_id=2, **{frontier: reached})
+        assert [number for number, each in enumerate(deliveries) if each.done()] == settled
+    assert [each.receipt().position for each in deliveries] == [70, 71, 80]
+
+
+def test_what_a_recovered_log_has_not_is_lost_or_nobody_knows() -> None:
+    engine, deliveries = resumed(2)
+    # The first was reclaimed, perhaps; the second would be at 71; where the third was, nobody knew.
+    looked_up(engine, [UNKNOWN_POSITION, UNKNOWN_POSITION, UNKNOWN_POSITION], first_position=71)
+    assert [each.done() for each in deliveries] == [False, True, False]
+    assert isinstance(deliveries[1].exception(), MessageLost)
+    engine.learn(run_id=2, end_position=1000, durable_position=1000)
+    assert [type(each.exception()) for each in (deliveries[0], deliveries[2])] == [DeliveryTimeout] * 2
+
+
+def test_what_a_recovery_says_is_lost_of_an_earlier_session_is_lost() -> None:
+    engine, deliveries = resumed(2)
+    looked_up(engine, [LOST_POSITION, 71, UNPLACED_POSITION])
+    assert [each.done() for each in deliveries] == [True, False, False]
+    assert isinstance(deliveries[0].exception(), MessageLost)
+    engine.learn(run_id=2, end_position=90, durable_position=90)
+    assert [each.receipt().position for each in deliveries[1:]] == [71, None]
+
+
+def test_in_the_same_run_nothing_is_lost_because_it_is_not_found() -> None:
+    engine, deliveries = resumed(2)
+    looked_up(engine, [UNKNOWN_POSITION] * 3, run_id=1)
+    engine.learn(end_position=90, durable_position=90)
+    assert [each.receipt().position for each in deliveries] == [70, 71, None]
 
 
 def test_closing_settles_what_is_awaited() -> None:
