@@ -54,7 +54,6 @@ LONG_FILES = {
     "broker/stages/sequencer.pyx": (940, "one protocol, whose parts share every structure"),
     "broker/errors.py": (700, "every error of the product, in one list"),
     "client/attached.pyx": (820, "the attached publisher: one structure that packing, sessions and loans share"),
-    "client/engine.py": (660, "a publisher's state, which all its parts share"),
     "client/cluster.py": (640, "starting, watching and stopping processes is one story"),
 }
 LONG_FUNCTIONS: dict[str, str] = {}

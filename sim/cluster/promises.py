@@ -30,17 +30,19 @@ class Promise:
 
 
 PROMISES: tuple[Promise, ...] = (
-    Promise("client protocol", "client/engine.py", "what is in flight: settled once, sent again, given up in time"),
+    Promise("client protocol", "client/publishing/session.py", "what becomes of each batch, over all sessions: once"),
+    Promise("client protocol", "client/publishing/opening.py", "which session goes on, and which of its tries were ours"),
+    Promise("client protocol", "client/publishing/stream_flights.py", "which way a batch goes, and goes again"),
+    Promise("client protocol", "client/publishing/attached_flights.py", "the same through slots, leases and rings"),
     Promise("client protocol", "client/levels.py", "a receipt's level is true after a session was opened anew"),
-    Promise("client protocol", "client/grpc_publisher.py", "which way a batch goes, and goes again"),
-    Promise("client protocol", "client/attached_publisher.py", "the same through slots: leases, reopening, closing"),
-    Promise("client protocol", "client/session.py", "which session goes on, and from which number"),
     Promise("client protocol", "client/reading.py", "where a reader is: nothing skipped, nothing of another topic"),
     Promise("client protocol", "client/buffer.py", "what was received and not given out, in order"),
     Promise("client protocol", "client/grpc_subscriber.py", "gaps, seeks and other brokers, over streams"),
     Promise("client protocol", "client/attached_subscriber.py", "the same over views, which somebody has to hold"),
     Promise("client protocol", "client/group.py", "one member reads at a time, and commits never go back"),
     Promise("tables", "broker/sessions.py", "slots of sessions and cursors: one owner, fenced when it is gone"),
+    Promise("tables", "broker/session_service.py", "what a new session is told of the one before"),
+    Promise("tables", "broker/attached_clients.py", "what attached clients hold, and lose when they are gone"),
     Promise("tables", "broker/topics.py", "a topic's place, generation and deletion"),
     Promise("tables", "broker/groups.py", "a group's place is monotone, its holder alone"),
     Promise("tables", "broker/bank.py", "nobody writes a bank that was given up"),

@@ -262,8 +262,8 @@ def test_what_waited_for_its_level_over_a_recovery_settles_as_it_is(
         engine: Any = out._engine
         waiting = [out.publish(each) for each in numbered(6, 200)]
         assert eventually(lambda: inspected(cluster.name)["topics"][0]["committed_position"] == 7)
-        engine.loop.call_soon_threadsafe(engine._start_reopening, SessionFenced(reason="the test ends it", committed=0))
-        assert eventually(lambda: len(engine.awaited._places) == 6)
+        engine.loop.call_soon_threadsafe(engine.end_session, SessionFenced(reason="the test ends it", committed=0))
+        assert eventually(lambda: len(engine.session.awaited._places) == 6)
         kill_everything(cluster)
         if lost:
             for file in find_files(tmp_path / "data"):
