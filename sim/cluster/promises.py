@@ -31,7 +31,7 @@ class Promise:
 
 PROMISES: tuple[Promise, ...] = (
     Promise("client protocol", "client/publishing/session.py", "what becomes of each batch, over all sessions: once"),
-    Promise("client protocol", "client/publishing/opening.py", "which session goes on, and which of its tries were ours"),
+    Promise("client protocol", "client/publishing/opening.py", "which session goes on, and which tries were ours"),
     Promise("client protocol", "client/publishing/stream_flights.py", "which way a batch goes, and goes again"),
     Promise("client protocol", "client/publishing/attached_flights.py", "the same through slots, leases and rings"),
     Promise("client protocol", "client/levels.py", "a receipt's level is true after a session was opened anew"),

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, CxlmqError
+from broker.errors import BrokerUnavailable, CxlmqError, DeliveryTimeout, PoolFull
 from broker.proto import cxlmq_pb2 as pb
 from broker.stages import receiver as receiving
 from client.batch import Batch, Packer
@@ -135,7 +135,9 @@ class Publisher:
         self.batches, self.window = batches, window
         self.next_number = self.submitted = 0
         self.dead = False
-        self.session = Session(topic.name, client, NEVER, self._new_flights())
+        steps = world.scenario.delivery_steps
+        self.delivery_timeout = steps * SECONDS_A_STEP if steps else NEVER
+        self.session = Session(topic.name, client, self.delivery_timeout, self._new_flights())
         numbers = world.layout.numbers
         self.packer = Packer(self, self._batch_is_full, numbers["batch_bytes_max"], numbers["message_bytes_max"])
         self.operations: dict[Batch, Operation] = {}    # that have no outcome yet
@@ -392,7 +394,7 @@ class Publisher:
             at += 8 + -(-nbytes // 8) * 8
         batch: Batch = self.packer.take()
         batch.seal(self.world.clock.wall())
-        batch.level, batch.deadline = self.level, NEVER
+        batch.level, batch.deadline = self.level, self.now() + self.delivery_timeout
         return batch
 
     def _settle(self, command: Settle) -> None:
@@ -404,7 +406,14 @@ class Publisher:
         operation = self.operations.pop(batch, None)
         if operation is None:
             raise Violation("A1", f"a batch of client {self.client} settled twice")
-        if error is not None:
+        operation.settled = self.world.step
+        if error is None:
+            operation.outcome, operation.position = "ok", position
+            self.world.settled(operation)
+        elif not isinstance(error, DeliveryTimeout | PoolFull) or batch.deadline > self.now():
             raise Violation("A2", f"message {operation.first} of client {self.client}: {error}, and no fault was such")
-        operation.outcome, operation.position, operation.settled = "ok", position, self.world.step
-        self.world.settled(operation)
+        else:
+            # What is said not to be in the log must never be read; of the rest nobody knows.
+            surely = isinstance(error, PoolFull) or "not in the log" in str(error)
+            operation.outcome = "failed" if surely else "unknown"
+            self.world.note(self.name, f"gives up message {operation.first}: {operation.outcome}")

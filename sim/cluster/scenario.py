@@ -67,6 +67,7 @@ class Scenario:
     earlier_life: bool = False              # the topic's place had another topic before
     attached: int = 0                       # publishers that write into the memory themselves, the first ones
     attached_readers: int = 0
+    delivery_steps: int = 0                 # after so many steps publishers give a batch up; 0 never
     schedule: int = 0                       # another draw of who steps when, for shrinking
 
     def region(self) -> dict[str, Any]:
@@ -119,6 +120,8 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
         base = base.smaller(attached=random.randint(1, min(base.publishers, SLOTS - 1)),
                             attached_readers=random.randint(0, base.subscribers),
                             region_bytes=base.region_bytes + 2 * MIB)
+    if kinds:
+        base = base.smaller(delivery_steps=base.random("delivery").choice((0, 0, 500, 2_000, 8_000)))
     return base.smaller(faults=draw_faults(base))
 
 

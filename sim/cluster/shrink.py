@@ -10,8 +10,9 @@ SCHEDULES = 20                              # other draws of who steps when that
 
 _SMALLER: tuple[tuple[str, tuple[object, ...]], ...] = (
     ("earlier_life", (False,)), ("attached_readers", (0,)), ("attached", (0, 1)), ("replication_factor", (1,)),
-    ("ack", (1,)), ("publishers", (1, 2)), ("subscribers", (1,)), ("hosts", (1, 2, 3)), ("scanners", (1,)),
-    ("batches", (2, 5, 10, 20)), ("window", (1, 2, 8)), ("lock", ("atomic",)), ("pool", ("atomic",)), ("order", (5,)),
+    ("ack", (1,)), ("delivery_steps", (0,)), ("publishers", (1, 2)), ("subscribers", (1,)), ("hosts", (1, 2, 3)),
+    ("scanners", (1,)), ("batches", (2, 5, 10, 20)), ("window", (1, 2, 8)), ("lock", ("atomic",)),
+    ("pool", ("atomic",)), ("order", (5,)),
 )
 
 

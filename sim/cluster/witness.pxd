@@ -60,6 +60,7 @@ cdef class Witness:
     cdef uint64_t client_count
     cdef uint64_t number_count
     cdef uint64_t control               # the control word that was seen last
+    cdef public bint gives_up           # clients give messages up: at order 5 numbers grow, with gaps that history judges
     cdef public uint64_t step           # the schedule's, for what is noted
     cdef readonly uint64_t hash
     cdef readonly int breach

@@ -283,7 +283,7 @@ cdef class Witness:
             if where[i] >= 0:
                 return self.fail(BREACH_TWICE, topic, index, client, i, where[i])
             where[i] = <int32_t>index
-        if known.order == 5 and first != self.next_number[client]:
+        if known.order == 5 and (first < self.next_number[client] if self.gives_up else first != self.next_number[client]):
             return self.fail(BREACH_GAP, topic, index, client, self.next_number[client], first)
         self.next_number[client] = first + entry.message_count
         known.position += entry.message_count

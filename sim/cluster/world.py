@@ -223,6 +223,7 @@ class World:
         self.history = History(order=scenario.order)
         numbers = 3 * max(scenario.batches, EARLIER_BATCHES) + 3
         self.witness = Witness(self.hardware.truth, self.layout, scenario.publishers + 2, numbers)
+        self.witness.gives_up = scenario.delivery_steps > 0
         self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
                                  self.witness, scenario.tick_ns)
         self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=SHARED_MEMORY_FOLDER)) if (
