@@ -4,9 +4,10 @@ A takeover is stepped by the schedule like every other stage, so that power may 
 replaced goes on for a while: what it stores lies in its own bank, and must not count.
 """
 
-from random import Random
 from typing import TYPE_CHECKING, Any
 
+from broker.head import head_of
+from broker.layout import ControlBits
 from broker.leadership import Leadership
 from broker.membership import RegionMembership
 from broker.stages.stage import Stage
@@ -14,26 +15,34 @@ from broker.stages.takeover import Takeover
 from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
-    from sim.cluster.world import Host
+    from sim.cluster.world import Host, World
 
 LOOK_STEPS = 300                            # how often a broker looks whether there is a head
 SILENCE_TICKS = 1_500                       # a head that stands still for so long is replaced
 PROFILE_TICKS = 10                          # where operations cost time: steps last that much longer, at most
 ZOMBIE_STEPS = 1_000                        # the stages of a replaced head may go on for so many
-EAGERNESS = 0.5
+EAGERNESS, HASTY, EARLY = 0.5, 0.1, 0.001       # per look: without a head, while one takes over, while one serves
 
 
 class DrawnMembership(RegionMembership):
-    """Any broker may try when the head is gone, several at once as well: as where leases are kept elsewhere."""
+    """As where leases are kept elsewhere: whoever gets one tries, and it may end too early, also in a takeover."""
 
-    def __init__(self, random: Random, *arguments: Any) -> None:
+    def __init__(self, world: "World", *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._random = random
+        self._world = world
 
     def wanted(self) -> int | None:
         """See `Membership`."""
         control = self._memory.load_word(self._layout.offset_of("control"))
-        return None if self._has_head(control) or self._random.random() > EAGERNESS else control
+        chance = EAGERNESS
+        if self._has_head(control):
+            serving = control & ControlBits.CONTROL_SERVING
+            chance = (EARLY if serving else HASTY) if "stall" in self._world.scenario.kinds else 0.0
+            chance *= bool(self._world.publishers) and not self._world.draining and head_of(control) != self._broker
+        if self._world.succession.random() >= chance:
+            return None
+        self._world.injected["head's lease ended early"] += self._has_head(control)
+        return control
 
 
 class Place:
@@ -74,7 +83,7 @@ class Headship:
         lease_ns = SILENCE_TICKS * world.scenario.tick_ns * (PROFILE_TICKS if world.scenario.profile else 1)
         inputs = (broker.door(Role.ROLE_BROKER), world.layout, world.clock, host.number, lease_ns,
                   lambda other: not world.hosts[other].is_there, founder)
-        membership = DrawnMembership(world.succession, *inputs) if world.drawn_heads and not founder else (
+        membership = DrawnMembership(world, *inputs) if world.drawn_heads and not founder else (
             RegionMembership(*inputs))
         self._places = [Place(host, name) for name in (
             *(f"scanner {number}" for number in range(world.scenario.scanners)), "reclaim")]
