@@ -90,10 +90,8 @@ class BrokerNode(Assembly):
         self.seats = {name: Seat(seat_door, self.layout) for name in (
             *(f"scanner {number}" for number in range(config.scanners)), "reclaim")}
         self.pipelines = self._pipelines()
-        self.leadership = Leadership(
-            seat_door, self.layout, self._membership(founder), self.incarnation << 8 | broker + 1, self._is_gone,
-            list(self.seats.values()), self._begin_takeover,
-            lambda takeover: list(self.lead(takeover).stages().values()), self.resign, self._attend)
+        self.leadership = Leadership(self, self._membership(founder), self._is_gone, list(self.seats.values()),
+                                     self._begin_takeover)
         self.was_ready = False
         self._stop_warming = threading.Event()
         self._warmer: threading.Thread | None = None
@@ -159,11 +157,6 @@ class BrokerNode(Assembly):
         if self.config.sequencer_lock == "semaphore":
             self.region.renew_semaphore()       # the last head may have ended, or stopped, while it held it
         return self.new_takeover()
-
-    def _attend(self) -> None:
-        for broker, back in self.attend():
-            _log.warning("broker %d %s", broker, "is back and keeps its replicas again" if back else
-                         "is away: others keep the replicas that it had")
 
     # ---- life -------------------------------------------------------------------------------------------------------
 

@@ -1,111 +1,126 @@
-"""Who is head in a simulated cluster: when the head is gone, or silent for too long, another host takes over.
+"""Who is head in a simulated cluster: the product's leadership, with what its threads and its membership are here.
 
-The takeover is the product's stage, stepped by the schedule like every other, so that power may go in the middle of it.
-A head that only stood still goes on without knowing: what it stores lies in its own bank, and must not count.
+A takeover is stepped by the schedule like every other stage, so that power may go in the middle of it. A head that was
+replaced goes on for a while: what it stores lies in its own bank, and must not count.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from broker.head import head_of
 from broker.layout import ControlBits
+from broker.leadership import Leadership
+from broker.membership import RegionMembership
+from broker.stages.stage import Stage
 from broker.stages.takeover import Takeover
+from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
     from sim.cluster.world import Host, World
 
-LOOK_STEPS = 300                            # how often somebody looks whether the head is there
-SILENCE_STEPS = 1_500                       # a head that stands still for so long is replaced
-ZOMBIE_STEPS = 1_000                        # a replaced head that goes on notices after so many
+LOOK_STEPS = 300                            # how often a broker looks whether there is a head
+SILENCE_TICKS = 1_500                       # a head that stands still for so long is replaced
+PROFILE_TICKS = 10                          # where operations cost time: steps last that much longer, at most
+ZOMBIE_STEPS = 1_000                        # the stages of a replaced head may go on for so many
+EAGERNESS, HASTY, EARLY = 0.5, 0.1, 0.001       # per look: without a head, while one takes over, while one serves
 
 
-class Succession:
-    """Chooses the next head, and makes the chosen host head."""
+class DrawnMembership(RegionMembership):
+    """As where leases are kept elsewhere: whoever gets one tries, and it may end too early, also in a takeover."""
 
-    def __init__(self, world: "World") -> None:
-        self.world = world
-        self.random = world.scenario.random("succession")
-        self.head = 0
-        self.incarnation = 1                # of the head's broker
-        self.banks = {0: 0}                 # host -> bank that it has written as head
-        self.takeover: Takeover | None = None
-        self.candidate = self.unit = -1
-        self.candidate_incarnation = 0
-        self.silent_since = -1
+    def __init__(self, world: "World", *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._world = world
+
+    def wanted(self) -> int | None:
+        """See `Membership`."""
+        control = self._memory.load_word(self._layout.offset_of("control"))
+        chance = EAGERNESS
+        if self._has_head(control):
+            serving = control & ControlBits.CONTROL_SERVING
+            chance = (EARLY if serving else HASTY) if "stall" in self._world.scenario.kinds else 0.0
+            chance *= bool(self._world.publishers) and not self._world.draining and head_of(control) != self._broker
+        if self._world.succession.random() >= chance:
+            return None
+        self._world.injected["head's lease ended early"] += self._has_head(control)
+        return control
+
+
+class Place:
+    """A seat whose stage does not look whether its head was replaced: as a thread in the middle of a step."""
+
+    def __init__(self, host: "Host", name: str) -> None:
+        self._host, self._name = host, name
+        self._unit = self._left = -1
+        self._control = 0
 
     @property
-    def control(self) -> int:
-        """The control word."""
-        return int(self.world.hardware.truth.load_word(self.world.layout.offset_of("control")))
+    def free(self) -> bool:
+        """Whether nothing runs here."""
+        return self._unit < 0
+
+    def take(self, stage: Stage, control: int) -> None:
+        """Run a stage; `look` ends it some time after the control word has changed."""
+        (self._unit,) = self._host.add({self._name: stage})
+        self._host.units.append(self._unit)
+        self._control, self._left = control, -1
+
+    def look(self, control: int, step: int) -> None:
+        """Let a stage of a head that was replaced go on for a while, and then end it."""
+        if self._unit < 0 or control == self._control:
+            return
+        if self._left < 0:
+            self._left = step
+        elif step - self._left >= ZOMBIE_STEPS:
+            self._host.units.remove(self._unit)
+            self._unit = -1
+
+
+class Headship:
+    """One broker's part in who is head: its leadership, for one life of its host."""
+
+    def __init__(self, host: "Host", founder: bool) -> None:
+        self._host, world, broker = host, host.world, host.assembly
+        lease_ns = SILENCE_TICKS * world.scenario.tick_ns * (PROFILE_TICKS if world.scenario.profile else 1)
+        inputs = (broker.door(Role.ROLE_BROKER), world.layout, world.clock, host.number, lease_ns,
+                  lambda other: not world.hosts[other].is_there, founder)
+        membership = DrawnMembership(world, *inputs) if world.drawn_heads and not founder else (
+            RegionMembership(*inputs))
+        self._places = [Place(host, name) for name in (
+            *(f"scanner {number}" for number in range(world.scenario.scanners)), "reclaim")]
+        self.takeover_unit = -1
+        self._leadership = Leadership(broker, membership, self._is_gone, self._places, run=self._run,
+                                      say=lambda text: world.note(f"host {host.number}", text))
+
+    def _is_gone(self, owner: int) -> bool:
+        other = (owner & 0xFF) - 1
+        line = self._host.assembly.line.read(other)
+        return line["incarnation"] != owner >> 8 or not self._host.world.hosts[other].is_there
+
+    def _run(self, takeover: Takeover) -> None:
+        """Have it stepped by the schedule; at the very beginning there is nothing that could go on meanwhile."""
+        host = self._host
+        if host.world.step == 0:
+            while not takeover.done:
+                takeover.step_once()
+            return
+        (self.takeover_unit,) = host.add({"takeover": takeover})
+        host.units.append(self.takeover_unit)
 
     @property
-    def served(self) -> bool:
-        """Whether a head serves that has power."""
-        return bool(self.control & ControlBits.CONTROL_SERVING) and self._is_there
+    def serves(self) -> bool:
+        """Whether this broker is head."""
+        return self._leadership.serves
 
-    @property
-    def _is_there(self) -> bool:
-        """Whether the head's process has power: not one that was started after it."""
-        head = self.world.hosts[self.head]
-        return head.powered and head.incarnation == self.incarnation
-
-    def look(self) -> None:
-        """Go on with a takeover, or begin one."""
-        world = self.world
-        if self.takeover is not None:
-            self._go_on()
-            return
-        head = world.hosts[self.head]
-        head.attend()
-        if self._is_there and not head.stalled:
-            self.silent_since = -1
-            return
-        if self.silent_since < 0:
-            self.silent_since = world.step
-        if self._is_there and world.step - self.silent_since < SILENCE_STEPS:
-            return
-        ready = [host for host in world.hosts if host.powered and not host.stalled
-                 and (host.number != self.head or host.incarnation != self.incarnation)]
-        if ready:
-            self._begin(self.random.choice(ready))
-
-    def _bank(self, host: "Host") -> int | None:
-        """A bank that nobody reads, and nobody who has power may still write."""
-        control = self.control
-        used = {bank for number, bank in self.banks.items()
-                if self.world.hosts[number].powered and number != host.number}
-        if control & ControlBits.CONTROL_SERVING:
-            used.add(control >> ControlBits.CONTROL_BANK_SHIFT & 0xFF)
-        else:
-            used.add((control >> ControlBits.CONTROL_SOURCE_SHIFT & 0xFF) - 1)
-        return next((bank for bank in range(self.world.layout.numbers["bank_count"]) if bank not in used), None)
-
-    def _begin(self, host: "Host") -> None:
-        world, bank = self.world, self._bank(host)
-        if bank is None:
-            return
-        host.resign()                       # whoever was head before has given that up first
-        takeover = host.assembly.new_takeover()
-        world.note(f"host {host.number}", f"takes over, bank {bank}")
-        if takeover.begin(self.control, bank) and not host.control.dead:
-            self.takeover, self.candidate = takeover, host.number
-            self.candidate_incarnation = host.incarnation
-            self.banks[host.number] = bank
-            self.unit = world.schedule.add("takeover", takeover, host.control, 4)
-            host.units.append(self.unit)
-            world.allow()
-
-    def _go_on(self) -> None:
-        takeover, host = self.takeover, self.world.hosts[self.candidate]
-        assert takeover is not None
-        if not host.powered or host.incarnation != self.candidate_incarnation:
-            self.takeover, self.head, self.silent_since = None, self.candidate, -1
-            self.incarnation = self.candidate_incarnation
-        elif takeover.done or takeover.lost:
-            host.units.remove(self.unit)
-            self.takeover, self.silent_since = None, -1
-            if takeover.done:
-                old, self.head = self.world.hosts[self.head], self.candidate
-                self.incarnation = host.incarnation
-                host.lead(takeover)
-                self.world.note(f"host {host.number}", "is head")
-                self.world.at(self.world.step + ZOMBIE_STEPS, old.resign)
-            self.world.allow()
+    def tick(self) -> None:
+        """What a broker's membership thread does in a tick."""
+        host = self._host
+        before = list(host.units)
+        control = host.memory.load_word(host.world.layout.offset_of("control"))
+        for place in self._places:
+            place.look(control, host.world.step)
+        self._leadership.tick()
+        if self.takeover_unit >= 0 and not self._leadership.tries:
+            host.units.remove(self.takeover_unit)
+            self.takeover_unit = -1
+        if host.units != before:
+            host.world.allow()

@@ -22,10 +22,8 @@ from broker.assembly import Assembly, Settings, TopicOf
 from broker.config import TopicConfig
 from broker.head import epoch_of
 from broker.layout import BrokerState, Layout
-from broker.membership import store_heartbeat
 from broker.replica_folder import ReplicaFolder
 from broker.stages.stage import Stage
-from broker.stages.takeover import Takeover
 from broker.topics import TopicEntry
 from sim.cluster.attached import READERS, AttachedPublisher, AttachedSubscriber
 from sim.cluster.devices import costs_of
@@ -38,7 +36,7 @@ from sim.cluster.publishers import ANSWER_STEPS, Connection, Publisher
 from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
 from sim.cluster.schedule import Schedule, Stop
 from sim.cluster.subscribers import Subscriber
-from sim.cluster.succession import LOOK_STEPS, Succession
+from sim.cluster.succession import LOOK_STEPS, Headship
 from sim.cluster.witness import Witness
 from sim.cxl.clock import ManualClock
 from sim.cxl.memory import Memory
@@ -84,7 +82,6 @@ class Host:
         self.world.injected["broker started again"] += 1
         self.world.hardware.restart(self.number)
         self.assembly.close()
-        self.world.succession.banks.pop(self.number, None)
         self.connections.clear()
         self.start()
         self.powered, self.booting = False, True
@@ -121,16 +118,17 @@ class Host:
         self.sessions, self.cursors, self.topics = broker.sessions, broker.cursors, broker.topics
         self.session_service = broker.session_service
         self.memory, self.delivery_door = broker.memory, broker.delivery_door
-        first = number == 0 and self.incarnation == 1
-        self.head_units = self._add(broker.found().stages()) if first else []
-        self.units = [*self.head_units, *self._add(broker.stages())]
+        self.units = self.add(broker.stages())
+        broker.line.say(BrokerState.BROKER_STARTING)
+        self.headship = Headship(self, founder=number == 0 and self.incarnation == 1)
         if self.incarnation == 1:
             world.witness.follow(number, self.log)
             broker.line.say(BrokerState.BROKER_READY)
         else:
             broker.keep_leases()
 
-    def _add(self, stages: dict[str, Stage]) -> list[int]:
+    def add(self, stages: dict[str, Stage]) -> list[int]:
+        """Let stages be drawn when the world allows it; their units."""
         return [self.world.schedule.add(name, stage, self.control, self.world.weights.choice(WEIGHTS))
                 for name, stage in stages.items()]
 
@@ -138,23 +136,21 @@ class Host:
         return KeptFiles(self.world.replica_folder(self.number), self.number, 1, "simulated", self.world.scenario.hosts,
                          topic_of)
 
-    def lead(self, takeover: Takeover) -> None:
-        """Be head from now on, with what a takeover rebuilt."""
-        self.head_units = self._add(self.assembly.lead(takeover).stages())
-        self.units += self.head_units
+    @property
+    def is_there(self) -> bool:
+        """Whether a process of its broker runs."""
+        return self.powered or self.booting
 
-    def attend(self) -> None:
-        """What a head does in each tick of its term (`broker.leadership`)."""
-        if self.powered and not self.stalled:
-            self.assembly.attend()
+    def tick(self) -> None:
+        """What the broker's membership thread does now and then, also before the stages run."""
+        if self.is_there and not self.stalled and not self.control.dead:
+            self.headship.tick()
 
-    def resign(self) -> None:
-        """Notice that somebody else is head."""
-        if self.powered and self.world.succession.head != self.number:
-            self.units = [unit for unit in self.units if unit not in self.head_units]
-            self.head_units = []
-            self.assembly.resign()
-            self.world.allow()
+    def runnable(self) -> list[int]:
+        """The units that may step now."""
+        if self.booting:
+            return [self.headship.takeover_unit] if self.headship.takeover_unit >= 0 else []
+        return [unit for unit in self.units if unit not in self.waiting] if self.powered and not self.stalled else []
 
     def door(self, role: int) -> Memory:
         """This host's door for a role, with the planted bug if there is one."""
@@ -177,7 +173,6 @@ class Host:
         """One round of the broker's event loop."""
         if self.stalled or not self.powered:
             return
-        store_heartbeat(self.memory, self.world.layout, self.number, self.world.clock)
         if self.loop.busy:
             self.loop.round()
         for connection in list(self.connections):
@@ -239,10 +234,12 @@ class World:
         self.settings = Settings(
             session_lease_ns=LEASE_TICKS * scenario.tick_ns, replica_grace_ns=GRACE_TICKS * scenario.tick_ns,
             scanners=scenario.scanners, lock=scenario.lock)
-        self.succession = Succession(self)
+        self.succession = scenario.random("succession")
+        self.drawn_heads = self.succession.random() < 0.5
         self.hosts = [Host(self, number) for number in range(scenario.hosts)]
         for host in self.hosts:
             host.start()
+        self.hosts[0].tick()
         self.allow()
 
     # ---- for hosts and clients --------------------------------------------------------------------------------------
@@ -324,8 +321,7 @@ class World:
 
     def allow(self) -> None:
         """Let the stages step whose host has power and goes on."""
-        self.schedule.allow([unit for host in self.hosts if host.powered and not host.stalled for unit in host.units
-                             if unit not in host.waiting])
+        self.schedule.allow([unit for host in self.hosts for unit in host.runnable()])
 
     def advance(self, until: int) -> None:
         """Run stages, clients and faults up to a step."""
@@ -456,7 +452,7 @@ class World:
         scenario = self.scenario
         for host in self.hosts:
             self._often(host.serve, SERVE_STEPS)
-        self._often(self.succession.look, LOOK_STEPS)
+            self._often(host.tick, LOOK_STEPS)
         if scenario.earlier_life:
             self.live_before()
         self.topic = self.create_topic(TOPIC)
@@ -504,7 +500,7 @@ class World:
     @property
     def recovers(self) -> bool:
         """Whether everything has to come to its end: all hosts are there, or others have taken over."""
-        return all(host.powered for host in self.hosts) and self.succession.served
+        return all(host.powered for host in self.hosts) and any(host.headship.serves for host in self.hosts)
 
     @property
     def trace_hash(self) -> int:
