@@ -116,8 +116,8 @@ def check_u(history: History) -> None:
 
 
 def check_p(history: History) -> None:
-    """At order 5, what a client has in the log is what it submitted, in its order, without gaps but for what it was told
-    had failed, or may have."""
+    """At order 5, what a client has in the log is what it submitted, in its order, without gaps but for what it was
+    told had failed, or may have."""
     due: dict[int, int] = {}
     given_up = {(each.client, each.first): each.first + each.count for each in history.operations
                 if each.outcome != "ok" and each.settled >= 0}
