@@ -20,7 +20,7 @@ from broker.recovery import RecoveredSession, make_plan
 from broker.region import Region, create_region
 from broker.replica_files import SESSIONS_SUFFIX, Record, ReplicaFile, find_files, read_records
 from broker.restore import restore
-from broker.server import BrokerServer
+from broker.session_service import SessionService
 from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, SessionTable
 from sim.cxl.memory import Role
 from tests.manual_cluster import KIB, LEASE_NS, MIB, ManualCluster
@@ -107,16 +107,17 @@ def test_a_session_that_lost_batches_has_to_be_opened_anew(tmp_path: Path, gone:
     written(tmp_path, 5)
     destroy(tmp_path, gone)
     with recovered(tmp_path) as (region, sessions, key):
-        server: Any = BrokerServer.__new__(BrokerServer)
-        server.node, server.sessions = SimpleNamespace(layout=region.layout), sessions
+        topic = SimpleNamespace(name="topic", generation=key >> 16, number=key & 0xFFFF, replication_factor=2)
+        broker: Any = SimpleNamespace(layout=region.layout, sessions=sessions, settings=SimpleNamespace(run_id=1),
+                                      topics=SimpleNamespace(find_seen=lambda *_: topic))
+        service = SessionService(broker)
         (slot,) = [slot for slot in range(16) if sessions.line(slot)["client_id"] == CLIENT]
-        opened = pb.PublishOpen(client_id=CLIENT, session_slot=slot, session_epoch=1)
-        entry: Any = SimpleNamespace(generation=key >> 16, number=key & 0xFFFF)
+        opened = pb.PublishOpen(client_id=CLIENT, session_slot=slot, session_epoch=1, ack=2)
         if gone == MIDDLE:
             with pytest.raises(SessionFenced, match="recovered"):
-                server.check_session(entry, opened)
+                service.check(opened)
         else:
-            server.check_session(entry, opened)
+            assert service.check(opened).name == "topic"
 
 
 @pytest.mark.parametrize("gone", [[], LEADING, MIDDLE, SEVERAL], ids=str)
