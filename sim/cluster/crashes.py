@@ -16,11 +16,12 @@ from random import Random
 from zlib import crc32
 
 from broker.layout import RECORDS, Layout
+from broker.stages.takeover import Takeover
 from sim.cluster.door import HostControl, Operation
 from sim.cluster.history import Violation
 from sim.cluster.mutants import BY_NAME, planter, switch_on
 from sim.cluster.scenario import Fault, Scenario
-from sim.cluster.succession import Succession
+from sim.cluster.succession import Headship
 from sim.cluster.world import Host, World
 
 HOSTS, STEPS = 3, 4_000
@@ -83,26 +84,23 @@ class Enough(Exception):
     """From here on it is a run that was there before."""
 
 
-class FallingSuccession(Succession):
-    """A takeover is told when its host's power goes."""
+class FallingHeadship(Headship):
+    """Says when a takeover begins, and when it has ended."""
 
-    world: "CrashWorld"
+    def _run(self, takeover: Takeover) -> None:
+        world = self.world
+        assert isinstance(world, CrashWorld)
+        if world.step > 0:
+            world.second_begins("takeover", self.host.control)
+        super()._run(takeover)
 
-    def _bank(self, host: Host) -> int | None:
-        """Not the bank of a takeover that fell, as long as there is another one: what it holds stays to be seen."""
-        control = self.control
-        lowest = super()._bank(host)
-        used = {lowest, control >> 8 & 0xFF, (control >> 16 & 0xFF) - 1, *self.banks.values()}
-        return next((bank for bank in range(self.world.layout.numbers["bank_count"]) if bank not in used), lowest)
-
-    def _begin(self, host: Host) -> None:
-        self.world.second_begins("takeover", host.control)
-        super()._begin(host)
-
-    def _go_on(self) -> None:
-        super()._go_on()
-        if self.takeover is None:
-            self.world.second_ends("takeover")
+    def tick(self) -> None:
+        """What a broker's membership thread does in a tick."""
+        world, began = self.world, self.takeover_unit >= 0
+        super().tick()
+        assert isinstance(world, CrashWorld)
+        if began and self.takeover_unit < 0:
+            world.second_ends("takeover")
 
 
 class CrashWorld(World):
@@ -112,12 +110,15 @@ class CrashWorld(World):
         self.plan, self.seen, self.cuts, self.trail_end = plan, seen, 0, 0
         self.recording: HostControl | None = None
         super().__init__(scenario, planter(BY_NAME[mutant]) if mutant else None)
-        self.succession = FallingSuccession(self)
         self._timely = list(_timely(self.layout))
         self.policies = [cut.policy for cut in (plan.first, plan.second) if cut is not None]
         self._crash = self.hardware.crash
         self.hardware.crash = self._cut     # type: ignore[method-assign]
         self.at(FIRST_STEP, self._first)
+
+    def new_headship(self, host: Host, founder: bool) -> Headship:
+        """Takeovers are told."""
+        return FallingHeadship(host, founder)
 
     def _first(self) -> None:
         control = self.hosts[0].control

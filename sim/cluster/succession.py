@@ -79,7 +79,8 @@ class Headship:
     """One broker's part in who is head: its leadership, for one life of its host."""
 
     def __init__(self, host: "Host", founder: bool) -> None:
-        self._host, world, broker = host, host.world, host.assembly
+        self.host, self.world, broker = host, host.world, host.assembly
+        world = self.world
         lease_ns = SILENCE_TICKS * world.scenario.tick_ns * (PROFILE_TICKS if world.scenario.profile else 1)
         inputs = (broker.door(Role.ROLE_BROKER), world.layout, world.clock, host.number, lease_ns,
                   lambda other: not world.hosts[other].is_there, founder)
@@ -93,13 +94,13 @@ class Headship:
 
     def _is_gone(self, owner: int) -> bool:
         other = (owner & 0xFF) - 1
-        line = self._host.assembly.line.read(other)
-        return line["incarnation"] != owner >> 8 or not self._host.world.hosts[other].is_there
+        line = self.host.assembly.line.read(other)
+        return line["incarnation"] != owner >> 8 or not self.world.hosts[other].is_there
 
     def _run(self, takeover: Takeover) -> None:
         """Have it stepped by the schedule; at the very beginning there is nothing that could go on meanwhile."""
-        host = self._host
-        if host.world.step == 0:
+        host = self.host
+        if self.world.step == 0:
             while not takeover.done:
                 takeover.step_once()
             return
@@ -113,7 +114,7 @@ class Headship:
 
     def tick(self) -> None:
         """What a broker's membership thread does in a tick."""
-        host = self._host
+        host = self.host
         before = list(host.units)
         control = host.memory.load_word(host.world.layout.offset_of("control"))
         for place in self._places:

@@ -120,7 +120,7 @@ class Host:
         self.memory, self.delivery_door = broker.memory, broker.delivery_door
         self.units = self.add(broker.stages())
         broker.line.say(BrokerState.BROKER_STARTING)
-        self.headship = Headship(self, founder=number == 0 and self.incarnation == 1)
+        self.headship = world.new_headship(self, number == 0 and self.incarnation == 1)
         if self.incarnation == 1:
             world.witness.follow(number, self.log)
             broker.line.say(BrokerState.BROKER_READY)
@@ -248,6 +248,10 @@ class World:
     def step(self) -> int:
         """Steps of stages so far: the time that events are dated by."""
         return int(self.schedule.steps)
+
+    def new_headship(self, host: Host, founder: bool) -> Headship:
+        """A broker's part in who is head."""
+        return Headship(host, founder)
 
     def new_control(self, number: int) -> HostControl:
         """The power switch of a host, of a broker or of a client."""
