@@ -85,7 +85,13 @@ class Enough(Exception):
 
 
 class FallingHeadship(Headship):
-    """Says when a takeover begins, and when it has ended."""
+    """Says when a takeover begins, and when it has ended.
+
+    The bank of one that fell is left alone until its broker is back: what it holds stays to be seen.
+    """
+
+    def _is_gone(self, owner: int) -> bool:
+        return bool(self.host.assembly.line.read((owner & 0xFF) - 1)["incarnation"] != owner >> 8)
 
     def _run(self, takeover: Takeover) -> None:
         world = self.world
