@@ -26,6 +26,7 @@ cpdef enum Planted:
     PLANT_ZOMBIE_FOLLOWED = 18          # head view: whoever was head first is followed for ever
     PLANT_ENDS_UNKNOWN = 19             # log: a broker that is started again takes unknown ends of segments for zero
     PLANT_LEASES_FORGOTTEN = 20         # attach: a broker that is started again forgets what living clients may write into
+    PLANT_HALF_BANK = 21                # takeover: what a takeover that fell has filled is taken for what a head left
 
 cdef int planted_bug
 

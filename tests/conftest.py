@@ -29,6 +29,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-seeds", metavar="FIRST:END", default="0:4", help="seeds of tests/end_to_end/test_fuzz_grpc.py")
     parser.addoption("--chaos", metavar="MINUTES:SEED", default="2:1", help="how long, and with which seed, "
                      "tests/end_to_end/test_chaos_run.py runs")
+    parser.addoption("--crash-pairs", type=int, default=100, help="how many pairs of crashes "
+                     "tests/simulation/test_crashes.py tries; 0: all of them, which takes about an hour")
     parser.addoption("--topics", type=int, default=150, help="how many topics tests/end_to_end/test_many_topics.py has")
 
 

@@ -19,6 +19,7 @@ from broker.layout cimport (
     OffsetSequencerLine, OrderEntry, RESULT_COMMITTED, RESULT_DUPLICATE, SESSION_CLOSED, SESSION_OPEN, SessionLine,
     SessionProgressLine, SessionWindowLine, TOPIC_ACTIVE, TOPIC_FREE, TopicLine, TopicReclaimLine, make_tag, result_tag,
 )
+from broker.planted cimport PLANT_HALF_BANK, planted
 from broker.stages.sequencer cimport (
     Held, OrderState, Ordered, POSITION_BITS, ScanPlace, Scanner, Session, TopicOrder, WINDOW, note_in_log,
 )
@@ -107,7 +108,8 @@ cdef class Takeover(Stage):
         False when the word has changed meanwhile. From here on nothing that an earlier head writes counts.
         """
         cdef uint64_t epoch = (seen >> CONTROL_EPOCH_SHIFT) + 1, source
-        source = (seen >> CONTROL_BANK_SHIFT & 0xFF) + 1 if seen & CONTROL_SERVING else seen >> CONTROL_SOURCE_SHIFT & 0xFF
+        source = (seen >> CONTROL_BANK_SHIFT & 0xFF) + 1 if seen & CONTROL_SERVING or (
+            planted(PLANT_HALF_BANK) and seen >> CONTROL_BANK_SHIFT & 0xFF != bank) else seen >> CONTROL_SOURCE_SHIFT & 0xFF
         assert self.phase == TAKE_NOTHING and bank + 1 != source
         self.control = make_control(epoch, self.broker, bank, source, 0)
         if not self.memory.compare_and_swap(self.layout.control(), seen, self.control):

@@ -54,6 +54,9 @@ cdef class HostControl:
     cdef uint64_t random
     cdef uint64_t probe_period          # every so many fences on average, what is pending gets there in any order
     cdef readonly uint64_t probes
+    cdef uint64_t* trail                # operations as they came, while they are recorded: offset * 16 + operation
+    cdef uint64_t trail_count
+    cdef uint64_t trail_capacity
 
     cdef void call_now(self) noexcept nogil
     cdef bint tap(self, int operation, uint64_t offset, uint64_t value) noexcept nogil

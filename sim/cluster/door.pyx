@@ -9,6 +9,7 @@ power had gone just then.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
 
 from sim.cluster.witness cimport Witness
 from sim.cxl.cachelines cimport CXL_EXTENT, PendingList, cxl_random, settle
@@ -36,6 +37,22 @@ cdef class HostControl:
         for number, nanoseconds in enumerate(costs):
             self.cost[number] = nanoseconds
 
+    def __dealloc__(self):
+        free(self.trail)
+
+    def record(self, uint64_t capacity) -> None:
+        """Note the next operations, as many at most."""
+        free(self.trail)
+        self.trail = <uint64_t*>calloc(capacity, 8)
+        self.trail_count, self.trail_capacity = 0, capacity
+        if self.trail == NULL:
+            raise MemoryError
+
+    def recorded(self) -> list:
+        """(operation, offset) of each, the first of them first."""
+        cdef uint64_t i
+        return [(int(self.trail[i] & 15), int(self.trail[i] >> 4)) for i in range(self.trail_count)]
+
     cdef void call_now(self) noexcept nogil:
         with gil:
             try:
@@ -48,6 +65,9 @@ cdef class HostControl:
         if self.dead:
             return False
         self.operations += 1
+        if self.trail_count < self.trail_capacity:
+            self.trail[self.trail_count] = offset * 16 + operation
+            self.trail_count += 1
         if self.operations == self.call_at:
             self.call_now()
         if self.operations == self.crash_at:

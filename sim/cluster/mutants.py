@@ -91,6 +91,7 @@ class Mutant:
     tests: tuple[str, ...] = ()             # those that fail as well when the switch is on
     checker: bool = False                   # whether the coherence checker names it, too
     shape: tuple[tuple[str, int], ...] = ()         # numbers of the run under which it shows soonest
+    twice: bool = False                     # it takes two crashes in one run: sim/cluster/crashes.py shows it
 
 
 DROP, MOVE, SOMETIMES, FENCE_AFTER, HALF = (
@@ -216,6 +217,8 @@ MUTANTS: tuple[Mutant, ...] = (
            tests=("tests/unit/test_sequencer.py",)),
     Mutant("zombie-followed", 29, "whoever was head first is followed, also when it was replaced and goes on",
            switch=Planted.PLANT_ZOMBIE_FOLLOWED, needs=STALLS, tests=("tests/unit/test_takeover.py",)),
+    Mutant("half-bank", 29, "what a takeover that fell had filled is taken for what the last head left",
+           switch=Planted.PLANT_HALF_BANK, twice=True),
 )
 
 # Classes that have no mutant here: why.
@@ -265,14 +268,15 @@ def planted_bugs_markdown() -> str:
              "fails when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of",
              "the door leaves out or misdirects one operation of one role; a switch makes one mistake in a stage",
              "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.",
+             "What takes two crashes in one run is seen where pairs of crashes are tried (sim/cluster/crashes.py).",
              "The checker's column says whether `memory=checked` names it within a dozen seeds without crashes.", "",
              "| class | planted bug | what is wrong | where | simulation | checker | tests that see it too |",
              "|---|---|---|---|---|---|---|"]
     for mutant in MUTANTS:
         where = f"door of {mutant.door.role.name[5:].lower()}" if mutant.door else "switch"
         tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"
-        lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | yes | "
-                     f"{'yes' if mutant.checker else '-'} | {tests} |")
+        lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | "
+                     f"{'two crashes' if mutant.twice else 'yes'} | {'yes' if mutant.checker else '-'} | {tests} |")
     lines += ["", "## Classes without a planted bug here", "", "| class | why |", "|---|---|"]
     lines += [f"| {number} | {why} |" for number, why in sorted(RULED_OUT.items())]
     lines += ["", "## Not shown", "", "| mistake | what was tried |", "|---|---|"]

@@ -9,6 +9,7 @@ from time import perf_counter
 from typing import Any
 
 from broker.coherence import explain, report_text
+from sim.cluster.crashes import enumerate_crashes
 from sim.cluster.history import Violation
 from sim.cluster.mutants import BY_NAME, Mutant, planter, switch_on
 from sim.cluster.scenario import FAULT_KINDS, Scenario, draw
@@ -118,14 +119,25 @@ def run_checked(scenario: Scenario) -> list[dict[str, Any]]:
 
 
 HUNT_SEEDS, HUNT_STEPS = 200, 6_000
+HUNT_PAIRS = 200
 
 
 def hunt(mutant: Mutant, seeds: int = HUNT_SEEDS, steps: int = HUNT_STEPS) -> Verdict | None:
-    """Run seeds from 0 on until one catches the mutant; its verdict, None when none does."""
+    """Run seeds, or pairs of crashes where it takes two, until one catches the mutant; its verdict, or None."""
+    if mutant.twice:
+        return _hunt_pairs(mutant)
     kinds = frozenset(FAULT_KINDS) if mutant.needs is None else mutant.needs
     for seed in range(seeds):
         scenario = draw(seed, steps=steps, kinds=kinds, mutant=mutant.name)
         verdict = run_scenario(scenario.smaller(**dict(mutant.shape)))
         if verdict.failed:
             return verdict
+    return None
+
+
+def _hunt_pairs(mutant: Mutant) -> Verdict | None:
+    for number, found in enumerate(enumerate_crashes(HUNT_PAIRS, mutant=mutant.name)):
+        if found.broken is not None:
+            return Verdict(number, "violation", found.steps, found.trace_hash, 0, found.broken.invariant,
+                           f"{found.broken.text}; {found.plan}")
     return None
