@@ -31,7 +31,7 @@ class Promise:
 
 PROMISES: tuple[Promise, ...] = (
     Promise("client protocol", "client/publishing/session.py", "what becomes of each batch, over all sessions: once"),
-    Promise("client protocol", "client/publishing/opening.py", "which session goes on, and which of its tries were ours"),
+    Promise("client protocol", "client/publishing/opening.py", "which session goes on, and which tries were ours"),
     Promise("client protocol", "client/publishing/stream_flights.py", "which way a batch goes, and goes again"),
     Promise("client protocol", "client/publishing/attached_flights.py", "the same through slots, leases and rings"),
     Promise("client protocol", "client/levels.py", "a receipt's level is true after a session was opened anew"),
@@ -57,6 +57,7 @@ PROMISES: tuple[Promise, ...] = (
     Promise("disk", "broker/restore.py", "a new region says what the disks said"),
     Promise("disk", "broker/removals.py", "what was deleted while a broker was away stays deleted"),
     Promise("head", "broker/leadership.py", "one head at a time, and what it gives up"),
+    Promise("head", "broker/head_calls.py", "a call for the head is made once, over a change of heads"),
     Promise("head", "broker/membership.py", "who lives, and who should be head"),
     Promise("head", "broker/replica_watch.py", "who keeps copies, and who takes the place of the dead"),
     Promise("supervisor", "client/claim.py", "who has a name, and what of the dead may be removed"),
