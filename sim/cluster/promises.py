@@ -57,6 +57,7 @@ PROMISES: tuple[Promise, ...] = (
     Promise("disk", "broker/restore.py", "a new region says what the disks said"),
     Promise("disk", "broker/removals.py", "what was deleted while a broker was away stays deleted"),
     Promise("head", "broker/leadership.py", "one head at a time, and what it gives up"),
+    Promise("head", "broker/head_calls.py", "a call for the head is made once, over a change of heads"),
     Promise("head", "broker/membership.py", "who lives, and who should be head"),
     Promise("head", "broker/replica_watch.py", "who keeps copies, and who takes the place of the dead"),
     Promise("supervisor", "client/claim.py", "who has a name, and what of the dead may be removed"),
