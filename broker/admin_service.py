@@ -12,7 +12,6 @@ import grpc.aio
 from broker.calls import unary_handlers
 from broker.config import TopicConfig, check_ack
 from broker.errors import (
-    AttachSlotsFull,
     CxlmqError,
     DeletionNotDurable,
     DuplicateTopic,
@@ -23,7 +22,7 @@ from broker.errors import (
 from broker.head_calls import HeadCalls
 from broker.holders import Holders, holders_of
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import OrderReader
+from broker.reader import ReadError
 from broker.rights import METHODS
 from broker.security import CALLER
 from broker.topics import TopicEntry
@@ -175,25 +174,13 @@ class AdminService:
         return self._node.session_service.attach(request, CALLER.get().number)
 
     async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
-        node, server = self._node, self._server
-        entry = server.topic_seen(request.subscribe)
-        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        cursor = await server.place(request.subscribe, reader, entry, (request.pid, request.presence))
-        try:                                # what may fail comes before the slot: who is refused holds nothing
-            frontiers, position = reader.frontiers(), reader.position_of(reader.index)
-            found = node.attach.open_subscriber(entry.number, entry.generation, cursor, reader.index, request.pid,
-                                                request.presence, CALLER.get().number)
-            if found is None:
-                raise AttachSlotsFull(broker=node.broker)
-        except BaseException:
-            server.cursors.close(cursor)
-            raise
-        node.attached_clients.add_reader(found[0], cursor)
-        return pb.Attachment(slot=found[0], generation=found[1], region=node.region.name, run_id=node.region.run_id,
-                             topic_number=entry.number, topic_generation=entry.generation, index=reader.index,
-                             position=position, created_ns=entry.created_ns,
-                             first_position=frontiers["reclaimed_position"],
-                             end_position=frontiers["committed_position"], doorbell=node.broker)
+        service = self._node.reading_service
+        try:
+            attachment = await service.attach(request, CALLER.get().number)
+        except ReadError as error:
+            raise service.read_error(request.subscribe, error) from error
+        attachment.region = self._node.region.name
+        return attachment
 
     async def detach(self, request: Any, context: Any) -> pb.DetachResponse:
         caller = CALLER.get()

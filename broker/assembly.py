@@ -2,7 +2,8 @@
 
                     doors, clock, disk, settings
                                  ▼
-    Assembly    line, log, pool ─ receiver ─ sessions, cursors, topics, groups ─ session service, attached clients
+    Assembly    line, log, pool ─ receiver ─ sessions, cursors, topics, groups ─ session and reading
+                                                                               services, attached clients
                 directory ─ attach ─ delegation ─ acks ─ watch ─ release ─ replication
                                  │ lead (after a takeover), resign
     HeadStages  scanners ─ reclaim, pool leader, replica watch
@@ -24,6 +25,7 @@ from broker.log import BrokerLog
 from broker.notifier import Notifier
 from broker.order_lock import LOCK_MODES
 from broker.own_line import CURSORS_WORD, SESSIONS_WORD, OwnLine
+from broker.reading_service import ReadingService
 from broker.replica_folder import ReplicaFolder
 from broker.replica_watch import ReplicaWatch
 from broker.segments import PoolLeader, make_pool
@@ -116,6 +118,7 @@ class Assembly:
         self.attached_clients = AttachedClients(self.attach, self.sessions, self.cursors, lives, self.watch_commits,
                                                 self.doorbells[broker].ring_now)
         self.session_service = SessionService(self)
+        self.reading_service = ReadingService(self)
 
     @property
     def incarnation(self) -> int:

@@ -13,15 +13,12 @@ from broker.errors import (
     TEXT_MAX,
     BadRequest,
     CxlmqError,
-    DamagedData,
-    PositionLost,
-    RangeLost,
-    UnknownTopic,
     shortened,
     status_of,
     to_metadata,
 )
-from broker.reader import ReadError, ReadStatus
+from broker.reader import ReadError
+from broker.reading_service import read_error
 from broker.rights import METHODS, Access
 from broker.security import CALLER, Guard, Principal
 
@@ -51,17 +48,6 @@ def parsed(kind: Any, data: bytes) -> Any:
         return kind.FromString(data)
     except DecodeError as error:
         raise BadRequest(reason=f"no {kind.DESCRIPTOR.name}") from error
-
-
-def read_error(topic: str, error: ReadError) -> CxlmqError:
-    """The typed error for what a reader of a topic came upon."""
-    if error.status == ReadStatus.READ_CLOSED:
-        return UnknownTopic(topic=topic)
-    if error.status == ReadStatus.READ_LOST:
-        return PositionLost(str(error), index=error.index)
-    if error.status == ReadStatus.READ_GONE and error.end is not None:
-        return RangeLost(topic=topic, first=error.first, end=error.end)
-    return DamagedData(str(error), topic=topic, index=error.index)
 
 
 Served = tuple[Callable[[Any, Any], Awaitable[Any]], Any, Any]          # method, request type, reply type

@@ -24,10 +24,10 @@ from broker.group_files import GroupFiles, GroupRecord
 from broker.groups import Group, GroupTable, topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader
+from broker.reading_service import start_index, time_index
 from broker.records import HOLDER_BYTES, fitted
 from broker.rights import METHODS
 from broker.security import CALLER
-from broker.sessions import ENTRIES_AT_ONCE
 from broker.topics import TopicEntry
 from broker.unread import lost_from
 
@@ -37,27 +37,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("cxlmq")
 
 RECOVERY_FILE = "recovery.json"         # in the cluster's folder: what was recovered, and what was not
-
-
-async def time_index(request: Any, reader: OrderReader) -> int:
-    """The order entry of the time that a request begins at, if it does: a piece at a time, others run in between."""
-    at, end = 0, reader.frontiers()["committed_index"] if request.WhichOneof("start") == "published_ns" else 0
-    while at < end and (found := reader.find_time(request.published_ns, at, ENTRIES_AT_ONCE)) != at:
-        at = found
-        await asyncio.sleep(0)
-    return at
-
-
-def start_index(request: Any, reader: OrderReader, at_time: int) -> int:
-    """The order entry that a request with a start means; "beginning" when it has none. `at_time`: see `time_index`."""
-    frontiers = reader.frontiers()
-    index: int = {
-        "beginning": lambda: frontiers["reclaimed_index"],
-        "end": lambda: frontiers["committed_index"],
-        "position": lambda: reader.find(request.position),
-        "published_ns": lambda: max(at_time, frontiers["reclaimed_index"]),
-    }[request.WhichOneof("start") or "beginning"]()
-    return index
 
 
 def start_place(request: Any, reader: OrderReader, at_time: int) -> tuple[int, int]:

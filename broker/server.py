@@ -15,16 +15,14 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from broker.admin_service import AdminService
-from broker.calls import Doorkeeper, errors_as_statuses, introduce, parsed, read_error, unary_handlers
+from broker.calls import Doorkeeper, errors_as_statuses, introduce, parsed, unary_handlers
 from broker.config import host_and_port
 from broker.errors import (
     BrokerUnavailable,
     PoolFull,
     PortTaken,
-    PositionLost,
 )
-from broker.group_service import RECOVERY_FILE, GroupService, start_index, time_index
-from broker.groups import topic_key
+from broker.group_service import RECOVERY_FILE, GroupService
 from broker.grpc_options import PROCESS_AGENT, server_options
 from broker.head import control_word, epoch_of, head_of
 from broker.holders import who_stops, why_full
@@ -32,7 +30,7 @@ from broker.layout import BrokerState
 from broker.listening import why_not_bound
 from broker.proto import cxlmq_pb2 as pb
 from broker.publish_stream import PublishStream
-from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.reader import OrderReader, ReadError
 from broker.removals import Removals
 from broker.rights import METHODS, may_see
 from broker.security import Guard
@@ -267,26 +265,23 @@ class BrokerServer:
             try:
                 await self._deliver(request, context)
             except ReadError as error:
-                if error.status == ReadStatus.READ_CLOSED:
-                    raise self.node.topics.gone(request.topic, request.seen.created_ns) from error
-                raise read_error(request.topic, error) from error
+                raise self.node.reading_service.read_error(request, error) from error
 
     async def _deliver(self, request: Any, context: Any) -> None:
         node = self.node
         entry = self.topic_seen(request)
-        reader = OrderReader(node.delivery_door, node.layout, entry.number, entry.generation)
-        place = Place(await self.place(request, reader, entry, _process_of(context), copies=True), reader)
+        place = Place(*await node.reading_service.place(request, entry, _process_of(context), copies=True))
+        reader = place.reader
         self._places.add(place)
         node.watch_commits(+1)
         event = asyncio.Event()
         self._commit_events.setdefault(entry.number, set()).add(event)
         try:
-            frontiers = reader.frontiers()
+            told = node.reading_service.described(entry, reader)
             await context.send_initial_metadata((
-                ("cxlmq-position", str(reader.position_of(reader.index))),
-                ("cxlmq-first-position", str(frontiers["reclaimed_position"])),
-                ("cxlmq-end-position", str(frontiers["committed_position"])),
-                ("cxlmq-run-id", str(node.region.run_id)), ("cxlmq-created-ns", str(entry.created_ns))))
+                ("cxlmq-position", str(told.position)), ("cxlmq-first-position", str(told.first_position)),
+                ("cxlmq-end-position", str(told.end_position)), ("cxlmq-run-id", str(told.run_id)),
+                ("cxlmq-created-ns", str(told.created_ns))))
             await self._follow(request, context, reader, place, event)
         finally:
             self._commit_events[entry.number].discard(event)
@@ -307,27 +302,7 @@ class BrokerServer:
 
     def topic_seen(self, request: Any) -> TopicEntry:
         """The topic that a request is about. Raises as `TopicTable.find_seen`."""
-        return self.node.topics.find_seen(request.topic, request.seen, self.node.region.run_id)
-
-    async def place(self, request: Any, reader: OrderReader, entry: TopicEntry,
-                    process: tuple[int, int],
-                    copies: bool = False) -> int:
-        """A cursor at the wanted place, which the reader is moved to. Raises `PositionLost` when it is gone."""
-        if request.group:
-            self.groups.table.require_member(entry, request.group, request.member, request.member_epoch)
-        start = request.WhichOneof("start") or "beginning"
-        wanted = start_index(request, reader, await time_index(request, reader))
-        cursor, granted = await self.cursors.open(topic_key(entry), wanted, process[0], request.group, process[1],
-                                                  copies)
-        try:
-            reader.move_to(granted)
-            first = reader.frontiers()["reclaimed_position"]
-            if start == "position" and request.position < first:
-                raise PositionLost(position=request.position, first_available=first)
-        except BaseException:
-            self.cursors.close(cursor)
-            raise
-        return cursor
+        return self.node.reading_service.topic_of(request)
 
     async def _follow(self, request: Any, context: Any, reader: OrderReader, place: "Place",
                       event: asyncio.Event) -> None:

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple, cast
 
-from broker.errors import AttachSlotsFull, CxlmqError, DamagedData, PositionLost, RangeLost, RegionError
+from broker.errors import CxlmqError
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import ReadError, ReadStatus
 from broker.region import Region, attach_region
 from client.attached_reader import AttachedReader
 from client.brokers import BrokerAddress
-from client.buffer import BatchBuffer
-from client.reading import REACH_SECONDS, ReadingEngine, T, Take, left_until
-from client.received import Message, ReceivedBatch
+from client.received import Message
 from client.start import Start
+from client.subscribing.attached_reading import AttachedReading
+from client.subscribing.commands import AskPlace, HandOver, Place
+from client.subscribing.driver import REACH_SECONDS, ReadingDriver, T, Take, left_until
+from client.subscribing.reading import State
 from sim.cxl.memory import MappedMemory, Memory, Role
 from sim.cxl.region import map_region_part
 
@@ -37,7 +38,7 @@ class Slot(NamedTuple):
     reader: AttachedReader
 
 
-class AttachedSubscriberEngine(ReadingEngine[Slot]):
+class AttachedSubscriberEngine(ReadingDriver):
     """Reads through the region. Opening, seeking and closing go over gRPC; reading makes no call at all.
 
     With `views`, payloads of messages are views of the segments; else they are copied out, as they come over gRPC.
@@ -45,20 +46,22 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
 
     def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int, views: bool = True) -> None:
-        super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
+        self.attached = AttachedReading(topic, start, broker, id(self) // 64)
+        super().__init__(self.attached, cluster, bootstrap, buffer_bytes)
         self.views, self.copies = views, not views
-        self.slot: Slot | None = None
-        self.buffer = BatchBuffer(self._refill)
-        self.retired: list[AttachedReader] = []     # of brokers that died; views under them are held still
-        self.wanted: int | None = None              # messages below it were not asked for
         self.next_check = 0.0
-        self.ended = False                          # the topic that we read in memory is closed
+        self.looked_at: Place | None = None         # a place that ended is looked after at once
         self.returning: Future[None] | None = None  # on its way to another broker
         self.waiting = threading.Lock()             # one thread at a time waits in memory
-        self.over_grpc: Callable[[], ReadingEngine[Any] | None] = lambda: None      # makes what reads when we cannot
+        self.over_grpc: Callable[[], ReadingDriver | None] = lambda: None      # makes what reads when we cannot
         self.handed_over: Callable[[Any], None] = lambda _: None    # told that it reads now
         self.handing_over = False                   # nothing is taken meanwhile
-        self.successor: ReadingEngine[Any] | None = None
+        self.successor: ReadingDriver | None = None
+
+    @property
+    def slot(self) -> Slot | None:
+        """The slot through which we read."""
+        return None if self.reading.place is None else cast(Slot, self.reading.place.way)
 
     @property
     def attachment(self) -> pb.Attachment:
@@ -68,23 +71,24 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
-    async def _candidates(self) -> list[BrokerAddress]:
+    async def _brokers(self) -> list[BrokerAddress]:
         await self.connection.check_host()
-        return await super()._candidates()
+        return await super()._brokers()
 
-    async def _reach_at(self, broker: BrokerAddress, request: pb.SubscribeRequest) -> Slot:
+    async def _reach_at(self, broker: BrokerAddress, asked: AskPlace) -> Place:
         presence = await self.connection.presence()
-        asked = pb.AttachSubscriberRequest(subscribe=request, pid=os.getpid(), presence=presence.number)
-        attachment = await self.connection.undoable(
-            self.connection.unary(broker.target, "Admin/AttachSubscriber", asked, pb.Attachment, REACH_SECONDS),
-            lambda granted: self._detach(broker, granted))
+        request = pb.AttachSubscriberRequest(subscribe=asked.request, pid=os.getpid(), presence=presence.number)
+        granted = await self.connection.undoable(
+            self.connection.unary(broker.target, "Admin/AttachSubscriber", request, pb.Attachment, REACH_SECONDS),
+            lambda found: self._detach(broker, found))
         try:
-            place = self._mapped(broker, attachment)
-            place.region.mapping.presence = presence    # as long as a view of it is held
-            return place
+            slot = self._mapped(broker, granted)
+            slot.region.mapping.presence = presence     # as long as a view of it is held
         except BaseException:
-            await self._detach(broker, attachment)
+            await self._detach(broker, granted)
             raise
+        return Place(granted.position, granted.first_position, granted.end_position,
+                     pb.TopicIdentity(run_id=granted.run_id, created_ns=granted.created_ns), slot)
 
     def _mapped(self, broker: BrokerAddress, granted: pb.Attachment) -> Slot:
         region = attach_region(granted.region, writable=False, run_id=granted.run_id)
@@ -102,23 +106,17 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
         reader.beat()
         return Slot(granted, broker, region, reader)
 
-    @staticmethod
-    def _identity(slot: Slot) -> pb.TopicIdentity:
-        return pb.TopicIdentity(run_id=slot.attachment.run_id, created_ns=slot.attachment.created_ns)
+    def _follow(self, place: Place, former: Place | None) -> None:
+        if former is not None:
+            self.attached.retire(former)
 
-    def _take_place(self, place: Slot, start: Start) -> Slot | None:
+    async def _leave(self, place: Place) -> None:
+        slot: Slot = place.way
         with self.lock:
-            former, self.slot, self.ended = self.slot, place, False
-            self.moved(start, place.attachment.position, place.attachment.first_position, place.attachment.end_position,
-                       self._identity(place))
-            self.wanted = start if isinstance(start, int) else None
-        return former
-
-    async def _leave(self, place: Slot) -> None:
-        self._let_go(all_of_them=True)
-        place.reader.leave()                # also when the broker cannot answer now
-        place.region.mapping.presence = None
-        await self._detach(place.address, place.attachment)
+            self.attached.let_go(all_of_them=True)
+        slot.reader.leave()                 # also when the broker cannot answer now
+        slot.region.mapping.presence = None
+        await self._detach(slot.address, slot.attachment)
 
     async def _detach(self, broker: BrokerAddress, granted: pb.Attachment) -> None:
         request = pb.DetachRequest(slot=granted.slot, generation=granted.generation)
@@ -130,17 +128,17 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
     def _look(self) -> None:
         """See to it, now and then, that somebody serves us: what is in memory can be read without a broker."""
         now = time.monotonic()
-        if now >= self.next_check and self.slot is not None:
-            self.next_check = now + CHECK_SECONDS
-            self._let_go()
-            if self.ended or self._is_cut_off(self.slot):
+        if (now >= self.next_check or self.attached.ended is not self.looked_at) and self.reading.is_open:
+            self.next_check, self.looked_at = now + CHECK_SECONDS, self.attached.ended
+            with self.lock:
+                self.attached.look(self._serves)
+            if self.reading.state is State.RETURNING:
                 self._return()
 
-    def _is_cut_off(self, slot: Slot) -> bool:
-        """Whether the broker whose cursor protects us serves us no longer: it said so, or is dead."""
-        if not slot.reader.is_open():
-            return True
-        return not slot.region.broker_lives(slot.attachment.doorbell)
+    @staticmethod
+    def _serves(place: Place) -> bool:
+        slot: Slot = place.way
+        return bool(slot.region.broker_lives(slot.attachment.doorbell))
 
     def _return(self) -> None:
         """Go on from the same place through another broker, in the background: nobody who fetches waits for that."""
@@ -148,87 +146,54 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             self.returning = self.client_loop.submit(self._return_now())
 
     async def _return_now(self) -> None:
-        before = self.slot
         async with self.changing:
-            if self.closed or self.slot is not before or before is None:
+            with self.lock:
+                search = self.reading.come_back()
+            if search is None:
                 return                      # it went elsewhere meanwhile
-            with self.lock:
-                if not before.reader.is_intact() and self.buffer:
-                    self._rewind(self.buffer.position())
             try:
-                place = await self._come_back()
-            except CxlmqError as error:
-                # As at opening: what stands against attaching, and not against reading.
-                attaching = isinstance(error, AttachSlotsFull) or (
-                    isinstance(error, RegionError) and not error.comes_back)
-                if not (attaching and await self._hand_over(before)) and not error.comes_back:
-                    self.failure = error
-                return                      # the next look tries again
+                await self._reach(search)
+            except CxlmqError:
+                pass                        # the reading knows, and tells or tries again with the next look
             except Exception as error:      # a mistake of ours: whoever waits is told
-                self.failure = CxlmqError(f"internal error: {error!r}")
+                self._fail(CxlmqError(f"internal error: {error!r}"))
                 raise
-            with self.lock:
-                self.slot, self.ended = place, False
-                self.retired.append(before.reader)
-                self.wanted = self.next_position if self.next_position is not None else self.wanted
-                try:
-                    self._check_end(place.attachment.end_position, place.attachment.run_id)
-                except CxlmqError as error:
-                    self.failure = error
-                self.seen = self._identity(place)
-            self._let_go()
 
-    async def _hand_over(self, before: Slot) -> bool:
-        """Let another engine read on from here; False when nobody may. Refused, all is as it was."""
-        other = self.over_grpc()
+    async def _hand_over(self, command: HandOver) -> None:
+        """Let another engine read on from here. Refused, all is as it was."""
+        search, other, slot = command.search, self.over_grpc(), self.slot
+        assert slot is not None
         if other is None:
-            return False
+            self.reading.not_handed_over(search, command.error)
+            return
         with self.lock:
             self.handing_over = True
-            other.start, other.seen, other.told = self.position(), self.seen, self.told
-            other.buffer.handed = self.buffer.handed
+            other.reading.go_on_from(self.reading)
         try:
             await other.open()
         except CxlmqError as error:
-            if not error.comes_back:
-                self.failure = error
-            return True
+            self.reading.not_handed_over(search, error)
+            return
         else:
             if self.closed:
                 await other.close()
-                return True
+                return
             with self.lock:
-                try:
-                    self._check_end(other.end_position, other.seen.run_id)
-                except CxlmqError as error:
-                    other.fail(error)
-                self.successor, self.slot = other, None
+                place = other.reading.place
+                if place is not None and (lost := self.reading.lost_range(place)) is not None:
+                    other.fail(lost)
+                self.successor = other
                 self.handed_over(other)
                 self.buffer.clear()
-            before.reader.leave_when_free()
-            return True
+            slot.reader.leave_when_free()
         finally:
             self.handing_over = False
 
-    def _let_go(self, all_of_them: bool = False) -> None:
-        """Give up the former places under which nothing is viewed any more; their brokers see it by themselves."""
-        with self.lock:
-            for reader in [each for each in self.retired if all_of_them or each.released == each.next_index]:
-                reader.leave()
-                self.retired.remove(reader)
-
     def after_fork(self) -> None:
         """In a child: nothing that ends there says so."""
-        for reader in (self.slot and self.slot.reader, *self.retired):
+        for reader in (self.attached.reader, *self.attached.retired):
             if reader is not None:
                 reader.after_fork()
-
-    def _rewind(self, position: int | None) -> None:
-        """What is in the buffer may be something else by now: it is read again. The lock is held."""
-        handed = self.buffer.handed
-        self.buffer.clear()
-        self.buffer.handed = handed
-        self.next_position = self.wanted = position
 
     # ---- taking -----------------------------------------------------------------------------------------------------
 
@@ -262,26 +227,14 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             return None if self.handing_over else super().next_ahead()
 
     def _take_now(self, take: Take[T]) -> list[T]:
+        """The lock is held."""
         if self.handing_over or self.successor is not None:
             return []
-        handed = self.buffer.handed
-        found = super()._take_now(take)
-        if found and self.slot is not None and not self.slot.reader.is_intact():
-            self.buffer.handed = handed
-            self._rewind(cast(Message, found[0]).position)
-            self._end()
-            return []
-        return found
-
-    def _end(self) -> None:
-        """A broker says what became of the topic, or of our place in it."""
-        if not self.ended:
-            self.ended, self.next_check = True, 0.0
-            self._look()
+        return self.reading.take(take)
 
     def _wait(self, seconds: float) -> None:
         """Until there is more, or the time is over."""
-        if self.ended:
+        if self.attached.ended is self.reading.place:
             time.sleep(min(seconds, ENDED_SECONDS))
             return
         deadline = time.monotonic() + seconds
@@ -293,62 +246,30 @@ class AttachedSubscriberEngine(ReadingEngine[Slot]):
             finally:
                 self.waiting.release()
 
-    def _refill(self, limit: int) -> None:
-        """Put what is in memory into the buffer. The lock is held."""
-        slot = self.slot
-        while slot is not None and self.failure is None and not self.buffer:
-            try:
-                batches = slot.reader.take(limit)
-            except ReadError as error:
-                if error.status != ReadStatus.READ_CLOSED:
-                    raise self._typed(slot, error) from None
-                self._end()
-                return
-            if not batches:
-                return
-            for batch in batches:
-                self._take_in(batch)
-
-    def _take_in(self, batch: ReceivedBatch) -> None:
-        self.next_position = max(self.wanted or 0, batch.position + batch.count)
-        if self.wanted is not None:
-            batch.drop_before(self.wanted)
-            if batch.count:
-                self.wanted = None
-        if batch.count:
-            self.buffer.add(batch)
-
-    def _typed(self, slot: Slot, error: ReadError) -> CxlmqError:
-        if error.status == ReadStatus.READ_LOST:
-            return PositionLost(position=self.next_position, first_available=slot.reader.first_position())
-        if error.status == ReadStatus.READ_GONE and error.end is not None:
-            return RangeLost(topic=self.topic, first=error.first, end=error.end)
-        return DamagedData(str(error), topic=self.topic, index=error.index)
-
     # ---- life -------------------------------------------------------------------------------------------------------
 
-    async def end_dropped(self) -> None:
-        """Nobody reads any more. What is still viewed is protected until it is released; brokers see that."""
-        self.closed = True
+    async def _stop(self) -> list[AttachedReader]:
+        """Begin nothing more; what we read by."""
+        with self.lock:
+            self.reading.close()
         if self.returning is not None:
             self.returning.cancel()
         await self._until_changed()
         with self.lock:
-            slot, self.slot, retired, self.retired = self.slot, None, self.retired, []
-            self.buffer.clear()
-        for reader in (*retired, *(() if slot is None else (slot.reader,))):
+            retired, self.attached.retired = self.attached.retired, []
+            return retired if self.slot is None or self.successor is not None else [*retired, self.slot.reader]
+
+    async def end_dropped(self) -> None:
+        """Nobody reads any more. What is still viewed is protected until it is released; brokers see that."""
+        for reader in await self._stop():
             reader.leave_when_free()
         await self.connection.close()
 
     async def close(self) -> None:
         """Let go of the place. Views that are still held are no longer protected."""
-        self.closed = True
-        if self.returning is not None:
-            self.returning.cancel()
-        await self._until_changed()
-        with self.lock:
-            slot, self.slot = self.slot, None
-            self.buffer.clear()
-        if slot is not None:
-            await self._leave(slot)
+        for reader in await self._stop():
+            reader.leave()
+        place = self.reading.place
+        if place is not None and self.successor is None:
+            await self._leave(place)
         await self.connection.close()

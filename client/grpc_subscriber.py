@@ -2,19 +2,20 @@
 
 import asyncio
 import contextlib
-import threading
-from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
-from broker.errors import BrokerUnavailable, CxlmqError, UnknownTopic
+from broker.errors import BrokerUnavailable, CxlmqError
 from broker.proto import cxlmq_pb2 as pb
 from client.brokers import BrokerAddress
+from client.buffer import BatchBuffer
 from client.connection import translated
-from client.reading import ReadingEngine, T, Take, left_until
-from client.received import ReceivedBatch, parse_response
+from client.received import parse_response
 from client.start import Start
+from client.subscribing.commands import AskPlace, Place
+from client.subscribing.driver import ReadingDriver, T, Take, left_until
+from client.subscribing.reading import Reading, State
 
 SUBSCRIBE = "/cxlmq.v1.PubSub/Subscribe"
 SAID = frozenset(f"cxlmq-{name}" for name in ("position", "first-position", "end-position", "run-id", "created-ns"))
@@ -26,33 +27,21 @@ def _wake_up(future: "asyncio.Future[None]") -> None:
         future.set_result(None)
 
 
-class Stream(NamedTuple):
-    """A subscription that a broker has granted."""
-
-    call: Any
-    position: int
-    first_position: int
-    end_position: int
-    seen: pb.TopicIdentity
-
-
-class SubscriberEngine(ReadingEngine[Stream]):
-    """Keeps a subscription running and its buffer filled."""
+class SubscriberEngine(ReadingDriver):
+    """Keeps a subscription running and its buffer filled. The way of a place is its call."""
 
     def __init__(self, topic: str, cluster: str | None, bootstrap: str | None, start: Start, broker: int | None,
                  buffer_bytes: int) -> None:
-        super().__init__(topic, cluster, bootstrap, start, broker, buffer_bytes)
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
+        super().__init__(Reading(topic, start, broker, id(self) // 64, BatchBuffer()), cluster, bootstrap, buffer_bytes)
         self.async_waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
         self.space = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
     # ---- places -----------------------------------------------------------------------------------------------------
 
-    async def _reach_at(self, broker: BrokerAddress, request: pb.SubscribeRequest) -> Stream:
+    async def _reach_at(self, broker: BrokerAddress, asked: AskPlace) -> Place:
         call = self.connection.channel(broker.target).unary_stream(
-            SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(request)
+            SUBSCRIBE, pb.SubscribeRequest.SerializeToString)(asked.request)
         try:
             metadata = dict(await call.initial_metadata() or ())
             if "cxlmq-end-position" not in metadata:
@@ -64,60 +53,59 @@ class SubscriberEngine(ReadingEngine[Stream]):
             call.cancel()                   # or the broker would keep our place
             raise
         said = {name.removeprefix("cxlmq-"): int(value) for name, value in metadata.items() if name in SAID}
-        return Stream(call, said["position"], said["first-position"], said["end-position"],
-                      pb.TopicIdentity(run_id=said["run-id"], created_ns=said["created-ns"]))
+        return Place(said["position"], said["first-position"], said["end-position"],
+                     pb.TopicIdentity(run_id=said["run-id"], created_ns=said["created-ns"]), call)
 
-    def _take_place(self, place: Stream, start: Start) -> None:
+    def _follow(self, place: Place, former: Place | None) -> None:
+        if former is not None:
+            return                          # the task that came back goes on with it
         if self.task is not None:
             self.task.cancel()              # it takes nothing more in
-        with self.changed:
-            self.moved(start, place.position, place.first_position, place.end_position, place.seen)
-            self._wake()
-        self.task = asyncio.get_running_loop().create_task(self._run(place.call))
+        self.task = asyncio.get_running_loop().create_task(self._run(place))
 
-    async def _leave(self, place: Stream) -> None:
-        place.call.cancel()
+    async def _leave(self, place: Place) -> None:
+        place.way.cancel()
 
     # ---- the stream -------------------------------------------------------------------------------------------------
 
-    async def _run(self, call: Any) -> None:
+    async def _run(self, place: Place) -> None:
         """Read the stream; when it breaks, go on at another broker from the next position."""
         try:
             while True:
                 try:
-                    await self._read(call)
+                    await self._read(place)
                 except grpc.aio.AioRpcError as failed:
-                    error = translated(failed)
-                    if not error.comes_back and not isinstance(error, UnknownTopic):
-                        raise error from None       # a topic that has gone may have been made again: who asks is told
+                    self._lost(place, translated(failed))
+                else:
+                    self._lost(place, None)
                 finally:
-                    call.cancel()
-                call = await self._subscribe_again()
-        except CxlmqError as failed:
+                    place.way.cancel()
+                found = await self._subscribe_again()
+                if found is None:
+                    return
+                place = found
+        except CxlmqError as failed:        # what came is damaged
             self._fail(failed)
         except Exception as failed:         # a mistake of ours: whoever waits is told
             self._fail(CxlmqError(f"internal error: {failed!r}"))
             raise
 
-    async def _subscribe_again(self) -> Any:
-        """As long as it takes: whoever waits for messages meanwhile waits as for any."""
-        while True:
-            await asyncio.sleep(RECONNECT_SECONDS)
-            try:
-                place = await self._come_back()
-            except CxlmqError as error:
-                if not error.comes_back:
-                    raise
-                continue
-            try:
-                self._check_end(place.end_position, place.seen.run_id)
-            except CxlmqError:
-                place.call.cancel()
-                raise
-            self.seen = place.seen
-            return place.call
+    def _lost(self, place: Place, error: CxlmqError | None) -> None:
+        with self.lock:
+            self.reading.lost(place, error)
+            self._perform()
 
-    async def _read(self, call: Any) -> None:
+    async def _subscribe_again(self) -> Place | None:
+        """As long as it takes: whoever waits for messages meanwhile waits as for any. None when we need no place."""
+        while self.reading.state is State.RETURNING:
+            await asyncio.sleep(RECONNECT_SECONDS)
+            if (search := self.reading.come_back()) is not None:
+                with contextlib.suppress(CxlmqError):   # the reading knows, and tries again or tells
+                    await self._reach(search)
+        return self.reading.place if self.reading.state is State.READING else None
+
+    async def _read(self, place: Place) -> None:
+        call = place.way
         while True:
             self.space.clear()              # first: whoever makes room after we looked sets it again
             if self.buffer.nbytes > self.buffer_bytes:
@@ -130,31 +118,18 @@ class SubscriberEngine(ReadingEngine[Stream]):
                     raise grpc.aio.AioRpcError(code, await call.initial_metadata(), await call.trailing_metadata(),
                                                details=await call.details())
                 return
-            self._take_in(parse_response(frame, self.topic))
-
-    def _take_in(self, batches: list[ReceivedBatch]) -> None:
-        wanted = self.next_position if self.next_position is not None else (
-            self.start if isinstance(self.start, int) else None)
-        with self.changed:
-            for batch in batches:
-                if wanted is not None and batch.position < wanted:
-                    batch.drop_before(wanted)
-                # A start that is still to come stays where it is.
-                self.next_position = wanted = max(wanted or 0, batch.position + batch.count)
-                if batch.count:
-                    self.buffer.add(batch)
-            self._wake()
+            batches = parse_response(frame, self.topic)
+            with self.lock:
+                self.reading.received(place, batches)
+                self._perform()
+                if self.reading.state is not State.READING:
+                    return
 
     def fail(self, error: CxlmqError) -> None:
         """Nothing more comes; whoever asks is told why."""
         if self.task is not None:
             self.task.cancel()
         self._fail(error)
-
-    def _fail(self, error: CxlmqError) -> None:
-        with self.changed:
-            self.failure = error
-            self._wake()
 
     def _wake(self) -> None:
         self.changed.notify_all()
@@ -163,16 +138,11 @@ class SubscriberEngine(ReadingEngine[Stream]):
             with contextlib.suppress(RuntimeError):     # that loop has ended
                 loop.call_soon_threadsafe(_wake_up, future)
 
-    async def end_dropped(self) -> None:
-        """Nobody reads any more."""
-        await self.close()
-
     async def close(self) -> None:
         """End the stream."""
-        with self.changed:
-            self.closed = True
-            self.buffer.clear()
-            self._wake()
+        with self.lock:
+            self.reading.close()
+            self._perform()
         await self._until_changed()
         if self.task is not None:
             self.task.cancel()
@@ -183,7 +153,7 @@ class SubscriberEngine(ReadingEngine[Stream]):
 
     def _ready(self) -> bool:
         """Whether there is something to take, or an error to raise."""
-        return bool(self.buffer) or self.failure is not None or self.closed or not self.opened
+        return bool(self.buffer) or self.reading.failure is not None or not self.reading.is_open
 
     def taken(self, take: Take[T], deadline: float | None) -> list[T]:
         with self.changed:
@@ -194,7 +164,7 @@ class SubscriberEngine(ReadingEngine[Stream]):
     def _take_from(self, take: Take[T]) -> list[T]:
         full = self.buffer.nbytes > self.buffer_bytes
         try:
-            return self._take_now(take)
+            return self.reading.take(take)
         finally:
             if full and self.buffer.nbytes <= self.buffer_bytes:
                 self.client_loop.loop.call_soon_threadsafe(self.space.set)

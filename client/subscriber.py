@@ -31,9 +31,9 @@ from client.buffer import BatchBuffer
 from client.fork import ForkedEngine, end_in_child, keep
 from client.group import Membership
 from client.grpc_subscriber import SubscriberEngine
-from client.reading import deadline_of
 from client.received import Message, ReceivedBatch
 from client.start import Start, as_start
+from client.subscribing.driver import deadline_of
 
 BUFFER_BYTES = 16 << 20
 TRANSPORTS = ("auto", "grpc", "attached")
@@ -83,8 +83,9 @@ class _SubscriberBase:
         self._membership: Membership | None = None
         if group is not None:
             self._membership = Membership(self._engine.connection, topic, group, protect, auto_commit, group_wait)
-            self._engine.membership = self._membership
+            self._engine.belong(self._membership)
         if isinstance(self._engine, AttachedSubscriberEngine) and self._falls_back:
+            self._engine.reading.hands_over = True
             me = weakref.ref(self)          # or nobody would notice when it is dropped
             self._engine.over_grpc = lambda: None if (there := me()) is None else there._over_grpc()
             self._engine.handed_over = lambda engine: None if (there := me()) is None else there._goes_on_with(engine)
@@ -125,8 +126,9 @@ class _SubscriberBase:
     def _over_grpc(self) -> SubscriberEngine:
         """What reads where attaching is not possible."""
         fresh = SubscriberEngine(*self._arguments)
-        fresh.connection, fresh.membership, fresh.start = (
-            self._engine.connection, self._engine.membership, self._engine.start)
+        fresh.connection, fresh.reading.start = self._engine.connection, self._engine.reading.start
+        if self._engine.membership is not None:
+            fresh.belong(self._engine.membership)
         return fresh
 
     def _goes_on_with(self, engine: SubscriberEngine) -> None:
@@ -156,7 +158,7 @@ class _SubscriberBase:
     @property
     def end_position(self) -> int:
         """Where the log ended when the subscription began."""
-        return self._engine.end_position
+        return self._engine.reading.end_position
 
     async def _open(self) -> None:
         """Join the group, if any, and subscribe at its place; all of it or nothing."""
@@ -167,7 +169,7 @@ class _SubscriberBase:
                 return
             try:
                 if self._membership is not None:
-                    self._engine.start = await self._membership.join(self._start)
+                    self._engine.reading.start = await self._membership.join(self._start)
                 await self._open_engine()
             except BaseException:
                 if self._membership is not None:
@@ -184,7 +186,7 @@ class _SubscriberBase:
         await asyncio.shield(self._closing)
 
     async def _close_now(self, position: int | None) -> None:
-        self._engine.closed = True
+        self._engine.shut()
         if self._membership is not None:
             await self._membership.leave(position if self._membership.auto_commit is not None else None)
         await self._engine.close()
@@ -231,7 +233,7 @@ class _SubscriberBase:
         engine = self._engine
         engine.require_open()
         topic = await engine.connection.any("Admin/DescribeTopic", pb.DescribeTopicRequest(name=engine.topic), pb.Topic)
-        if topic.created_ns != engine.seen.created_ns:
+        if topic.created_ns != engine.reading.seen.created_ns:
             raise TopicRecreated(topic=engine.topic)
         return int(topic.end_position)
 

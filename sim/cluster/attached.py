@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from broker.errors import BrokerUnavailable, CxlmqError
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import ReadError
 from client.attached import AttachedCore
 from client.attached_reader import AttachedReader
 from client.batch import Batch, Delivery, Packer
 from client.brokers import BrokerAddress
 from client.publishing.attached_flights import AttachedFlights, Slot
 from client.publishing.commands import Leave
+from client.subscribing.attached_reading import AttachedReading
+from client.subscribing.commands import Place
+from client.subscribing.search import Search
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.history import Operation, Violation
 from sim.cluster.publishers import NEVER, Publisher
@@ -25,7 +27,7 @@ from sim.cluster.subscribers import Subscriber
 from sim.cxl.memory import Role
 
 if TYPE_CHECKING:
-    from sim.cluster.world import World
+    from sim.cluster.world import Host, World
 
 WINDOW_BYTES = 64 << 10
 DYING_OPERATIONS, DYING_FENCES = 60, 8      # a client that is killed gets so far, at most
@@ -182,77 +184,97 @@ class AttachedPublisher(Publisher):
         self._settle_sent(lambda sequence: self.core.oldest <= sequence < self.core.next_sequence)
 
 
+class Attaching:
+    """A call for a reader's slot at one host, and then the slot."""
+
+    def __init__(self, subscriber: "AttachedSubscriber", host: "Host", request: pb.SubscribeRequest) -> None:
+        self.host, self.broken = host, False
+        self.told = host.call(host.assembly.reading_service.attach(pb.AttachSubscriberRequest(
+            subscribe=request, pid=subscriber.presence, presence=subscriber.presence)))
+        self.read: AttachedReader | None = None
+        self.incarnation = host.incarnation
+
+    @property
+    def reader(self) -> AttachedReader:
+        """That reads there."""
+        assert self.read is not None
+        return self.read
+
+    def cut(self) -> None:
+        """Let go of it. Of a slot whose answer was lost the broker notices."""
+        self.broken = True
+        if self.read is not None:
+            self.read.leave()
+        elif not self.told.done() and self.host.powered and self.host.incarnation == self.incarnation:
+            self.told.cancel()
+
+
 class AttachedSubscriber(Subscriber):
     """A reader that attaches: its views keep what they show from being reclaimed."""
+
+    reading: AttachedReading
 
     def __init__(self, world: "World", number: int, topic: Any) -> None:
         super().__init__(world, number, topic)
         self.control, self.door = client_door(world, world.scenario.hosts + world.scenario.attached + number)
-        self.attached: AttachedReader | None = None
         self.presence = READERS
+        self.copies = self.random.random() < 0.3
         self.views: deque[tuple[int, Any]] = deque()            # order index, batch
+
+    def _new_reading(self, turn: int) -> AttachedReading:
+        return AttachedReading(self.topic.name, "beginning", None, turn)
 
     def end(self) -> None:
         """The run is over: views that the collector takes later say nothing."""
-        if self.attached is not None:
-            self.attached.after_fork()
+        for reader in (self.reading.reader, *self.reading.retired):
+            if reader is not None:
+                reader.after_fork()
 
     def act(self) -> None:
-        """Find a broker, or read there."""
+        """What the client does when it comes to run."""
         super().act()
         self.world.clock.advance(self.control.cost_ns)
         self.control.cost_ns = 0
 
-    def _wait(self) -> None:
-        super()._wait()
-        host = self.host
-        if self.request is not None or host is None or self.reader is None:
-            return
-        # The place is granted: the service hands out a slot for it, or gives it back.
-        topic, layout = self.topic, self.world.layout
-        found = host.attach.open_subscriber(topic.number, topic.generation, self.cursor, self.index, self.presence,
-                                            self.presence)
-        lost = host.control.dead or self.world.strikes("answer lost", self.random, 0.05)
-        if found is None:
-            host.cursors.close(self.cursor)
-        else:
-            host.assembly.attached_clients.add_reader(found[0], self.cursor)
-        if found is None or lost:           # of a slot whose answer was lost the broker notices
-            self.host = self.reader = None
-            return
-        self.attached = AttachedReader(
-            self.door, layout, self.door, layout.offset_of("attach_client", found[0]), *found, topic.number,
-            topic.generation, self.index, topic.name, True)
-        self.attached.beat()
+    # ---- slots ------------------------------------------------------------------------------------------------------
 
-    def leave(self) -> None:
-        """Give up the place at this broker, and what is viewed under it."""
-        if self.attached is None:
-            super().leave()
-            return
+    def _ask_host(self, host: "Host", request: pb.SubscribeRequest) -> Any:
+        return Attaching(self, host, request)
+
+    def _arrived(self, search: Search, way: Any, told: pb.Attachment) -> None:
+        layout = self.world.layout
+        way.read = AttachedReader(
+            self.door, layout, self.door, layout.offset_of("attach_client", told.slot), told.slot, told.generation,
+            told.topic_number, told.topic_generation, told.index, self.topic.name, not self.copies)
+        way.read.beat()
+        super()._arrived(search, way, told)
+
+    def _retire(self, place: Place) -> None:
+        self.reading.retire(place)
+
+    def _leave(self, place: Place) -> None:
+        """Give up the place, and what is viewed under it."""
         self.views.clear()
-        self.attached.leave()
-        self.host = self.reader = self.attached = None
-        self.cursor = -1
+        self.reading.let_go(all_of_them=True)
+        place.way.cut()
 
-    def read(self) -> int:
+    def _hear(self) -> None:
+        """See whether somebody serves us; what is in memory is taken without anybody."""
+        self._event(lambda: self.reading.look(lambda place: bool(place.way.host.powered)))
+
+    # ---- views ------------------------------------------------------------------------------------------------------
+
+    def _take_something(self) -> None:
         """View what is there; let go of some of what was viewed before."""
-        reader, host = self.attached, self.host
-        assert reader is not None and host is not None
         kept_from = self.world.witness.frontiers(self.topic.number)["reclaimed"]
-        if self.views and kept_from > self.views[0][0] and host.powered:
+        if self.views and kept_from > self.views[0][0]:
             raise Violation("C", f"{self.name} views order entry {self.views[0][0]}, and all below {kept_from} is "
                                  "reclaimed")
-        for _ in range(self.random.randint(0, len(self.views))):
+        for _ in range(len(self.views) if self.world.draining else self.random.randint(0, len(self.views))):
             self.views.popleft()
-        try:
-            batches = reader.take(self.random.choice((1, 4, 30)))
-        except ReadError as error:
-            self._refused(host, error)
-            return 0
-        for batch in batches:
-            self.views.append((self.index, batch))
-            self._take(batch.position, batch.count, bytes(batch.payload))
-        if not reader.is_open():
-            self.leave()
-        return len(batches)
+        super()._take_something()
+
+    def _gave(self, found: list[Any]) -> None:
+        """It holds what it was given for a while."""
+        if not self.copies and self.reads:
+            self.views.append((self._index_of(found[0].position), found))

@@ -1,142 +1,399 @@
-"""Subscribers of the simulated cluster: they follow the order, at one broker after the other."""
+"""Subscribers of the simulated cluster: the library's reading (`client.subscribing`), in simulated time.
 
-import asyncio
+    act: answers of calls ─► what came by the stream ─► lost places ─► taking, seeking    commands ─► calls, streams
+
+A stream is first in first out; it may be slow, it may break, and then nobody knows what the broker had sent on it. All
+that is given out is held against the log, and has to be the message that comes next.
+"""
+
+import bisect
+import struct
+from collections import deque
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, UnknownTopic
+from broker.errors import BrokerUnavailable, CxlmqError, PositionLost, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import OrderReader, ReadError, ReadStatus
-from broker.sessions import CursorTable
+from broker.reader import OrderReader, ReadError
+from client.brokers import BrokerAddress
+from client.buffer import BatchBuffer
+from client.received import parse_response
+from client.subscribing.commands import AskBrokers, AskPlace, Follow, GoOn, Leave, Place, Renew
+from client.subscribing.reading import Reading, State
+from client.subscribing.search import Search
 from sim.cluster.history import Read, Violation
 from sim.cluster.publishers import ANSWER_STEPS
-from sim.cluster.witness import payload_sender
+from sim.cluster.witness import build_payload
 
 if TYPE_CHECKING:
     from sim.cluster.world import Host, World
 
+RECONNECT_STEPS = 100                       # between two tries to come back
+UNDER_WAY = 4                               # frames on their way to a reader: gRPC's window
+BUFFER_BYTES = 4_000
+# How often a reader seeks, a stream breaks, an answer is lost, a call is cancelled.
+SEEK, CUT, REFUSE, GIVE_UP = 0.004, 0.003, 0.05, 0.004
+
+
+@lru_cache(maxsize=4096)
+def messages_of(client: int, first: int, count: int) -> tuple[bytes, ...]:
+    """What a client sent in one batch."""
+    payload, at, out = build_payload(client, first, count), 0, []
+    for _ in range(count):
+        (nbytes,) = struct.unpack_from("<I", payload, at)
+        out.append(payload[at + 8:at + 8 + nbytes])
+        at += 8 + -(-nbytes // 8) * 8
+    return tuple(out)
+
+
+class Stream:
+    """A subscription at one host, as its server keeps it, with what is under way to the reader."""
+
+    def __init__(self, subscriber: "Subscriber", host: "Host", request: pb.SubscribeRequest) -> None:
+        self.subscriber, self.host, self.world = subscriber, host, subscriber.world
+        self.request, self.incarnation = request, host.incarnation
+        subscriber.streams += 1
+        self.name = f"{subscriber.name} stream {subscriber.streams}"
+        self.down: deque[tuple[int, Any]] = deque()         # due, frame or error
+        self.broken = False
+        self.cursor = -1
+        self.reader: OrderReader | None = None
+        self.frame_bytes = subscriber.random.choice((200, 2000, 20000))
+        self.told = host.call(self._open())
+        host.connections.append(self)
+
+    async def _open(self) -> pb.Attachment:
+        service = self.host.assembly.reading_service
+        try:
+            entry = service.topic_of(self.request)
+            cursor, reader = await service.place(self.request, entry, (self.subscriber.number + 1, 0), copies=True)
+        except ReadError as error:
+            raise service.read_error(self.request, error) from error
+        try:
+            told = service.described(entry, reader)
+            if self.broken:
+                raise BrokerUnavailable(address="a stream that broke")
+        except BaseException:
+            self.host.cursors.close(cursor)
+            raise
+        self.cursor, self.reader = cursor, reader
+        return told
+
+    def serve(self) -> None:
+        """The broker's side: send what is there, until the reader has not taken enough of it."""
+        reader, host = self.reader, self.host
+        while reader is not None and not self.broken and len(self.down) < UNDER_WAY:
+            try:
+                frame = reader.read_frame(self.frame_bytes)
+            except ReadError as error:
+                try:
+                    self._send(host.assembly.reading_service.read_error(self.request, error))
+                except BrokerUnavailable as none:
+                    self._send(none)
+                self._end()
+                return
+            if not frame or host.control.dead:
+                return
+            self._send(frame)
+            committed = reader.frontiers()["committed_index"]
+            self.world.history.cursors.append((self.name, reader.index, committed))
+            host.cursors.move(self.cursor, reader.index)
+
+    def _send(self, item: Any) -> None:
+        due = self.world.step + self.world.delay()
+        self.down.append((max(due, self.down[-1][0] if self.down else 0), item))
+
+    def _end(self) -> None:
+        """The broker's handler ends; what it sent is under way still."""
+        if self.reader is not None and self.host.powered and self.host.incarnation == self.incarnation:
+            self.host.cursors.close(self.cursor)
+        self.reader = None
+        if self in self.host.connections:
+            self.host.connections.remove(self)
+
+    def cut(self) -> None:
+        """Nothing passes any more; the broker notices as well."""
+        self.broken = True
+        self.down.clear()
+        if not self.told.done() and self.host.powered and self.host.incarnation == self.incarnation:
+            self.told.cancel()
+        self._end()
+
 
 class Subscriber:
-    """Follows one topic from its first entry, at one broker after the other, with a cursor that protects it."""
+    """Reads one topic over streams, by all calls that the library has; it seeks, and goes on at other brokers."""
 
     def __init__(self, world: "World", number: int, topic: Any) -> None:
         self.world, self.number, self.topic = world, number, topic
         self.random = world.scenario.random(f"subscriber {number}")
         self.name = f"reader {number}"
-        self.reads: list[Read] = world.history.reads.setdefault(self.name, [])
-        self.host: Host | None = None
-        self.incarnation = 0
-        self.presence = 0                   # not 0: its cursor protects views, also when its broker dies
-        self.reader: OrderReader | None = None
-        self.cursor = -1
-        self.request: asyncio.Task[Any] | None = None
-        self.request_until = 0
-        self.index = 0
+        self.reads: list[Read] = []
+        self.reading = self._new_reading(self.random.randrange(64))
+        self.search: Search | None = None
+        self.answer: Callable[[], None] | None = None
+        self.answer_at = 0
+        self.asked: Any = None                  # what a broker was asked for, and by when it has to answer
+        self.asked_until = 0
+        self.next_return = 0
+        self.expected = 0                       # position of the message that has to be given out next
+        self.runs = self.streams = 0            # how often reading began elsewhere, and was asked for
+
+    def _new_reading(self, turn: int) -> Reading:
+        return Reading(self.topic.name, "beginning", None, turn, BatchBuffer())
 
     def end(self) -> None:
         """The run is over."""
 
+    # ---- what the client does ---------------------------------------------------------------------------------------
+
     def act(self) -> None:
-        """Find a broker, or read there."""
-        host = self.host
-        if host is not None and (not host.powered or host.incarnation != self.incarnation):
-            self.leave()
-            host = None
-        if host is None:
-            self._choose()
-        elif self.request is not None:
-            self._wait()
-        elif not host.stalled:
-            if self.random.random() < 0.01 and not self.world.draining:
-                self.leave()
-            else:
-                self.read()
+        """What the client does when it comes to run."""
+        self._hear_answers()
+        if self.reading.is_open:
+            self._hear()
+        state, random = self.reading.state, self.random
+        if state is State.NEW and self.search is None:
+            self._begin(self.reading.open())
+        elif state is State.RETURNING and self.search is None and self.world.step >= self.next_return:
+            self.next_return = self.world.step + RECONNECT_STEPS
+            if (search := self.reading.come_back()) is not None:
+                self._begin(search)
+        elif self.reading.is_open and not self.world.draining and self.search is None and random.random() < SEEK:
+            self._seek()
+        if self.reading.is_open:
+            self._take_something()
 
-    def _choose(self) -> None:
-        live = [host for host in self.world.hosts if host.powered]
-        if not live:
-            return
-        host = self.random.choice(live)
-        key = self.topic.generation << 16 | self.topic.number
-        self.host, self.incarnation = host, host.incarnation
-        self.request = host.call(host.cursors.open(key, self.index, self.number + 1, presence=self.presence))
-        self.request_until = self.world.step + ANSWER_STEPS
+    def _event(self, event: Callable[[], Any]) -> Any:
+        """Something comes to the reading; what it wants done is done, and what always holds is looked at."""
+        answer = event()
+        commands = self.reading.commands
+        while commands:
+            self._do(commands.popleft())
+        self.reading.invariants()
+        return answer
 
-    def _wait(self) -> None:
-        request = self.request
-        assert request is not None and self.host is not None
-        if request.done():
-            self.request = None
-            if request.cancelled() or request.exception() is not None:
-                self.host = None
+    def _do(self, command: Any) -> None:
+        match command:
+            case Follow(place):
+                self._follow(place)
+            case GoOn(former, place):
+                self.world.note(self.name, f"goes on at {place.way.host.number}")
+                self._retire(former)
+            case Leave(place):
+                self._leave(place)
+
+    def _follow(self, place: Place) -> None:
+        """It reads elsewhere from now on."""
+        start = self.reading.start
+        self.expected = start if isinstance(start, int) else place.position
+        self.world.note(self.name, f"reads at {place.way.host.number} from {self.expected} on")
+        self._begin_history()
+
+    def _begin_history(self) -> None:
+        self.runs += 1
+        self.reads = self.world.history.reads.setdefault(f"{self.name} run {self.runs}", [])
+
+    def _leave(self, place: Place) -> None:
+        place.way.cut()
+
+    def _retire(self, place: Place) -> None:
+        place.way.cut()
+
+    def _seek(self) -> None:
+        log = self.world.witness.frontiers(self.topic.number)["committed"]
+        end = self._entry(log - 1)["position"] + self._entry(log - 1)["count"] if log else 0
+        start = self.random.choice(("beginning", "end", self.random.randint(0, end), end + self.random.randint(0, 5)))
+        self.world.injected["reader sought"] += 1
+        self._begin(self._event(lambda: self.reading.seek(start)))
+
+    # ---- searching --------------------------------------------------------------------------------------------------
+
+    def _begin(self, search: Search) -> None:
+        self.search = search
+        self._ask()
+
+    def _ask(self) -> None:
+        """Ask for what the search wants now; its answer comes later."""
+        search = self.search
+        assert search is not None
+        match search.wants:
+            case Renew():
+                self._later(search.renewed)
+            case AskBrokers():
+                live = [BrokerAddress(host.number, f"host {host.number}") for host in self.world.hosts if host.powered]
+                if self.world.strikes("answer lost", self.random, REFUSE) or not live:
+                    self._later(lambda: search.refused(BrokerUnavailable(address="the cluster")))
+                else:
+                    self._later(lambda: search.brokers_known(live))
+            case AskPlace(broker, request):
+                host = self.world.hosts[broker.id]
+                if host.powered:
+                    self.asked, self.asked_until = self._ask_host(host, request), self.world.step + ANSWER_STEPS
+                else:
+                    self._later(lambda: search.refused(BrokerUnavailable(address=broker.target)))
+            case None:
+                self.search = None
+
+    def _ask_host(self, host: "Host", request: pb.SubscribeRequest) -> Any:
+        return Stream(self, host, request)
+
+    def _later(self, answer: Callable[[], None]) -> None:
+        self.answer, self.answer_at = answer, self.world.step + self.world.delay()
+
+    def _hear_answers(self) -> None:
+        answer, search = self.answer, self.search
+        if answer is not None and self.world.step >= self.answer_at:
+            self.answer = None
+            self._event(answer)
+            self._ask()
+        elif self.asked is not None and search is not None:
+            self._hear_of_place(search, self.asked)
+        if self.search is not None and self.world.strikes("search given up", self.random, GIVE_UP):
+            self._give_up(self.search)
+
+    def _give_up(self, search: Search) -> None:
+        """Whoever waited for it was cancelled."""
+        if self.asked is not None:
+            self.asked.cut()
+        self.search = self.asked = self.answer = None
+        self._event(lambda: self.reading.give_up(search))
+
+    def _hear_of_place(self, search: Search, asked: Any) -> None:
+        """The answer to the call for a place, or none in time."""
+        error: BaseException | None = BrokerUnavailable(address=f"host {asked.host.number}")
+        if not asked.told.done():
+            if self.world.step <= self.asked_until and not asked.broken:
                 return
-            self.cursor, index = request.result()
-            self._look_up()
-            if index != self.index:         # what lay between was reclaimed while nobody protected it
-                self.reads = self.world.history.reads.setdefault(f"{self.name} from {index}", [])
-                self.index = index
-            self.reader = OrderReader(self.host.delivery_door, self.world.layout, self.topic.number,
-                                      self.topic.generation, index)
-        elif self.world.step > self.request_until:
-            self.leave()
+        elif not asked.told.cancelled():
+            error = asked.told.exception()
+            if isinstance(error, TimeoutError):
+                error = BrokerUnavailable(address=f"host {asked.host.number}")
+        lost = error is None and self.world.strikes("answer lost", self.random, REFUSE)
+        self.asked = None
+        if isinstance(error, UnknownTopic):
+            raise Violation("T", f"host {asked.host.number} does not know the topic {self.topic.name!r}")
+        if error is not None and not isinstance(error, CxlmqError):
+            raise error
+        if error is not None or lost:
+            asked.cut()
+            refusal = error or BrokerUnavailable(address="an answer that was lost")
+            self._event(lambda: search.refused(refusal))
+        else:
+            told = asked.told.result()
+            if told.topic_generation != self.topic.generation:
+                raise Violation("T", f"host {asked.host.number} knows generation {told.topic_generation} of the topic, "
+                                     f"it is {self.topic.generation}")
+            self._arrived(search, asked, told)
+        self._ask()
 
-    def _look_up(self) -> None:
-        """A topic that exists can be opened by its name at any broker."""
-        assert self.host is not None
+    def _arrived(self, search: Search, way: Any, told: pb.Attachment) -> None:
+        place = Place(told.position, told.first_position, told.end_position,
+                      pb.TopicIdentity(run_id=told.run_id, created_ns=told.created_ns), way)
+        if not self._event(lambda: search.granted(place)):
+            way.cut()
+
+    # ---- what comes -------------------------------------------------------------------------------------------------
+
+    def _hear(self) -> None:
+        """Take in what the stream has brought; notice that it broke."""
+        place = self.reading.place
+        if place is None or self.reading.state is not State.READING:
+            return
+        stream: Stream = place.way
+        if not stream.broken and self.world.strikes("stream cut", self.random, CUT):
+            stream.cut()
+        if stream.broken:
+            self._event(lambda: self.reading.lost(place))
+            return
+        while stream.down and stream.down[0][0] <= self.world.step and self.reading.buffer.nbytes <= BUFFER_BYTES:
+            item = stream.down.popleft()[1]
+            if isinstance(item, bytes):
+                self._event(partial(self.reading.received, place, parse_response(item, self.topic.name)))
+            else:
+                self._event(partial(self.reading.lost, place, item))
+                stream.cut()
+
+    # ---- taking -----------------------------------------------------------------------------------------------------
+
+    def _take_something(self) -> None:
+        """By one of the ways that the library has: messages, batches, one by one, or claimed and put back."""
+        way = self.random.choice(("messages", "message", "ahead", "batches", "claim", "nothing"))
+        if self.world.draining and way in ("claim", "nothing"):
+            way = "messages"
+        count = self.random.choice((1, 3, 50))
+        takes: dict[str, Callable[[BatchBuffer], list[Any]]] = {
+            "messages": lambda buffer: buffer.take_messages(count), "message": BatchBuffer.take_message,
+            "ahead": lambda buffer: [ahead] if (ahead := buffer.next_ahead()) is not None else buffer.take_message(),
+            "batches": BatchBuffer.take_batches, "claim": BatchBuffer.claim, "nothing": lambda _: []}
+        before = self.reading.position()
         try:
-            found = self.host.topics.find(self.topic.name)
-        except BrokerUnavailable:
-            return                          # a new head is taking over
-        except UnknownTopic:
-            raise Violation("T", f"host {self.host.number} does not know the topic {self.topic.name!r}") from None
-        if found.generation != self.topic.generation and self.host.powered:
-            raise Violation("T", f"host {self.host.number} knows generation {found.generation} of the topic, it is "
-                                 f"{self.topic.generation}")
+            found = self._event(lambda: self.reading.take(takes[way]))
+        except CxlmqError as error:
+            self._told(error)
+            return
+        if way == "claim":
+            if self.random.random() < 0.5:
+                self.reading.buffer.put_back(found)
+                self.reading.invariants()
+                if self.reading.position() != before:
+                    raise Violation("T", f"{self.name} put back what it had claimed at {before}, and is at "
+                                         f"{self.reading.position()}")
+                return
+            if found:
+                self.reading.buffer.gave(found[-1].position + found[-1].count)
+        if way in ("batches", "claim"):
+            found = [message for batch in found for message in batch.to_messages()]
+        for message in found:
+            self._given(message.position, bytes(message.payload))
+        if found:
+            self._gave(found)
+        self.reading.invariants()
 
-    def leave(self) -> None:
-        """Give up the place at this broker."""
-        host = self.host
-        if host is not None and host.powered and host.incarnation == self.incarnation:
-            if self.request is not None:
-                self.request.add_done_callback(lambda asked: self._gave_up(asked, host.cursors))
-                self.request.cancel()
-            elif self.reader is not None:
-                host.cursors.close(self.cursor)
-        self.host = self.reader = self.request = None
-        self.cursor = -1
+    def _gave(self, found: list[Any]) -> None:
+        """The user has these messages."""
 
-    @staticmethod
-    def _gave_up(asked: "asyncio.Task[Any]", cursors: CursorTable) -> None:
-        """A place that was given when nobody waited for it any more."""
-        if not asked.cancelled() and asked.exception() is None:
-            cursors.close(asked.result()[0])
+    def _entry(self, index: int) -> dict[str, int]:
+        """An order entry, as the log has it."""
+        witness = self.world.witness
+        if index >= witness.frontiers(self.topic.number)["committed"] and witness.check_now(False):
+            raise Violation(*witness.describe())
+        entry: dict[str, int] = witness.entry(self.topic.number, index)
+        return entry
 
-    def _refused(self, host: "Host", error: ReadError) -> None:
-        """Its cursor protects it, so nothing is lost; a topic that is gone is told as such."""
-        self.world.history.errors.append((f"{self.name} at host {host.number}: {error}",
-                                          error.status == ReadStatus.READ_CLOSED or not host.powered))
-        self.leave()
+    def _given(self, position: int, payload: bytes) -> None:
+        """A message was given out: it has to be the next one, and what the log has there."""
+        if position != self.expected:
+            raise Violation("T", f"{self.name} was given position {position}, {self.expected} was due")
+        self.expected += 1
+        last = self.reads[-1] if self.reads else None
+        if last is None or position >= last.position + last.count:
+            index = last.index + 1 if last is not None else self._index_of(position)
+            entry = self._entry(index)
+            read = Read(index, entry["position"], entry["count"], (entry["client"], entry["first"]))
+            self.world.note(self.name, f"read entry {index}")
+            self.reads.append(read)
+            last = read
+        assert last.sender is not None
+        if not 0 <= position - last.position < last.count:
+            raise Violation("T", f"{self.name} was given position {position}, and the log has {last} there")
+        if messages_of(*last.sender, last.count)[position - last.position] != payload:
+            raise Violation("N", f"{self.name} read at position {position} what its client never sent: the log has "
+                                 f"{last.sender} there")
 
-    def _take(self, position: int, count: int, payload: bytes) -> None:
-        """Note the next batch, and hold it against the log."""
-        read = Read(self.index, position, count, payload_sender(payload, count))
-        self.world.check_read(self.name, read)
-        self.reads.append(read)
-        self.index += 1
+    def _index_of(self, position: int) -> int:
+        """The order entry that holds a position."""
+        committed = self.world.witness.frontiers(self.topic.number)["committed"]
+        return bisect.bisect_right(range(committed), position, key=lambda each: self._entry(each)["position"]) - 1
 
-    def read(self) -> int:
-        """Read what is there, as one frame; how many batches it had."""
-        reader, host = self.reader, self.host
-        assert reader is not None and host is not None
-        try:
-            frame = reader.read_frame(self.random.choice((200, 2000, 20000)))
-        except ReadError as error:
-            self._refused(host, error)
-            return 0
-        if not frame or not host.powered:
-            return 0
-        batches = pb.SubscribeResponse.FromString(frame).batches
-        for batch in batches:
-            self._take(batch.position, batch.message_count, batch.payload)
-        self.world.history.cursors.append((self.name, reader.index, reader.frontiers()["committed_index"]))
-        host.cursors.move(self.cursor, reader.index)
-        return len(batches)
+    def _told(self, error: CxlmqError) -> None:
+        """Nothing comes any more, and why: that may only be so when what comes next is reclaimed."""
+        if self.search is not None:
+            return
+        frontiers = self.world.witness.frontiers(self.topic.number)
+        kept = frontiers["reclaimed"] < frontiers["committed"]
+        due = isinstance(error, PositionLost) and (
+            not kept or self.reading.position() < self._entry(frontiers["reclaimed"])["position"])
+        self.world.history.errors.append((f"{self.name} at {self.reading.position()}: {error}", due))
+        self.world.injected["reader passed over"] += due
+        self._begin(self._event(lambda: self.reading.seek("beginning")))

@@ -35,7 +35,7 @@ from sim.cluster.loop import SimLoop
 from sim.cluster.publishers import ANSWER_STEPS, Connection, Publisher
 from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
 from sim.cluster.schedule import Schedule, Stop
-from sim.cluster.subscribers import Subscriber
+from sim.cluster.subscribers import Stream, Subscriber
 from sim.cluster.succession import LOOK_STEPS, Headship
 from sim.cluster.witness import Witness
 from sim.cxl.clock import ManualClock
@@ -70,7 +70,7 @@ class Host:
         self.world, self.number = world, number
         self.incarnation = 0
         self.powered = self.stalled = self.booting = False
-        self.connections: list[Connection] = []
+        self.connections: list[Connection | Stream] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
 

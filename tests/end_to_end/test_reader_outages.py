@@ -13,9 +13,11 @@ import pytest
 
 from broker.errors import ClusterReplaced, CxlmqError, GroupError, RangeLost, TopicRecreated, UnknownTopic
 from client import Admin, Publisher, Subscriber
-from client.attached_subscriber import AttachedSubscriberEngine, Slot
+from client.attached_subscriber import AttachedSubscriberEngine
+from client.brokers import BrokerAddress
 from client.cluster import Cluster
 from client.received import Message
+from client.subscribing.commands import AskPlace, Place
 from tests.end_to_end.conftest import small_config, unique
 from tests.end_to_end.library_support import eventually, made_topic
 
@@ -217,15 +219,17 @@ def test_a_reader_that_reads_on_while_another_broker_takes_it_has_lost_nothing(
         assert len(reader.fetch(5, 10)) == 5
         engine = reader._engine
         assert isinstance(engine, AttachedSubscriberEngine)
-        come_back, meanwhile = engine._come_back, list[Message]()
+        reach_at, meanwhile = engine._reach_at, list[Message]()
 
-        async def slowly() -> Slot:
-            place = await come_back()
+        async def slowly(broker: BrokerAddress, asked: AskPlace) -> Place:
+            place = await reach_at(broker, asked)
             await asyncio.to_thread(publish, cluster.name, topic, "b", 5)
             meanwhile.extend(await asyncio.to_thread(reader.fetch, 5, 10))
             return place
 
-        monkeypatch.setattr(engine, "_come_back", slowly)
+        monkeypatch.setattr(engine, "_reach_at", slowly)
+        assert engine.reading.place is not None
+        engine.reading.lost(engine.reading.place)
         engine._return()
         assert engine.returning is not None
         engine.returning.result(30)

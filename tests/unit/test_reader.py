@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from broker import group_service
+from broker import reading_service
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import ReadError, ReadStatus
 from tests.manual_cluster import KIB, ManualCluster, Session, payload_of
@@ -49,7 +49,7 @@ def test_a_time_is_found_at_the_first_batch_published_then_or_later() -> None:
 @pytest.mark.parametrize("entries_max", [1, 2, 3, 100])
 def test_a_time_is_found_a_piece_at_a_time_and_others_run_in_between(
         entries_max: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_service, "ENTRIES_AT_ONCE", entries_max)
+    monkeypatch.setattr(reading_service, "ENTRIES_AT_ONCE", entries_max)
     cluster, session = filled()
     reader, turns = cluster.reader(session.topic), 0
 
@@ -62,7 +62,7 @@ def test_a_time_is_found_a_piece_at_a_time_and_others_run_in_between(
 
         beside = asyncio.ensure_future(others_run())
         try:
-            return await group_service.time_index(pb.SubscribeRequest(published_ns=ns), reader)
+            return await reading_service.time_index(pb.SubscribeRequest(published_ns=ns), reader)
         finally:
             beside.cancel()
 
@@ -70,7 +70,7 @@ def test_a_time_is_found_a_piece_at_a_time_and_others_run_in_between(
     turns = 0
     assert asyncio.run(find(6001)) == 6
     assert turns >= len(SIZES) // entries_max
-    assert asyncio.run(group_service.time_index(pb.SubscribeRequest(position=3), reader)) == 0
+    assert asyncio.run(reading_service.time_index(pb.SubscribeRequest(position=3), reader)) == 0
 
 
 def test_a_time_that_is_to_come_is_not_run_after() -> None:
@@ -86,8 +86,8 @@ def test_a_time_that_is_to_come_is_not_run_after() -> None:
             return min(at + entries_max, self.end)
 
     reader: Any = Growing()
-    assert 1000 <= asyncio.run(group_service.time_index(pb.SubscribeRequest(published_ns=9), reader)) < 1000 + 2 * (
-        group_service.ENTRIES_AT_ONCE)
+    assert 1000 <= asyncio.run(reading_service.time_index(pb.SubscribeRequest(published_ns=9), reader)) < 1000 + 2 * (
+        reading_service.ENTRIES_AT_ONCE)
 
 
 @pytest.mark.parametrize("entries_max", [1, 2, 4, 100])

@@ -1,0 +1,1 @@
+"""What a subscriber promises, without I/O, and what drives it."""
