@@ -70,6 +70,7 @@ class Settings:
     lock: str = "atomic"
     semaphore: str | None = None                            # its name, where the lock is one
     replica_file_bytes: int = 64 << 20
+    replica_retry_ns: int = 500_000_000                     # a disk that failed is tried again first after so long
     counters_start: int = 0                                 # where slots, positions and indexes begin; 0 but in tests
     pid: int = 0
     cluster: str = ""
@@ -169,7 +170,7 @@ class Assembly:
             self.replica_folder = disk(self.topics.entry_of)
             self.replication = Replication(self.door(Role.ROLE_REPLICATION), self.layout, self.broker,
                                            self.replica_folder, self.clock, self.doorbells,
-                                           self.settings.replica_file_bytes)
+                                           self.settings.replica_file_bytes, self.settings.replica_retry_ns)
 
     def stages(self) -> dict[str, Stage]:
         """What it runs whether it is head or not, by name."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from broker.disk import sync, sync_names, write
 from broker.replica_record import crc32c
 
 VERSION = 1
@@ -88,8 +89,8 @@ def write_whole(path: Path, data: bytes) -> None:
         try:
             rest = memoryview(data)
             while rest:
-                rest = rest[os.write(descriptor, rest):]
-            os.fdatasync(descriptor)
+                rest = rest[write(descriptor, rest):]
+            sync(descriptor)
         finally:
             os.close(descriptor)
         os.replace(fresh, path)
@@ -118,7 +119,7 @@ def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable. Raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        sync_names(descriptor)
     finally:
         os.close(descriptor)
 

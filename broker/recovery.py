@@ -224,6 +224,10 @@ class Runs:
                 return later.ends[identity]
         return None
 
+    def begins(self, identity: str) -> int:
+        """The position from which on the last run wrote. Nothing new may lie below: it would count as given up."""
+        return max((each.ends.get(identity, 0) for each in self._manifests), default=0)
+
     def lost(self, identity: str) -> list[tuple[int, int]]:
         """What earlier recoveries have given up: it does not come back."""
         return [each for manifest in self._manifests for each in manifest.lost.get(identity, ())]
@@ -390,14 +394,15 @@ class _Reading:
 def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs, damage: list[DamagedFile],
                    trail: SessionTrail) -> RecoveredTopic:
     topic, reading = RecoveredTopic(options), _Reading(trail=trail)
+    reading.committed = runs.begins(topic.identity)     # also when the last run has written nothing
     given_up = runs.lost(topic.identity)
     for file in sorted(files, key=lambda each: each.created_ns):
         end = runs.end(topic.identity, file.run_id)
         for each in read_records(file):
             if isinstance(each, Damage):
                 damage.append(_damaged(file, each))
-            elif end is None or each.position < end:
-                _take(reading, file, each, given_up, damage)
+            elif end is None or each.end <= end:
+                _take(reading, file, each, end, given_up, damage)
     for position, batch in reading.batches.items():
         batch.copies = len(reading.holders[position])
     topic.durable_position = reading.durable
@@ -406,13 +411,15 @@ def _recover_topic(options: dict[str, Any], files: list[ReplicaFile], runs: Runs
     return topic
 
 
-def _take(reading: _Reading, file: ReplicaFile, record: Record, given_up: list[tuple[int, int]],
+def _take(reading: _Reading, file: ReplicaFile, record: Record, end: int | None, given_up: list[tuple[int, int]],
           damage: list[DamagedFile]) -> None:
-    """Add one record to what is known of its topic."""
+    """Add one record to what is known of its topic. What it says of others counts up to the `end` of its run, too."""
     fields = record.fields
-    reading.durable = max(reading.durable, fields["durable_position"])
-    reading.committed = max(reading.committed, fields["committed_position"], record.end)
-    reading.reclaimed = max(reading.reclaimed, fields["first_position"])
+    durable, committed, reclaimed = (fields[name] if end is None else min(fields[name], end) for name in (
+        "durable_position", "committed_position", "first_position"))
+    reading.durable = max(reading.durable, durable)
+    reading.committed = max(reading.committed, committed, record.end)
+    reading.reclaimed = max(reading.reclaimed, reclaimed)
     if record.end == record.position or any(first <= record.position < end for first, end in given_up):
         return
     other = reading.batches.get(record.position)

@@ -63,8 +63,10 @@ def _needs(config: ClusterConfig, plan: RecoveryPlan, group_count: int) -> Itera
 
 
 def _order_entries(config: ClusterConfig, plan: RecoveryPlan) -> Iterator[tuple[str, int, str]]:
-    if plan.limits.get("order_entry_count", 1 << 62) <= config.order_entry_count:
-        return                                  # what the last region could not hold either, may be dropped
+    limits = plan.limits
+    if (limits.get("order_entry_count", 1 << 62) <= config.order_entry_count
+            and config.segment_bytes <= limits.get("segment_bytes", 0) and config.brokers <= limits["broker_count"]):
+        return                                  # what the last region could not hold either, a large one may drop
     most = max((len(topic.batches) + 2 + sum(-(-(each.end - each.first) // LOST_COUNT_MAX) for each in topic.lost)
                 for topic in plan.topics), default=0)
     wanted = 1 << (-(-most * 4 // 3) - 1).bit_length() if most > 1 else 0
@@ -91,10 +93,10 @@ def _holds(config: ClusterConfig, plan: RecoveryPlan) -> bool:
     except RegionTooSmall:
         return False
     if any(len(topic.batches) for topic in plan.topics):
-        memory = MappedMemory(private_mapping(layout.numbers["segments"]))      # without the segments themselves
         try:
+            memory = MappedMemory(private_mapping(layout.numbers["segments"]))  # without the segments themselves
             Placement(memory, layout, plan.limits).place([replace(topic) for topic in plan.topics])
-        except NoRoom:
+        except (NoRoom, OSError):               # or its tables alone are more than this machine has
             return False
     return True
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from broker.disk import sync, write
 from broker.durable_files import FileDamaged, forget_unfinished, make_folder, read_durable, sync_folder, write_durable
 from broker.group_files import remove_groups_of
 from broker.replica_files import (
@@ -89,9 +90,9 @@ class ReplicaFolder:
             chains = self._files_of(identity)
             descriptor, path = self._new_file(f"{identity}.{self._described['run_id']:x}.s{source}")
             try:
-                if os.write(descriptor, first) < SUPERBLOCK_BYTES:
+                if write(descriptor, first) < SUPERBLOCK_BYTES:
                     raise OSError(errno.ENOSPC, "the superblock was not written")
-                os.fdatasync(descriptor)
+                sync(descriptor)
                 sync_folder(self._folder)
             except BaseException:
                 os.close(descriptor)

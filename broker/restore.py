@@ -8,29 +8,42 @@ batches that fewer disks have than the topic wants: those are written again.
 """
 
 import os
-import time
-from typing import Any
+from typing import Any, Protocol
 
 from broker.errors import RecoveryError
-from broker.layout import LOST_BROKER_NUMBER, SessionState, TopicState
+from broker.layout import LOST_BROKER_NUMBER, Layout, SessionState, TopicState
 from broker.payload_places import LOST_COUNT_MAX, NoRoom, Place, Placement
 from broker.placement import live_brokers, replica_brokers
 from broker.records import pack, tag_of
 from broker.recovery import Range, RecoveredBatch, RecoveredSession, RecoveredTopic, RecoveryPlan, write_manifest
-from broker.region import Region
 from broker.replica_files import path_descriptor
 from broker.replica_record import crc32c
 from broker.segments import GRANTEE_BITS
 from broker.topics import KEEP_FOREVER
+from sim.cxl.clock import Clock, SystemClock
 from sim.cxl.memory import Memory, Role
 
 LINE_BYTES = 64
 
 
+class NewRegion(Protocol):
+    """A region that nobody uses yet."""
+
+    layout: Layout
+
+    @property
+    def run_id(self) -> int:
+        """Tells this run of the cluster from every other."""
+
+    def memory(self, role: int) -> Memory:
+        """A door to it for a role."""
+
+
 class Restorer:
     """Writes topics into one region."""
 
-    def __init__(self, region: Region, lease_ns: int) -> None:
+    def __init__(self, region: NewRegion, lease_ns: int, clock: Clock) -> None:
+        self._clock = clock
         self._region, self._layout, self._lease_ns = region, region.layout, lease_ns
         self._numbers = region.layout.numbers
         self._memory: Memory = region.memory(Role.ROLE_ADMIN)
@@ -89,7 +102,7 @@ class Restorer:
             for segment in log.segments:
                 self._put(self._layout.offset_of("segment_line", segment), pack(
                     "SegmentLine", owner=(broker + 1) | place.number << 16 | place.generation << 32,
-                    opened_ns=time.time_ns(), end_position=place.ends.get(segment, 0)))
+                    opened_ns=self._clock.wall(), end_position=place.ends.get(segment, 0)))
                 self._grant(segment, broker)
 
     def _grant(self, segment: int, broker: int) -> None:
@@ -180,17 +193,17 @@ class Restorer:
         self._put(self._layout.offset_of("session", slot), pack(
             "SessionLine", state=state, client_id=session.client_id, session_epoch=session.epoch,
             topic=place.generation << 16 | place.number, ack=place.topic.options["ack"],
-            opened_ns=time.monotonic_ns(), found_from=session.found_from, found_end=session.expected))
+            opened_ns=self._clock.now(), found_from=session.found_from, found_end=session.expected))
 
 
-def restore(region: Region, plan: RecoveryPlan, lease_ns: int) -> dict[str, Any]:
+def restore(region: NewRegion, plan: RecoveryPlan, lease_ns: int, clock: Clock | None = None) -> dict[str, Any]:
     """Fill a region that nobody else uses yet; the report. Raises `RecoveryError`.
 
     `recovery_check.check_limits` has found that all fits. The manifest is written last: until then the folder is as it
     was, and from then on the new region's run counts.
     """
     try:
-        Restorer(region, lease_ns).everything(plan)
+        Restorer(region, lease_ns, clock or SystemClock()).everything(plan)
         write_manifest(plan.folder, region.run_id, plan.topics)
     except NoRoom as error:
         raise RecoveryError(folder=plan.folder, reason=f"{error}: make region_bytes larger") from error

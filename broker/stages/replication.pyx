@@ -12,11 +12,11 @@ import errno as errno_numbers
 
 from broker.errors import BrokerUnavailable
 
-from libc.errno cimport errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
+from broker.disk cimport disk_sync, disk_write, iovec
 from broker.head cimport HeadView
 from broker.layout cimport BrokerCounters, Layout, OrderEntry, ReplicaLine, TOPIC_ACTIVE, TopicLine
 from broker.doorbell cimport Doorbell
@@ -28,14 +28,7 @@ from sim.cxl.clock cimport Clock
 from sim.cxl.memory cimport Memory
 from sim.cxl.primitives cimport cxl_count, cxl_crc32c, cxl_popcount
 
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void* iov_base
-        size_t iov_len
-    ssize_t pwritev(int fd, const iovec* parts, int count, int64_t offset)
-
 cdef extern from "<unistd.h>" nogil:
-    int fdatasync(int fd)
     int close(int fd)
 
 cdef enum:
@@ -47,8 +40,7 @@ cdef enum:
     ENOSPC = 28
 
 cdef uint64_t UNKNOWN = <uint64_t>-1
-# A failed replica tries a new file after so long, then after twice that ...
-cdef int64_t FIRST_RETRY_NS = 500000000, LAST_RETRY_NS = 8000000000, NEVER = <int64_t>(<uint64_t>-1 >> 1)
+cdef int64_t NEVER = <int64_t>(<uint64_t>-1 >> 1)
 
 cdef struct ReplicaFile:
     # Invariant: index <= next_index. What lies between is written, and not synced.
@@ -82,6 +74,7 @@ cdef class Replication(Stage):
     it waits for the disk.
 
     `folder` makes and removes the files (`broker.replica_files.ReplicaFolder`); one is closed at `file_bytes`.
+    A failed replica tries a new file after `retry_ns`, then after twice that, up to sixteen times that.
     `doorbells` has one a broker, rung when something has become durable here.
     """
 
@@ -93,6 +86,7 @@ cdef class Replication(Stage):
     cdef int broker
     cdef object folder
     cdef uint64_t file_bytes
+    cdef int64_t retry_ns
     cdef uint64_t version_seen
     cdef uint64_t live_seen
     cdef uint64_t count
@@ -120,7 +114,7 @@ cdef class Replication(Stage):
         self.parts = NULL
 
     def __init__(self, Memory memory, Layout layout, int broker, folder, Clock clock, doorbells=(),
-                 uint64_t file_bytes=64 << 20):
+                 uint64_t file_bytes=64 << 20, int64_t retry_ns=500000000):
         self.memory = memory
         self.head = HeadView(memory, layout)
         self.layout = self.head.layout
@@ -128,6 +122,7 @@ cdef class Replication(Stage):
         self.broker = broker
         self.folder = folder
         self.file_bytes = file_bytes
+        self.retry_ns = retry_ns
         self.count = layout.g.broker_count
         self.topic_count = layout.g.topic_count_max
         self.topics = <ReplicaTopic*>calloc(self.topic_count, sizeof(ReplicaTopic))
@@ -300,10 +295,10 @@ cdef class Replication(Stage):
 
     cdef bint write(self, uint64_t f, uint64_t records, uint64_t total) noexcept nogil:
         cdef ReplicaFile* file = &self.files[f]
-        cdef ssize_t result = pwritev(file.fd, self.parts, <int>(3 * records), file.offset)
+        cdef int64_t result = disk_write(file.fd, self.parts, <int>(3 * records), file.offset)
         if result < 0 or <uint64_t>result != total:
             # A short write leaves a torn record at the end. Nothing is written behind it: nobody would find that.
-            self.fail(f, errno if result < 0 else ENOSPC)
+            self.fail(f, <int>-result if result < 0 else ENOSPC)
             return False
         file.offset += total
         file.unsynced += total
@@ -312,10 +307,12 @@ cdef class Replication(Stage):
     cdef void sync(self, uint64_t f) noexcept nogil:
         """Make durable what was written, then move the frontier."""
         cdef ReplicaFile* file = &self.files[f]
+        cdef int number
         if file.unsynced:
-            if fdatasync(file.fd) != 0:
+            number = disk_sync(file.fd)
+            if number:
                 # What the kernel could not write is lost to us, whatever a second try would say.
-                self.fail(f, errno)
+                self.fail(f, number)
                 return
             cxl_count(&self.counters.replication_syncs, 1)
             cxl_count(&self.counters.replicated_bytes, file.unsynced)
@@ -572,7 +569,7 @@ cdef class Replication(Stage):
             close(file.fd)
         file.fd = -1
         file.failed = number
-        file.retry_ns = min(LAST_RETRY_NS, 2 * file.retry_ns) if file.retry_ns else FIRST_RETRY_NS
+        file.retry_ns = min(16 * self.retry_ns, 2 * file.retry_ns) if file.retry_ns else self.retry_ns
         file.retry_at = self.clock.now_ns() + file.retry_ns
         if number == EBADMSG:
             file.retry_at = NEVER               # what is damaged in memory does not get better

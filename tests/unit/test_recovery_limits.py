@@ -177,6 +177,30 @@ def test_what_the_same_settings_held_they_hold_again(tmp_path: Path) -> None:
             region.close()
 
 
+@pytest.mark.parametrize("settings", [{"segment_bytes": 16 * KIB}, {"brokers": 3}, {"segment_bytes": 8 * KIB, "pool": "leader"}],
+                         ids=str)
+def test_an_index_that_is_nearly_full_asks_for_a_larger_one_where_nothing_may_be_dropped(
+        tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Segments that are larger, or more brokers, hold less of a log in as many bytes: no size of a region helps then."""
+    folder = tmp_path / "data"
+    numbers = {"region_bytes": 2 * MIB, "segment_bytes": 4 * KIB, "order_entry_count": 64, "topic_count_max": 2,
+               "message_bytes_max": 8 * KIB, "batch_bytes_max": 8 * KIB, "session_count_max": 32}
+    cluster = ManualCluster(brokers=2, folder=folder, limits=True, **numbers)
+    session = cluster.open_session(cluster.create(replication_factor=2))
+    for sequence in range(56):
+        cluster.publish(session, sequence, [b"x"], broker=sequence % 2)
+        cluster.settle()
+    for broker in cluster.brokers:
+        assert broker.replication is not None
+        broker.replication.close()
+    plan = make_plan(folder)
+    assert len(plan.topics[0].batches) > 48
+    config = config_of(**{"brokers": 2, "pool": "atomic", "group_count_max": GROUPS, **numbers, **settings})
+    asked = settings_asked_for(config, plan)
+    assert asked == {"order_entry_count": 128}
+    check_limits(msgspec.structs.replace(config, **asked), plan)
+
+
 def test_what_changes_while_it_is_copied_is_noticed(folder: Path) -> None:
     plan = make_plan(folder)
     path = plan.topics[0].batches[0].path

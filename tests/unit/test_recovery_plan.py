@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from broker.errors import CxlmqError, RecoveryError
-from broker.recovery import Manifest, RecoveryPlan, Runs, make_plan, read_manifests, write_manifest
+from broker.recovery import Manifest, Range, RecoveryPlan, Runs, make_plan, read_manifests, write_manifest
 from broker.replica_files import Record, find_files, read_records
 from broker.verify import verify_replicas
 from tests.manual_cluster import ManualCluster, decode_messages
@@ -130,6 +130,42 @@ def test_runs_follow_one_another_by_their_manifests() -> None:
     assert [runs.end("t", run) for run in (10, 20, 30)] == [100, 150, None]
     assert runs.end("other", 10) is None
     assert runs.lost("t") == [(90, 100)]
+
+
+def test_a_run_that_wrote_nothing_moves_the_end_of_the_log_back_nowhere(
+        tmp_path: Path, written: tuple[Path, dict[int, tuple[list[bytes], int]]]) -> None:
+    """What it would write below its begin counts as given up: the recovery behind the next one would drop that."""
+    folder = tmp_path / "data"
+    shutil.copytree(written[0], folder)
+    (topic,) = make_plan(folder).topics
+    end = topic.end_position
+    topic.lost.append(Range(end, end + 5, "unsynced"))      # as a note said whose position was the end itself
+    topic.end_position = end + 5
+    write_manifest(folder, 5, [topic])
+    (again,) = make_plan(folder).topics
+    assert again.end_position == end + 5
+    assert [(each.first, each.end, each.reason) for each in again.lost] == [(end, end + 5, "lost before")]
+    write_manifest(folder, 6, [again])
+    assert make_plan(folder).topics[0].end_position == end + 5
+
+
+def test_what_an_ended_run_says_of_the_log_counts_up_to_its_end(tmp_path: Path) -> None:
+    """A disk that was away at a recovery comes back: what it has behind the place where the next run began is not there."""
+    cluster = ManualCluster(brokers=3, folder=tmp_path)
+    session = cluster.open_session(cluster.create(replication_factor=2))
+    for sequence in range(12):              # committed together: each record says how far all of them go
+        cluster.publish(session, sequence, [b"x"])
+    cluster.settle()
+    for broker in cluster.brokers:
+        assert broker.replication is not None
+        broker.replication.close()
+    (topic,) = make_plan(tmp_path).topics
+    topic.end_position = topic.batches[5].record.end
+    write_manifest(tmp_path, 5, [topic])
+    (again,) = make_plan(tmp_path).topics
+    assert (again.end_position, again.lost) == (topic.end_position, [])
+    assert again.durable_position <= again.end_position
+    assert again.batches[-1].record.end == again.end_position
 
 
 def test_a_damaged_manifest_is_refused(tmp_path: Path, written: tuple[Path, dict[int, tuple[list[bytes], int]]]) -> None:
