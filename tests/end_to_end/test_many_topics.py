@@ -1,6 +1,6 @@
 """A topic costs what it holds: many of them in little memory, each with its messages, over both transports.
 
-`pytest tests/end_to_end/test_many_topics.py --topics 10000` has ten thousand of them in 1 GiB, which takes a quarter of an hour.
+`pytest tests/end_to_end/test_many_topics.py --topics 10000` has ten thousand of them in 1 GiB: 18 minutes on two busy cores.
 """
 
 import asyncio
