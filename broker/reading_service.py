@@ -101,6 +101,12 @@ class ReadingService:
 
     async def attach(self, request: pb.AttachSubscriberRequest, principal: int = 0) -> pb.Attachment:
         """Hand out a slot to a reader. Raises `AttachSlotsFull`, and as `place`."""
+        try:
+            return await self._attach(request, principal)
+        except ReadError as error:
+            raise self.read_error(request.subscribe, error) from error
+
+    async def _attach(self, request: pb.AttachSubscriberRequest, principal: int) -> pb.Attachment:
         broker = self._broker
         entry = self.topic_of(request.subscribe)
         cursor, reader = await self.place(request.subscribe, entry, (request.pid, request.presence))
