@@ -7,7 +7,15 @@ for the head waits on the event loop that it runs on.
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import AttachSlotsFull, CxlmqError, DamagedData, PositionLost, RangeLost, UnknownTopic
+from broker.errors import (
+    AttachSlotsFull,
+    BrokerUnavailable,
+    CxlmqError,
+    DamagedData,
+    PositionLost,
+    RangeLost,
+    UnknownTopic,
+)
 from broker.groups import topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
@@ -85,6 +93,10 @@ class ReadingService:
             first = reader.frontiers()["reclaimed_position"]
             if start == "position" and request.position < first:
                 raise PositionLost(position=request.position, first_available=first)
+            if start == "position" and request.position < reader.position_of(granted):
+                # Given away by a head whose frontier nobody sees: the one that serves may have it still, or will say.
+                raise BrokerUnavailable("what was asked for is just being reclaimed, or a head fell: try again",
+                                        address="head")
         except BaseException:
             broker.cursors.close(cursor)
             raise
