@@ -22,7 +22,6 @@ from broker.errors import (
 from broker.head_calls import HeadCalls
 from broker.holders import Holders, holders_of
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import ReadError
 from broker.rights import METHODS
 from broker.security import CALLER
 from broker.topics import TopicEntry
@@ -174,11 +173,7 @@ class AdminService:
         return self._node.session_service.attach(request, CALLER.get().number)
 
     async def attach_subscriber(self, request: Any, context: Any) -> pb.Attachment:
-        service = self._node.reading_service
-        try:
-            attachment = await service.attach(request, CALLER.get().number)
-        except ReadError as error:
-            raise service.read_error(request.subscribe, error) from error
+        attachment: pb.Attachment = await self._node.reading_service.attach(request, CALLER.get().number)
         attachment.region = self._node.region.name
         return attachment
 

@@ -7,7 +7,15 @@ for the head waits on the event loop that it runs on.
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import AttachSlotsFull, CxlmqError, DamagedData, PositionLost, RangeLost, UnknownTopic
+from broker.errors import (
+    AttachSlotsFull,
+    BrokerUnavailable,
+    CxlmqError,
+    DamagedData,
+    PositionLost,
+    RangeLost,
+    UnknownTopic,
+)
 from broker.groups import topic_key
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError, ReadStatus
@@ -85,6 +93,10 @@ class ReadingService:
             first = reader.frontiers()["reclaimed_position"]
             if start == "position" and request.position < first:
                 raise PositionLost(position=request.position, first_available=first)
+            if start == "position" and request.position < reader.position_of(granted):
+                # Given away by a head whose frontier nobody sees: the one that serves may have it still, or will say.
+                raise BrokerUnavailable("what was asked for is just being reclaimed, or a head fell: try again",
+                                        address="head")
         except BaseException:
             broker.cursors.close(cursor)
             raise
@@ -101,6 +113,12 @@ class ReadingService:
 
     async def attach(self, request: pb.AttachSubscriberRequest, principal: int = 0) -> pb.Attachment:
         """Hand out a slot to a reader. Raises `AttachSlotsFull`, and as `place`."""
+        try:
+            return await self._attach(request, principal)
+        except ReadError as error:
+            raise self.read_error(request.subscribe, error) from error
+
+    async def _attach(self, request: pb.AttachSubscriberRequest, principal: int) -> pb.Attachment:
         broker = self._broker
         entry = self.topic_of(request.subscribe)
         cursor, reader = await self.place(request.subscribe, entry, (request.pid, request.presence))

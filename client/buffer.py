@@ -26,6 +26,7 @@ class BatchBuffer:
         self.batches: deque[ReceivedBatch] = deque()
         self.first = 0                      # messages of batches[0] that were given out
         self.nbytes = 0
+        self.turn = 0                       # how often reading went elsewhere: what was claimed before is of no use
         self.handed: int | None = None      # everything below it was given out
         self._ahead: deque[Message] = deque()   # of batches[0], from `first` on
 
@@ -111,7 +112,8 @@ class BatchBuffer:
         return out
 
     def claim(self) -> list[ReceivedBatch]:
-        """As `take_batches`, and they do not count as given out: `gave` says that they are, `put_back` not."""
+        """As `take_batches`, and they do not count as given out: `gave` says that they are, `put_back` not; both with
+        the `turn` of now."""
         out: list[ReceivedBatch] = []
         if not self.batches:
             self._refill(REFILL_BATCHES)
@@ -124,12 +126,16 @@ class BatchBuffer:
             self._drop_first()
         return out
 
-    def gave(self, position: int) -> None:
-        """What was claimed, below a position, was given out."""
-        self.handed = max(self.handed or 0, position)
+    def gave(self, position: int, turn: int) -> None:
+        """What was claimed in this turn, below a position, was given out."""
+        if turn == self.turn:
+            self.handed = max(self.handed or 0, position)
 
-    def put_back(self, batches: Sequence[ReceivedBatch]) -> None:
-        """These come next again. Nothing of `batches[0]` may have been given out meanwhile, but before them."""
+    def put_back(self, batches: Sequence[ReceivedBatch], turn: int) -> None:
+        """These, claimed in this turn, come next again. Nothing of `batches[0]` may have been given out meanwhile, but
+        before them."""
+        if turn != self.turn:
+            return
         if self.first:                      # somebody took of what comes behind them
             self.batches[0].drop_before(self.batches[0].position + self.first)
             self.first = 0
@@ -140,6 +146,7 @@ class BatchBuffer:
     def moved(self, position: int | None) -> None:
         """Reading goes on elsewhere. What lies between was not given out, nor is what comes again."""
         self.clear()
+        self.turn += 1
         if self.handed is not None and position is not None:
             self.handed = min(self.handed, position)
 

@@ -237,20 +237,20 @@ class _SubscriberBase:
             raise TopicRecreated(topic=engine.topic)
         return int(topic.end_position)
 
-    def _gave_all(self, batches: list[ReceivedBatch], end: int) -> list[Message]:
+    def _gave_all(self, batches: list[ReceivedBatch], end: int, turn: int) -> list[Message]:
         """The messages of claimed batches up to `end`; what lies behind it comes next."""
         out = [message for batch in batches for message in batch.to_messages(0, max(0, end - batch.position))]
         with self._held() as engine:
             if batches and batches[-1].position + batches[-1].count > end:
                 batches[-1].drop_before(end)
-                engine.buffer.put_back(batches[-1:])
-            engine.buffer.gave(end)
+                engine.buffer.put_back(batches[-1:], turn)
+            engine.buffer.gave(end, turn)
         return out
 
-    def _give_back(self, batches: list[ReceivedBatch]) -> None:
-        """What was claimed is given out to nobody: it comes next."""
+    def _give_back(self, batches: list[ReceivedBatch], turn: int) -> None:
+        """What was claimed is given out to nobody: it comes next, unless somebody sought elsewhere meanwhile."""
         with self._held() as engine:
-            engine.buffer.put_back(batches)
+            engine.buffer.put_back(batches, turn)
 
 
 class Subscriber(_SubscriberBase):
@@ -323,16 +323,16 @@ class Subscriber(_SubscriberBase):
         The paper's GetAll().
         """
         end = self._engine.client_loop.run(self._end_now())
-        claimed: list[ReceivedBatch] = []
+        claimed, turn = list[ReceivedBatch](), self._engine.buffer.turn
         try:
             while self.position < end:
                 found = self._taken(BatchBuffer.claim, PROGRESS_SECONDS)
                 if not found:
                     raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
                 claimed += found
-            return self._gave_all(claimed, end)
+            return self._gave_all(claimed, end, turn)
         except BaseException:
-            self._give_back(claimed)
+            self._give_back(claimed, turn)
             raise
 
     def seek(self, start: Start) -> None:
@@ -401,16 +401,16 @@ class AsyncSubscriber(_SubscriberBase):
     async def get_all(self) -> list[Message]:
         """Everything up to the end of the log as it is now; all of it, or an error and nothing."""
         end = await self._engine.client_loop.call(self._end_now())
-        claimed: list[ReceivedBatch] = []
+        claimed, turn = list[ReceivedBatch](), self._engine.buffer.turn
         try:
             while self.position < end:
                 found = await self._taken(BatchBuffer.claim, PROGRESS_SECONDS)
                 if not found:
                     raise BrokerUnavailable(NO_PROGRESS, address="the serving broker")
                 claimed += found
-            return self._gave_all(claimed, end)
+            return self._gave_all(claimed, end, turn)
         except BaseException:
-            self._give_back(claimed)
+            self._give_back(claimed, turn)
             raise
 
     async def __aiter__(self) -> AsyncIterator[Message]:

@@ -102,7 +102,7 @@ class Reading:
     def go_on_from(self, other: "Reading") -> None:
         """Read, when it is opened, what comes next in another one, as if nothing had happened."""
         self.start, self.seen, self.told = other.position(), other.seen, other.told
-        self.buffer.handed = other.buffer.handed
+        self.buffer.handed, self.buffer.turn = other.buffer.handed, other.buffer.turn - 1      # opening is a move
 
     # ---- searching --------------------------------------------------------------------------------------------------
 

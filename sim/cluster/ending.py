@@ -28,13 +28,18 @@ def drain(world: "World") -> None:
         return
     while world.step < until:
         world.advance(world.step + 500)
-        if all(publisher.finished for publisher in world.publishers):
+        if all(publisher.finished for publisher in world.publishers) and not any(
+                reader.behind for reader in world.subscribers):
             break
     world.advance(world.step + QUIET_STEPS)
     for publisher, epoch in zip(world.publishers, epochs, strict=True):
         if world.recovers and publisher.epoch > epoch + REOPENINGS:
             world.history.leftovers.append(f"after the last fault the session of client {publisher.client} ended again "
                                            f"and again: epochs {epoch} to {publisher.epoch}")
+    waiting = ", ".join(f"{reader.name} ({reader.reading.state.value}) at {reader.expected}, {reader.behind} behind"
+                        for reader in world.subscribers if reader.behind)
+    if waiting and world.recovers:
+        world.history.leftovers.append(f"{DRAIN_STEPS} steps after the last fault not given out: {waiting}")
     late = [publisher for publisher in world.publishers if not publisher.finished]
     if late and world.recovers:
         states = ", ".join(f"client {each.client} ({each.state}: {len(each.operations)} without an outcome, "

@@ -1,14 +1,18 @@
 """Planted bugs: one for each class of bugs that this kind of system really had and that our design can have.
 
 A bug of visibility is planted at the door: one role leaves out, or sends astray, one operation on one kind of record.
-A bug of logic is a switch in the stage (broker/planted.pxd). The stages themselves are the product's.
+A bug of logic is a switch in the stage (broker/planted.pxd), or another method of a client's protocol. The stages
+themselves are the product's.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from broker.layout import Layout
 from broker.planted import Planted, plant
+from client.buffer import BatchBuffer
+from client.subscribing.reading import Reading, State
 from sim.cluster.door import Mutation, Operation, SimDoor
 from sim.cxl.memory import Role
 
@@ -79,6 +83,15 @@ class Astray:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """A method of the library that is replaced: `instead` gets the one that it replaces, and then its arguments."""
+
+    owner: type
+    name: str
+    instead: Callable[..., Any]
+
+
+@dataclass(frozen=True)
 class Mutant:
     """One planted bug: `number` is its class in reference/bug-classes.md."""
 
@@ -87,6 +100,7 @@ class Mutant:
     what: str
     door: Astray | None = None
     switch: int = 0
+    patch: Patch | None = None              # of a client's protocol: what does otherwise
     needs: frozenset[str] | None = None     # kinds of faults under which it shows soonest; None: all
     tests: tuple[str, ...] = ()             # those that fail as well when the switch is on
     checker: bool = False                   # whether the coherence checker names it, too
@@ -102,6 +116,7 @@ FLUSH, INVALIDATE, STORE, COPY_IN = (
 ATTACHED = (("attached", 2), ("publishers", 4), ("region_bytes", 3 << 20))
 MOST_ATTACHED = (("attached", 3), ("publishers", 4), ("region_bytes", 3 << 20))       # who dies has likely written
 CALM = frozenset({"net"})                   # nothing that would write a forgotten line back by itself
+STREAMS = (("subscribers", 3), ("attached_readers", 0), ("attached", 0))
 STALLS = frozenset({"stall"})
 CRASHES = frozenset({"crash"})
 
@@ -109,6 +124,19 @@ CRASHES = frozenset({"crash"})
 def _to_reclaim_line(layout: Layout, host: int) -> int:
     """From where a broker notes its freed slots to a spare word of the reclaimer's line."""
     return int(layout.offset_of("topic_reclaim", 0) + 48 - layout.offset_of("offset_broker", 0, host) - 56)
+
+
+def _one_further(come_back: Callable[..., Any], reading: Reading) -> Any:
+    before = reading.next_position
+    if before is not None and reading.state is State.RETURNING:
+        reading.next_position = before + 1
+    search, reading.next_position = come_back(reading), before
+    return search
+
+
+def _put_back_last(_: Callable[..., Any], buffer: BatchBuffer, batches: Any, __: int) -> None:
+    for batch in batches:
+        buffer.add(batch)
 
 
 MUTANTS: tuple[Mutant, ...] = (
@@ -215,6 +243,19 @@ MUTANTS: tuple[Mutant, ...] = (
            tests=("tests/unit/test_sequencer.py",)),
     Mutant("duplicate-twice", 28, "a batch that is in the log is ordered again", switch=Planted.PLANT_DUPLICATE_TWICE,
            tests=("tests/unit/test_sequencer.py",)),
+    Mutant("return-skips", 28, "a reader that comes back begins behind the message that is due",
+           patch=Patch(Reading, "come_back", _one_further), needs=CALM, shape=STREAMS),
+    Mutant("start-ignored", 28, "a batch that a reader begins in the middle of is given out from its first message",
+           patch=Patch(Reading, "_wanted", lambda _, reading: reading.next_position or 0), needs=CALM, shape=STREAMS),
+    Mutant("seek-keeps", 28, "what was received before a seek is given out behind it",
+           patch=Patch(BatchBuffer, "moved", lambda *_: None), needs=CALM, shape=STREAMS),
+    Mutant("late-frame-taken", 28, "what a stream brings after the reader left it is taken for what comes next",
+           patch=Patch(Reading, "received", lambda real, reading, _, batches: real(reading, reading.place, batches)),
+           needs=CALM, shape=STREAMS),
+    Mutant("given-up-moves", 28, "a seek that was cancelled takes place all the same",
+           patch=Patch(Reading, "give_up", lambda *_: None), needs=CALM, shape=STREAMS),
+    Mutant("put-back-last", 28, "what was claimed and put back comes behind what came meanwhile",
+           patch=Patch(BatchBuffer, "put_back", _put_back_last), needs=CALM, shape=STREAMS),
     Mutant("zombie-followed", 29, "whoever was head first is followed, also when it was replaced and goes on",
            switch=Planted.PLANT_ZOMBIE_FOLLOWED, needs=STALLS, tests=("tests/unit/test_takeover.py",)),
     Mutant("half-bank", 29, "what a takeover that fell had filled is taken for what the last head left",
@@ -238,6 +279,8 @@ NOT_SHOWN: dict[str, str] = {
         "fence and look never both miss the other is in tests/stress/test_native_litmus.py",
 }
 
+_replaced: list[tuple[type, str, Any]] = []
+
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
 
@@ -256,8 +299,15 @@ def planter(mutant: Mutant) -> Callable[[SimDoor, Layout, int, int], None] | Non
 
 
 def switch_on(mutant: Mutant | None) -> None:
-    """Turn a mutant's switch on; None turns all off."""
+    """Turn a mutant's switch on, and replace its method; None turns all off."""
     plant(mutant.switch if mutant is not None else Planted.PLANT_NOTHING)
+    while _replaced:
+        owner, name, before = _replaced.pop()
+        setattr(owner, name, before)
+    if mutant is not None and mutant.patch is not None:
+        patch, before = mutant.patch, getattr(mutant.patch.owner, mutant.patch.name)
+        _replaced.append((patch.owner, patch.name, before))
+        setattr(patch.owner, patch.name, lambda *args, **named: patch.instead(before, *args, **named))
 
 
 def planted_bugs_markdown() -> str:
@@ -273,7 +323,9 @@ def planted_bugs_markdown() -> str:
              "| class | planted bug | what is wrong | where | simulation | checker | tests that see it too |",
              "|---|---|---|---|---|---|---|"]
     for mutant in MUTANTS:
-        where = f"door of {mutant.door.role.name[5:].lower()}" if mutant.door else "switch"
+        where = "library" if mutant.patch else "switch"
+        if mutant.door is not None:
+            where = f"door of {mutant.door.role.name[5:].lower()}"
         tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"
         lines.append(f"| {mutant.number} | `{mutant.name}` | {mutant.what} | {where} | "
                      f"{'two crashes' if mutant.twice else 'yes'} | {'yes' if mutant.checker else '-'} | {tests} |")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, CxlmqError, PositionLost, UnknownTopic
+from broker.errors import BrokerUnavailable, CxlmqError, DamagedData, PositionLost, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
 from client.brokers import BrokerAddress
@@ -21,7 +21,7 @@ from client.buffer import BatchBuffer
 from client.received import parse_response
 from client.subscribing.commands import AskBrokers, AskPlace, Follow, GoOn, Leave, Place, Renew
 from client.subscribing.reading import Reading, State
-from client.subscribing.search import Search
+from client.subscribing.search import ELSEWHERE, Search
 from sim.cluster.history import Read, Violation
 from sim.cluster.publishers import ANSWER_STEPS
 from sim.cluster.witness import build_payload
@@ -64,12 +64,15 @@ class Stream:
         host.connections.append(self)
 
     async def _open(self) -> pb.Attachment:
-        service = self.host.assembly.reading_service
         try:
-            entry = service.topic_of(self.request)
-            cursor, reader = await service.place(self.request, entry, (self.subscriber.number + 1, 0), copies=True)
+            return await self._placed()
         except ReadError as error:
-            raise service.read_error(self.request, error) from error
+            raise self.host.assembly.reading_service.read_error(self.request, error) from error
+
+    async def _placed(self) -> pb.Attachment:
+        service = self.host.assembly.reading_service
+        entry = service.topic_of(self.request)
+        cursor, reader = await service.place(self.request, entry, (self.subscriber.number + 1, 0), copies=True)
         try:
             told = service.described(entry, reader)
             if self.broken:
@@ -136,6 +139,8 @@ class Subscriber:
         self.asked: Any = None                  # what a broker was asked for, and by when it has to answer
         self.asked_until = 0
         self.next_return = 0
+        self.claimed: list[tuple[int, int, list[Any]]] = []     # turn, position before, batches
+        self.late: list[tuple[Place, bytes]] = []   # from streams that were left
         self.expected = 0                       # position of the message that has to be given out next
         self.runs = self.streams = 0            # how often reading began elsewhere, and was asked for
 
@@ -145,10 +150,16 @@ class Subscriber:
     def end(self) -> None:
         """The run is over."""
 
+    def _hear_late(self) -> None:
+        late, self.late = self.late, []
+        for place, frame in late:
+            self._receive(place, frame)
+
     # ---- what the client does ---------------------------------------------------------------------------------------
 
     def act(self) -> None:
         """What the client does when it comes to run."""
+        self._hear_late()
         self._hear_answers()
         if self.reading.is_open:
             self._hear()
@@ -170,8 +181,14 @@ class Subscriber:
         commands = self.reading.commands
         while commands:
             self._do(commands.popleft())
-        self.reading.invariants()
+        self._look_at_invariants()
         return answer
+
+    def _look_at_invariants(self) -> None:
+        try:
+            self.reading.invariants()
+        except AssertionError as error:
+            raise Violation("T", f"{self.name}: {error}") from error
 
     def _do(self, command: Any) -> None:
         match command:
@@ -195,14 +212,17 @@ class Subscriber:
         self.reads = self.world.history.reads.setdefault(f"{self.name} run {self.runs}", [])
 
     def _leave(self, place: Place) -> None:
+        """Let go of a stream. What it has brought already may be taken from it later still."""
+        frames = [item for due, item in place.way.down if due <= self.world.step and isinstance(item, bytes)]
         place.way.cut()
+        for frame in frames:
+            self.late.append((place, frame))
 
     def _retire(self, place: Place) -> None:
         place.way.cut()
 
     def _seek(self) -> None:
-        log = self.world.witness.frontiers(self.topic.number)["committed"]
-        end = self._entry(log - 1)["position"] + self._entry(log - 1)["count"] if log else 0
+        end = self._end_of_log()
         start = self.random.choice(("beginning", "end", self.random.randint(0, end), end + self.random.randint(0, 5)))
         self.world.injected["reader sought"] += 1
         self._begin(self._event(lambda: self.reading.seek(start)))
@@ -253,11 +273,15 @@ class Subscriber:
             self._give_up(self.search)
 
     def _give_up(self, search: Search) -> None:
-        """Whoever waited for it was cancelled."""
-        if self.asked is not None:
-            self.asked.cut()
-        self.search = self.asked = self.answer = None
+        """Whoever waited for it was cancelled. What a broker granted all the same is not read."""
+        asked, self.search, self.asked, self.answer = self.asked, None, None, None
         self._event(lambda: self.reading.give_up(search))
+        if asked is not None and asked.told.done() and not asked.told.cancelled() and asked.told.exception() is None:
+            self._arrived(search, asked, asked.told.result())
+            if self.reading.place is not None and self.reading.place.way is asked:
+                raise Violation("T", f"{self.name} goes on where a seek that was given up would have led it")
+        if asked is not None:
+            asked.cut()
 
     def _hear_of_place(self, search: Search, asked: Any) -> None:
         """The answer to the call for a place, or none in time."""
@@ -269,6 +293,9 @@ class Subscriber:
             error = asked.told.exception()
             if isinstance(error, TimeoutError):
                 error = BrokerUnavailable(address=f"host {asked.host.number}")
+        if error is None and self.world.strikes("search given up", self.random, REFUSE):
+            self._give_up(search)           # just when its answer comes
+            return
         lost = error is None and self.world.strikes("answer lost", self.random, REFUSE)
         self.asked = None
         if isinstance(error, UnknownTopic):
@@ -279,6 +306,7 @@ class Subscriber:
             asked.cut()
             refusal = error or BrokerUnavailable(address="an answer that was lost")
             self._event(lambda: search.refused(refusal))
+            self._judge(search)
         else:
             told = asked.told.result()
             if told.topic_generation != self.topic.generation:
@@ -286,6 +314,14 @@ class Subscriber:
                                      f"it is {self.topic.generation}")
             self._arrived(search, asked, told)
         self._ask()
+
+    def _judge(self, search: Search) -> None:
+        """What ended a search may only be an outage, or what was reclaimed meanwhile."""
+        error = search.error
+        if error is not None and not isinstance(error, ELSEWHERE):
+            position = error.details.get("position")
+            due = isinstance(error, PositionLost) and isinstance(position, int) and position < self._first_kept()
+            self.world.history.errors.append((f"{self.name} on its way: {error}", due))
 
     def _arrived(self, search: Search, way: Any, told: pb.Attachment) -> None:
         place = Place(told.position, told.first_position, told.end_position,
@@ -309,15 +345,27 @@ class Subscriber:
         while stream.down and stream.down[0][0] <= self.world.step and self.reading.buffer.nbytes <= BUFFER_BYTES:
             item = stream.down.popleft()[1]
             if isinstance(item, bytes):
-                self._event(partial(self.reading.received, place, parse_response(item, self.topic.name)))
+                self._receive(place, item)
             else:
                 self._event(partial(self.reading.lost, place, item))
                 stream.cut()
+
+    def _receive(self, place: Place, frame: bytes) -> None:
+        try:
+            batches = parse_response(frame, self.topic.name)
+        except CxlmqError as error:         # what came is damaged
+            self._event(partial(self.reading.fail, error))
+        else:
+            self._event(partial(self.reading.received, place, batches))
 
     # ---- taking -----------------------------------------------------------------------------------------------------
 
     def _take_something(self) -> None:
         """By one of the ways that the library has: messages, batches, one by one, or claimed and put back."""
+        if self.claimed:
+            if self.random.random() < 0.3 or self.world.draining:
+                self._end_claim(*self.claimed[0])
+            return
         way = self.random.choice(("messages", "message", "ahead", "batches", "claim", "nothing"))
         if self.world.draining and way in ("claim", "nothing"):
             way = "messages"
@@ -333,22 +381,37 @@ class Subscriber:
             self._told(error)
             return
         if way == "claim":
-            if self.random.random() < 0.5:
-                self.reading.buffer.put_back(found)
-                self.reading.invariants()
-                if self.reading.position() != before:
-                    raise Violation("T", f"{self.name} put back what it had claimed at {before}, and is at "
-                                         f"{self.reading.position()}")
-                return
-            if found:
-                self.reading.buffer.gave(found[-1].position + found[-1].count)
-        if way in ("batches", "claim"):
-            found = [message for batch in found for message in batch.to_messages()]
+            self.claimed = [(self.reading.buffer.turn, before, found)] if found else []
+            return
+        self._take_apart(found if way != "batches" else self._taken_apart(found))
+
+    def _end_claim(self, turn: int, before: int, found: list[Any]) -> None:
+        """What was claimed some time ago is given out, or put back; it may be of a place that was left."""
+        buffer, elsewhere = self.reading.buffer, turn != self.reading.buffer.turn
+        self.claimed = []
+        if self.random.random() < 0.5:
+            buffer.put_back(found, turn)
+            self._look_at_invariants()
+            if not elsewhere and self.reading.position() != before:
+                raise Violation("T", f"{self.name} put back what it had claimed at {before}, and is at "
+                                     f"{self.reading.position()}")
+        else:
+            buffer.gave(found[-1].position + found[-1].count, turn)
+            if not elsewhere:
+                self._take_apart(self._taken_apart(found))
+
+    def _take_apart(self, found: list[Any]) -> None:
         for message in found:
             self._given(message.position, bytes(message.payload))
         if found:
             self._gave(found)
-        self.reading.invariants()
+        self._look_at_invariants()
+
+    def _taken_apart(self, batches: list[Any]) -> list[Any]:
+        try:
+            return [message for batch in batches for message in batch.to_messages()]
+        except DamagedData as error:
+            raise Violation("N", f"{self.name} was given at {self.expected} what nobody sent: {error}") from error
 
     def _gave(self, found: list[Any]) -> None:
         """The user has these messages."""
@@ -386,14 +449,29 @@ class Subscriber:
         committed = self.world.witness.frontiers(self.topic.number)["committed"]
         return bisect.bisect_right(range(committed), position, key=lambda each: self._entry(each)["position"]) - 1
 
+    def _first_kept(self) -> int:
+        """The first position that is not reclaimed."""
+        self.world.witness.check_now(False)
+        frontiers = self.world.witness.frontiers(self.topic.number)
+        if frontiers["reclaimed"] < frontiers["committed"]:
+            return self._entry(frontiers["reclaimed"])["position"]
+        return self._end_of_log()
+
+    def _end_of_log(self) -> int:
+        committed = self.world.witness.frontiers(self.topic.number)["committed"]
+        last = self._entry(committed - 1) if committed else {"position": 0, "count": 0}
+        return last["position"] + last["count"]
+
+    @property
+    def behind(self) -> int:
+        """How many messages it was not given yet; 0 when it waits for those that are to come."""
+        return max(0, self._end_of_log() - self.expected)
+
     def _told(self, error: CxlmqError) -> None:
         """Nothing comes any more, and why: that may only be so when what comes next is reclaimed."""
         if self.search is not None:
             return
-        frontiers = self.world.witness.frontiers(self.topic.number)
-        kept = frontiers["reclaimed"] < frontiers["committed"]
-        due = isinstance(error, PositionLost) and (
-            not kept or self.reading.position() < self._entry(frontiers["reclaimed"])["position"])
+        due = isinstance(error, PositionLost) and self.reading.position() < self._first_kept()
         self.world.history.errors.append((f"{self.name} at {self.reading.position()}: {error}", due))
         self.world.injected["reader passed over"] += due
         self._begin(self._event(lambda: self.reading.seek("beginning")))

@@ -53,7 +53,7 @@ def test_any_mix_gives_every_message_once(sizes: list[int], steps: list[tuple[st
             taken = [each for batch in buffer.take_batches() for each in batch.messages()]
         else:                               # somebody claims, and then takes none of it; others take what comes behind
             claimed = buffer.claim()
-            buffer.put_back(claimed)
+            buffer.put_back(claimed, buffer.turn)
             taken = []
         got += taken
         assert buffer.position() in (None, len(got))
