@@ -19,6 +19,7 @@ from sim.cxl.memory import Memory
 UNKNOWN_POSITION = (1 << 64) - 1        # not in the log
 UNPLACED_POSITION = (1 << 64) - 2       # in the log, and nobody knows where any more
 LOST_POSITION = (1 << 64) - 3           # was in the log, and a recovery did not find it
+UNSURE_POSITION = (1 << 64) - 4         # was in the log: a recovery did not find it, or it was reclaimed since then
 EARLIER_MAX = 4                         # sessions whose batches a publisher may ask for when it opens another one
 ANSWER_SECONDS = 10.0
 STEP_SECONDS = 0.0005
@@ -166,7 +167,8 @@ class SessionTable:
                         sequences: range, only_if_found: range | None = None) -> list[int]:
         """Where batches of an earlier session are in the log: `UNKNOWN_POSITION` for those that are not,
         `UNPLACED_POSITION` for those whose entry is reclaimed already (at order levels below 5), and `LOST_POSITION`
-        for those `only_if_found` that were not.
+        for those `only_if_found` that were not: `UNSURE_POSITION` where a part of the log that may have had them was
+        reclaimed since the recovery.
 
         One pass over the kept entries, a piece at a time: others have their turn between two.
         """
@@ -185,10 +187,17 @@ class SessionTable:
             if at:
                 await asyncio.sleep(0)
 
+        # Where `only_if_found` says something, at order 5, batches lie in the order of their sequences: what lies
+        # before the first that is found may be reclaimed by now, and all of them where none is.
+        whole = not only_if_found or not sequences or not reader.frontiers()["reclaimed_index"]
+        kept_from = sequences.start if whole else min(found, default=sequences.stop)
+
         def otherwise(sequence: int) -> int:
             if sequence in window:
                 return UNPLACED_POSITION
-            return LOST_POSITION if sequence in only_if_found else UNKNOWN_POSITION
+            if sequence not in only_if_found:
+                return UNKNOWN_POSITION
+            return LOST_POSITION if sequence >= kept_from else UNSURE_POSITION
 
         return [found.get(sequence, otherwise(sequence)) for sequence in sequences]
 

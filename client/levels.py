@@ -12,8 +12,15 @@ from dataclasses import dataclass, replace
 
 from broker.errors import CxlmqError, DeliveryTimeout, MessageLost, replica_failed
 from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import EARLIER_MAX, LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION
+from broker.sessions import EARLIER_MAX, LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, UNSURE_POSITION
 from client.batch import Batch
+
+
+def recovered_meanwhile() -> DeliveryTimeout:
+    """The error of a message of which nobody knows any more whether a recovery kept it."""
+    return DeliveryTimeout("the cluster was recovered before the message was acknowledged: it may be in the log or "
+                           "not; read the topic, or publish again")
+
 
 MOST = 256                              # batches of one session that are looked for: its window
 
@@ -69,7 +76,8 @@ class Awaited:
             at = found.get((each.epoch, each.sequence))
             return each.run_id != session.topic.run_id and at is not None and (at == LOST_POSITION or (
                 # A batch keeps its position: what is not there, where nothing was reclaimed, is nowhere.
-                at == UNKNOWN_POSITION and each.position is not None and each.position >= session.first_position))
+                at in (UNKNOWN_POSITION, UNSURE_POSITION) and each.position is not None
+                and each.position >= session.first_position))
 
         lost = self._take(lambda each: Outcome(each.batch, None, MessageLost(topic=self._topic))
                           if is_lost(each) else None)
@@ -79,7 +87,7 @@ class Awaited:
 
     @staticmethod
     def _moved(each: _Place, at: int, session: pb.Session) -> _Place:
-        if each.run_id == session.topic.run_id or at == UNKNOWN_POSITION:
+        if each.run_id == session.topic.run_id or at in (UNKNOWN_POSITION, UNSURE_POSITION):
             return each                     # of the others nothing is known
         if at == UNPLACED_POSITION:
             return replace(each, run_id=session.topic.run_id)
@@ -113,9 +121,7 @@ class Awaited:
     def _outcome(each: _Place, topic: pb.Topic) -> Outcome | None:
         level = each.batch.level
         if topic.run_id != each.run_id:
-            return Outcome(each.batch, None, DeliveryTimeout(
-                "the cluster was recovered before the message was acknowledged: it may be in the log or not; read the "
-                "topic, or publish again"))
+            return Outcome(each.batch, None, recovered_meanwhile())
         if (topic.durable_position if level == 2 else topic.end_position) >= each.end:
             return Outcome(each.batch, each.position, None)
         if level == 2 and topic.failed_position < each.end:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 
 from broker.errors import CxlmqError, DeliveryTimeout, MessageLost, SessionFenced
 from broker.proto import cxlmq_pb2 as pb
-from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, UNSURE_POSITION
 from client.batch import Batch
 from client.brokers import BrokerAddress
-from client.levels import Awaited, Outcome
+from client.levels import Awaited, Outcome, recovered_meanwhile
 from client.publishing.commands import (
     AskBrokers,
     AskWhetherThere,
@@ -190,6 +190,8 @@ class Session:
             position = positions[at] if 0 <= at < len(positions) else UNKNOWN_POSITION
             if position == LOST_POSITION:
                 self.settle(batch, None, MessageLost(topic=self.topic))
+            elif position == UNSURE_POSITION:
+                self.settle(batch, None, recovered_meanwhile())
             elif sequence < high_water or position != UNKNOWN_POSITION:
                 self._await_level(batch, None if position >= UNPLACED_POSITION else position, ended, sequence)
             else:

@@ -21,7 +21,7 @@ from broker.region import Region, create_region
 from broker.replica_files import SESSIONS_SUFFIX, Record, ReplicaFile, find_files, read_records
 from broker.restore import restore
 from broker.session_service import SessionService
-from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, SessionTable
+from broker.sessions import LOST_POSITION, UNKNOWN_POSITION, UNPLACED_POSITION, UNSURE_POSITION, SessionTable
 from sim.cxl.memory import Role
 from tests.manual_cluster import KIB, LEASE_NS, MIB, ManualCluster
 
@@ -99,6 +99,21 @@ def answers(folder: Path) -> tuple[int, list[int]]:
         assert high_water is not None
         found = asyncio.run(sessions.positions(reader, CLIENT, key, 1, range(BATCHES)))
         return high_water, found
+
+
+def test_what_may_be_reclaimed_since_the_recovery_is_not_called_lost(tmp_path: Path) -> None:
+    written(tmp_path, 5)
+    destroy(tmp_path, MIDDLE)
+    with recovered(tmp_path) as (region, sessions, key):
+        memory = region.memory(Role.ROLE_BROKER)
+        reader = OrderReader(memory, region.layout, key & 0xFFFF, key >> 16)
+        before = asyncio.run(sessions.positions(reader, CLIENT, key, 1, range(BATCHES)))
+        assert {before[sequence] for sequence in MIDDLE} == {LOST_POSITION}
+        kept = MIDDLE[-1] + 2               # the first batch that is kept, when one behind the hole is reclaimed, too
+        memory.store_word(region.layout.offset_of("topic_reclaim", key & 0xFFFF), reader.find(before[kept]))
+        after = asyncio.run(sessions.positions(reader, CLIENT, key, 1, range(BATCHES)))
+        assert set(after[MIDDLE[0]:kept]) == {UNSURE_POSITION}
+        assert after[kept:] == before[kept:]
 
 
 @pytest.mark.parametrize("gone", [[], MIDDLE, [11]], ids=str)
