@@ -218,6 +218,10 @@ class GroupTable:
                     f"group {group.name} of topic {topic.name} lost positions {position} to {first - 1}: they were "
                     f"reclaimed before it read them; `cxlmq group reset` puts it at what is kept, protect keeps it",
                     position=position, first_available=first, group=group.name, topic=topic.name)
+            if position < reader.position_of(first_index):
+                # Given away by a head whose frontier nobody sees: the one that serves may have it still, or will say.
+                raise BrokerUnavailable("what the group reads next is just being reclaimed, or a head fell: try again",
+                                        address="head")
             written = self._write(group, position=position, index=max(first_index, reader.find(position)),
                                   protected=protected, member_epoch=group.member_epoch + 1, **changed)
             try:

@@ -82,6 +82,23 @@ def test_a_new_group_begins_at_its_start_and_moves_by_commits() -> None:
     assert [each.name for each in setting.table.entries()] == ["g"]
 
 
+def test_a_group_is_not_put_where_its_place_was_granted_further_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a head that gives away more than its frontier says: what lies between must not be passed over in silence."""
+    setting = Setting()
+    committed = setting.commit(setting.join(start=3), 5)
+    setting.table.leave(setting.topic, "g", committed.member, committed.member_epoch)
+    cursors = setting.cluster.brokers[0].cursors
+    free, opening = len(cursors._free), cursors.open
+    monkeypatch.setattr(cursors, "open", lambda key, index, *rest: opening(key, index + 1, *rest))
+    with pytest.raises(BrokerUnavailable) as told:
+        setting.join(member=2)
+    assert told.value.comes_back
+    assert len(cursors._free) == free, "who is refused holds nothing"
+    assert setting.table.find(setting.topic, "g").position == 5
+    monkeypatch.undo()
+    assert setting.join(member=2).position == 5
+
+
 def test_a_commit_goes_neither_back_nor_beyond_the_end() -> None:
     setting = Setting(10)
     group = setting.commit(setting.join(), 5)
