@@ -64,6 +64,7 @@ class Flight:
     due: float | None = None
     refusal: CxlmqError | None = None   # the last, since it was sent for the first time
     refusals: int = 0
+    had_by_lost: bool = False           # a broker may have it that can answer no more: no refusal says that nobody has
 
 
 def refusal_error(refusal: pb.Refusal) -> CxlmqError:
@@ -155,6 +156,7 @@ class StreamFlights(Flights):
             if flight is None:
                 continue
             flight.due = now
+            flight.had_by_lost = True
             if not isinstance(error, BrokerUnavailable):
                 self._obstacle = flight.refusal = error
         self.resend(now)
@@ -314,8 +316,8 @@ class StreamFlights(Flights):
         return self._obstacle or self.session.not_sent_in_time()
 
     def _why_not_acked(self, flight: Flight) -> CxlmqError:
-        """A refusal that stands, or else that nobody knows: a broker has the batch and has not answered."""
-        if flight.due is not None and flight.refusal is not None:
+        """A refusal that stands, or else that nobody knows: a broker has the batch, or may have, and did not answer."""
+        if flight.due is not None and flight.refusal is not None and not flight.had_by_lost:
             return flight.refusal
         error = DeliveryTimeout(timeout_seconds=self.session.delivery_timeout)
         error.__cause__ = flight.refusal or self._obstacle

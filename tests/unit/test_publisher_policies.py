@@ -348,6 +348,19 @@ def test_a_refusal_that_stands_is_what_a_delivery_settles_with() -> None:
     assert isinstance(unsent.exception(), PoolFull)
 
 
+def test_a_refusal_says_nothing_of_a_broker_that_was_lost_with_the_batch(engine: Engine) -> None:
+    # It may be in the log: whoever is told that there was no room would publish it again.
+    (delivery,) = engine.publish()
+    engine.on_loop(engine._pump)
+    lost, other = engine.fakes
+    lose(engine, lost, BrokerUnavailable(address="x"))
+    assert [each.sequence for each in other.sent] == [0]
+    refuse(engine, other, 0)
+    expire(engine)
+    assert isinstance(delivery.exception(), DeliveryTimeout)
+    assert isinstance(delivery.exception().__cause__, PoolFull)
+
+
 def test_what_is_in_the_log_is_settled_and_the_rest_sent_again_from_0(engine: Engine) -> None:
     deliveries = engine.publish(6)
     engine.on_loop(engine._pump)
