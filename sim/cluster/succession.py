@@ -21,7 +21,7 @@ LOOK_STEPS = 300                            # how often a broker looks whether t
 SILENCE_TICKS = 1_500                       # a head that stands still for so long is replaced
 PROFILE_TICKS = 10                          # where operations cost time: steps last that much longer, at most
 ZOMBIE_STEPS = 1_000                        # the stages of a replaced head may go on for so many
-EAGERNESS, HASTY, EARLY = 0.5, 0.1, 0.001       # per look: without a head, while one takes over, while one serves
+EAGERNESS, HASTY, EARLY = 0.5, 0.0, 0.0         # per look: without a head, while one takes over, while one serves
 
 
 class DrawnMembership(RegionMembership):

@@ -81,7 +81,10 @@ class Fuzzer:
             if self.dice.random() < 0.2:
                 continue
             name = field.name
-            if field.cpp_type == Field.CPPTYPE_MESSAGE:
+            if field.cpp_type == Field.CPPTYPE_MESSAGE and field.is_repeated:
+                for _ in range(self.dice.randrange(6)):
+                    self.fill(getattr(message, name).add(), depth + 1)
+            elif field.cpp_type == Field.CPPTYPE_MESSAGE:
                 self.fill(getattr(message, name), depth + 1)
             elif field.cpp_type == Field.CPPTYPE_STRING:
                 setattr(message, name, self.text(name) if field.type == Field.TYPE_STRING else self.noise(200))

@@ -79,7 +79,7 @@ def test_a_client_on_a_host_of_its_own_sees_that_it_was_given_room() -> None:
 
 def test_a_run_says_which_faults_met_somebody_and_how_much_time_it_simulated() -> None:
     calm, rough = run_scenario(draw(62, hosts=1, kinds=frozenset())), run_scenario(draw(62, hosts=1))
-    assert calm.faults == {}
+    assert set(calm.faults) <= {"reader sought"}, "what readers do by themselves"
     assert (rough.faults["power lost"], rough.faults["broker started again"]) == (1, 1)
     assert rough.simulated_seconds >= rough.steps * draw(62, hosts=1).tick_ns / 1e9
 

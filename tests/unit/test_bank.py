@@ -91,6 +91,9 @@ class Hooked:
     def find(self, position: int) -> int:
         return self.reader.find(position)
 
+    def position_of(self, index: int) -> int:
+        return self.reader.position_of(index)
+
     def frontiers(self) -> dict[str, int]:
         self.meanwhile()
         return self.reader.frontiers()

@@ -39,6 +39,8 @@ MAY_MEET_ONE = {
     "client.attached.AttachedCore.submit_private": "an assertion of ours: the hooks tell",
     "client.attached.Loan.__releasebuffer__": "gives back a pin and calls nothing that raises",
     "client.turn.tell_watcher": "calls what a test put there",
+    "broker.disk.ask_wrote": "calls what a simulation put there: the hooks of tests tell",
+    "broker.disk.ask_synced": "calls what a simulation put there: the hooks of tests tell",
     "client.attached.AttachedCore.__dealloc__": "a destructor: the hooks of tests and brokers tell",
     "client.attached.AttachedCore.__del__": "a destructor: the hooks of tests and brokers tell",
     "client.attached.Loan.__del__": "a destructor: the hooks of tests and brokers tell",

@@ -45,8 +45,8 @@ def test_numbers_of_any_kind_are_taken(kind: type) -> None:
                 buffer_bytes=numpy.int64(1 << 20), in_flight=numpy.int16(3), linger_ms=numpy.float32(0.5),
                 delivery_timeout=numpy.int64(7))
     engine = made._engine
-    assert [type(each) for each in (engine.ack, engine.client_id, engine.in_flight)] == [int, int, int]
-    assert (engine.ack, engine.client_id, engine.delivery_timeout) == (1, (1 << 64) - 1, 7.0)
+    assert [type(each) for each in (engine.ack, engine.session.client_id, engine.in_flight)] == [int, int, int]
+    assert (engine.ack, engine.session.client_id, engine.delivery_timeout) == (1, (1 << 64) - 1, 7.0)
 
 
 @pytest.mark.parametrize("timeout", [math.nan, "3", True, 1j])
