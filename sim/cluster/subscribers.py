@@ -421,7 +421,11 @@ class Subscriber:
         witness = self.world.witness
         if index >= witness.frontiers(self.topic.number)["committed"] and witness.check_now(False):
             raise Violation(*witness.describe())
-        entry: dict[str, int] = witness.entry(self.topic.number, index)
+        try:
+            entry: dict[str, int] = witness.entry(self.topic.number, index)
+        except IndexError:
+            raise Violation("T", f"{self.name} was given what lies at order entry {index}, before it was committed"
+                            ) from None
         return entry
 
     def _given(self, position: int, payload: bytes) -> None:
