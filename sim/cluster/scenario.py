@@ -74,7 +74,7 @@ class Scenario:
         """The numbers of the region's layout."""
         return {"broker_count": self.hosts, "topic_count_max": 2, "ring_slot_count": self.ring_slots,
                 "order_entry_count": self.entries, "session_count_max": 8 * self.hosts,
-                "cursor_count_max": 4 * self.hosts,
+                "cursor_count_max": max(4, 3 * self.subscribers) * self.hosts,     # also while old ones are held
                 "attach_slot_count": self.slots * self.hosts if self.attached else 0,
                 "segment_bytes": self.segment_bytes,
                 "message_bytes_max": 8 * KIB, "batch_bytes_max": 16 * KIB, "region_bytes": self.region_bytes,
