@@ -73,6 +73,11 @@ cdef class Reclaim(Stage):
     cdef void ring(self, uint64_t broker) noexcept nogil:
         (<Doorbell>self.doorbells[broker]).ring()
 
+    cdef void leave(self) noexcept nogil:
+        self.memory.full_fence()
+        if self.leader is not None:
+            self.leader.memory.full_fence()
+
     cdef int64_t step(self) noexcept nogil:
         cdef uint64_t b, line
         cdef int64_t work = 0, moved = 0

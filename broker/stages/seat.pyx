@@ -27,6 +27,8 @@ cdef class Seat(Stage):
         if control == 0:
             return 0
         if self.memory.load(self.layout.control()) != control:
+            # Its bank is for others as soon as we are free.
+            (<Stage>self.stage).leave()
             cxl_store_release(&self.control, 0)
             return 0
         return (<Stage>self.stage).step()       # native to the end: none that sits here has a Python part

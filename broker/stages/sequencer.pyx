@@ -315,6 +315,9 @@ cdef class Scanner(Stage):
         cxl_store_release(&self.in_step, 0)
         return work
 
+    cdef void leave(self) noexcept nogil:
+        self.memory.full_fence()
+
     cdef void prepare_to_sleep(self) noexcept nogil:
         cdef uint64_t b, t, i
         # Of very many topics, some each time: a mark is lost when a count of one byte came round, which is seldom.

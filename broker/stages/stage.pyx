@@ -19,6 +19,9 @@ cdef class Stage:
     cdef void prepare_to_sleep(self) noexcept nogil:
         pass
 
+    cdef void leave(self) noexcept nogil:
+        """It steps no more, and what it wrote is for others now: what it flushed is in memory when this returns."""
+
     def step_once(self) -> int:
         """Do one step; the amount of work done."""
         cdef int64_t work
@@ -27,6 +30,10 @@ cdef class Stage:
         if self.failure is not None:
             raise self.failure
         return work
+
+    def leave_now(self) -> None:
+        """End it, as a seat does when its head was replaced."""
+        self.leave()
 
     def look_everywhere(self) -> None:
         """Make the next step ignore its hints."""

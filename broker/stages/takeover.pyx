@@ -131,6 +131,8 @@ cdef class Takeover(Stage):
         if self.phase == TAKE_NOTHING or self.phase >= TAKE_DONE:
             return 0
         if self.memory.load(self.layout.control()) != self.control:
+            # Our bank is for others as soon as we say so: nothing that we flushed may come there later.
+            self.memory.full_fence()
             self.phase = TAKE_LOST
         elif self.phase == TAKE_TABLES:
             if self.source is not None:

@@ -21,7 +21,7 @@ LOOK_STEPS = 300                            # how often a broker looks whether t
 SILENCE_TICKS = 1_500                       # a head that stands still for so long is replaced
 PROFILE_TICKS = 10                          # where operations cost time: steps last that much longer, at most
 ZOMBIE_STEPS = 1_000                        # the stages of a replaced head may go on for so many
-EAGERNESS, HASTY, EARLY = 0.5, 0.0, 0.0         # per look: without a head, while one takes over, while one serves
+EAGERNESS, HASTY, EARLY = 0.5, 0.1, 0.001       # per look: without a head, while one takes over, while one serves
 
 
 class DrawnMembership(RegionMembership):
@@ -62,7 +62,7 @@ class Place:
         """Run a stage; `look` ends it some time after the control word has changed."""
         (self._unit,) = self._host.add({self._name: stage})
         self._host.units.append(self._unit)
-        self._control, self._left = control, -1
+        self._stage, self._control, self._left = stage, control, -1
 
     def look(self, control: int, step: int) -> None:
         """Let a stage of a head that was replaced go on for a while, and then end it."""
@@ -71,6 +71,7 @@ class Place:
         if self._left < 0:
             self._left = step
         elif step - self._left >= ZOMBIE_STEPS:
+            self._stage.leave_now()
             self._host.units.remove(self._unit)
             self._unit = -1
 

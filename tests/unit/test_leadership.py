@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from broker.leadership import Leadership
+from broker.records import record_bytes, unpack
 from broker.stages.seat import Seat
 from broker.stages.takeover import Takeover
 from sim.cxl.memory import Role
@@ -70,6 +71,41 @@ def test_of_two_that_try_at_once_one_serves_and_the_other_lets_go(order: tuple[i
     assert list(owners(cluster).values()) == [head.broker.broker]
     assert not any(seat.free for seat in head.seats)
     assert all(seat.free for each in tries if each is not head for seat in each.seats)
+
+
+def fences(cluster: ManualCluster, broker: int, role: int) -> int:
+    """How many one role of a broker has made."""
+    at = cluster.layout.offset_of("role_statistics", broker, int(role))
+    return int(unpack("AccessStatistics", cluster.memory.read_bytes(at, record_bytes("AccessStatistics")))["fences"])
+
+
+def test_what_a_lost_takeover_flushed_is_in_memory_before_its_bank_is_for_others() -> None:
+    # Else it may come there when the next one has filled the bank: a committed frontier went back.
+    cluster = ManualCluster(brokers=3)
+    first, second = Trying(cluster, 1), Trying(cluster, 2)
+    first.leadership.tick()
+    first.takeovers[0].step_once()          # it has begun to fill its bank
+    second.leadership.tick()
+    before = fences(cluster, 1, Role.ROLE_ADMIN)
+    first.takeovers[0].step_once()
+    assert first.takeovers[0].lost
+    assert fences(cluster, 1, Role.ROLE_ADMIN) == before + 1
+
+
+def test_what_a_replaced_heads_stages_flushed_is_in_memory_before_its_seats_are_free() -> None:
+    cluster = ManualCluster(brokers=3)
+    cluster.create()
+    first, second = Trying(cluster, 1), Trying(cluster, 2)
+    for each in (first, second):
+        each.leadership.tick()
+        while not each.takeovers[-1].done:
+            each.takeovers[-1].step_once()
+        each.leadership.tick()
+    for seat, role in zip(first.seats, (Role.ROLE_SEQUENCER, Role.ROLE_RECLAIM), strict=True):
+        before = fences(cluster, 1, role)
+        seat.step_once()
+        assert seat.free
+        assert fences(cluster, 1, role) == before + 1
 
 
 def test_a_takeover_is_waited_for_and_not_begun_twice() -> None:
