@@ -151,15 +151,13 @@ class AdminService:
 
     def _describe(self, entry: TopicEntry, holders: Holders | None = None) -> pb.Topic:
         holders = holders or holders_of(self._node.head, self._node.layout)
-        frontiers = self._node.topics.frontiers(entry)
-        durable, failed_from, failed = self._node.topics.durability(entry)
-        return pb.Topic(
-            run_id=self._node.region.run_id, durable_position=min(durable, frontiers["end_position"]),
-            failed_position=failed_from, failed_replica=failed,
+        topic = self._node.session_service.levels(entry)
+        topic.MergeFrom(pb.Topic(
             name=entry.name, order=entry.order, ack=entry.ack, replication_factor=entry.replication_factor,
             retention_bytes=entry.retention_bytes, number=entry.number, generation=entry.generation,
             created_ns=entry.created_ns, holder=holders.of(entry.number).text,
-            degraded=self._node.topics.degraded(entry), **frontiers)
+            degraded=self._node.topics.degraded(entry)))
+        return topic
 
     async def open_session(self, request: Any, context: Any) -> pb.Session:
         return await self._node.session_service.open(request)

@@ -103,6 +103,15 @@ class SessionService:
             positions.pop()
         return (request.resume_from if high_water is None else high_water), positions
 
+    def levels(self, entry: TopicEntry) -> pb.Topic:
+        """How far a topic's levels have come: what a publisher that waits for one of them looks at."""
+        frontiers = self._broker.topics.frontiers(entry)
+        durable, failed_from, failed = self._broker.topics.durability(entry)
+        end = frontiers["end_position"]
+        return pb.Topic(run_id=self._settings.run_id, first_position=frontiers["first_position"], end_position=end,
+                        committed_batches=frontiers["committed_batches"], committed_bytes=frontiers["committed_bytes"],
+                        durable_position=min(durable, end), failed_position=failed_from, failed_replica=failed)
+
     def check(self, opened: pb.PublishOpen) -> TopicEntry:
         """The topic of a session that a stream or slot is asked for. Raises `SessionUnknown`, also when it is somebody
         else's, `SessionFenced` when it is not open any more, and as `topic_of`."""

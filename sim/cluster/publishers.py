@@ -7,6 +7,7 @@ what of it arrived.
 """
 
 import asyncio
+import contextlib
 import struct
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -267,24 +268,16 @@ class Publisher:
             self.session.broker_there(broker, self.now())
 
     def _say_frontiers(self) -> None:
-        """As a broker describes a topic."""
+        """What a broker says of the topic."""
         host = self.world.hosts[self.random.randrange(len(self.world.hosts))]
-        if not host.powered or host.stalled:
+        topic = None
+        if host.powered and not host.stalled:
+            with contextlib.suppress(BrokerUnavailable):    # a new head is taking over
+                topic = host.session_service.levels(self.topic)
+        if topic is None or host.control.dead:
             self.session.topic_unknown()
-            return
-        try:
-            frontiers = host.topics.frontiers(self.topic)
-            durable, failed_from, failed = host.topics.durability(self.topic)
-        except BrokerUnavailable:
-            self.session.topic_unknown()    # a new head is taking over
-            return
-        if host.control.dead:
-            self.session.topic_unknown()
-            return
-        end = frontiers["end_position"]
-        self.session.topic_known(pb.Topic(
-            run_id=self.session.opened.topic.run_id, end_position=end, durable_position=min(durable, end),
-            failed_position=failed_from, failed_replica=failed))
+        else:
+            self.session.topic_known(topic)
 
     # ---- the session ------------------------------------------------------------------------------------------------
 
