@@ -164,7 +164,8 @@ class AttachedSubscriberEngine(ReadingDriver):
         search, other, slot = command.search, self.over_grpc(), self.slot
         assert slot is not None
         if other is None:
-            self.reading.not_handed_over(search, command.error)
+            with self.lock:
+                self.reading.not_handed_over(search, command.error)
             return
         with self.lock:
             self.handing_over = True
@@ -172,7 +173,8 @@ class AttachedSubscriberEngine(ReadingDriver):
         try:
             await other.open()
         except CxlmqError as error:
-            self.reading.not_handed_over(search, error)
+            with self.lock:
+                self.reading.not_handed_over(search, error)
             return
         else:
             if self.closed:

@@ -141,9 +141,12 @@ class ReadingDriver(ABC):
                 case Renew():
                     assert self.membership is not None
                     await self.membership.renew()   # a recovered cluster knows of no member
-                    search.renewed()
+                    with self.lock:
+                        search.renewed()
                 case AskBrokers():
-                    search.brokers_known(await self._brokers())
+                    brokers = await self._brokers()
+                    with self.lock:
+                        search.brokers_known(brokers)
                 case AskPlace(broker) as asked:
                     try:
                         async with asyncio.timeout(REACH_SECONDS):      # wait_for may lose a cancellation
