@@ -53,11 +53,13 @@ cdef int disk_sync(int fd) noexcept nogil:
 
 def write(int fd, data) -> int:
     """Write at the file's place; how many bytes. Raises OSError."""
-    cdef int64_t offset = os.lseek(fd, 0, os.SEEK_CUR), written = os.write(fd, data)
-    if watched:
-        written = watcher.wrote(fd, offset, written)
-        if written < 0:
-            raise OSError(-written, os.strerror(-written))
+    cdef int64_t offset, written
+    if not watched:
+        return os.write(fd, data)
+    offset = os.lseek(fd, 0, os.SEEK_CUR)
+    written = watcher.wrote(fd, offset, os.write(fd, data))
+    if written < 0:
+        raise OSError(-written, os.strerror(-written))
     return written
 
 
