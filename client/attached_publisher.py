@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from array import array
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 from broker.errors import BrokerUnavailable, BufferFull, ClosedError, CxlmqError, SessionUnknown
@@ -125,11 +125,6 @@ class AttachedEngine(Engine):
                 self._beside(self.attaching, self._attach(broker, opened))
             case Leave(slot):
                 self._beside(self.detaching, self._detach(slot))
-
-    def _beside(self, tasks: "set[asyncio.Task[None]]", call: Coroutine[Any, Any, None]) -> None:
-        task = self.loop.create_task(call)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
 
     async def _attach(self, broker: BrokerAddress, opened: pb.PublishOpen) -> None:
         """Get a slot at one broker; its answer may come when nobody wants it any more."""

@@ -126,6 +126,8 @@ class Driver(ABC):
         if self.not_opened is not None:
             raise self.not_opened
         await self._supplied()
+        if self.session.failure is not None:
+            raise self.session.failure
         self.ticker = self.loop.create_task(self._tick())
 
     async def _tick(self) -> None:
@@ -191,10 +193,13 @@ class Driver(ABC):
         """Call a broker beside everything else, and tell the session. Not any more when it closes."""
         if self.closed:
             coroutine.close()
-            return
+        else:
+            self._beside(self.calls, coroutine)
+
+    def _beside(self, tasks: "set[asyncio.Task[None]]", coroutine: Coroutine[Any, Any, None]) -> None:
         task = self.loop.create_task(coroutine)
-        self.calls.add(task)
-        task.add_done_callback(self.calls.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _ask_brokers(self) -> None:
         try:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from broker.errors import ClusterReplaced, CxlmqError, TopicRecreated, UnknownTopic
+from broker.errors import ClusterReplaced, CxlmqError, PermissionDenied, TopicRecreated, UnknownTopic
 from client.admin import Admin
+from client.brokers import BrokerAddress, rendezvous
 from client.cluster import Cluster
 from client.publisher import Publisher
 from tests.end_to_end.conftest import small_config, traces, unique
@@ -43,6 +44,22 @@ def opened(cluster: str, **options: Any) -> Iterator[dict[str, Publisher]]:
     finally:
         for each in found.values():
             each.close()
+
+
+def test_a_socket_of_somebody_elses_is_refused_when_a_publisher_opens(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # That of the second broker alone: the session is opened at the first.
+    def check(address: str) -> None:
+        if "broker-1" in address:
+            raise PermissionDenied(what=address)
+
+    with Cluster(small_config(**settings(tmp_path))) as cluster:
+        make_topic(cluster.name)
+        client = next(each for each in range(1, 100) if rendezvous(
+            [BrokerAddress(0, ""), BrokerAddress(1, "")], each, 0)[0].id == 0)
+        monkeypatch.setattr("client.connection.check_socket", check)
+        with pytest.raises(PermissionDenied, match="broker-1"):
+            Publisher("t", cluster=cluster.name, transport="grpc", client_id=client).open()
 
 
 def test_publishers_go_on_in_a_recovered_cluster_also_of_another_size(tmp_path: Path) -> None:
