@@ -43,7 +43,6 @@ cdef enum:
     RELIEF_NS = 20000000            # a session that is stuck for longer (or half its lease) may not fill up rings
 
 SESSION_WINDOW = WINDOW             # for Python
-
 cdef uint64_t RESULT_STATUS = <uint64_t>0xFF << 40
 cdef uint64_t POSITION_MASK = (<uint64_t>1 << POSITION_BITS) - 1
 

@@ -46,11 +46,16 @@ def interrupting() -> contextlib.AbstractContextManager[None]:
 
 
 class Gently(contextlib.AbstractContextManager["Gently"]):
-    """The first signal ends the waiting for input and nothing else; the next one interrupts whatever runs."""
+    """The first signal ends the waiting for input and nothing else; the next one interrupts whatever runs.
+
+    What is `held` is not interrupted within, but as soon as it is done: what was read is counted before anything ends.
+    """
 
     def __init__(self, on_first: Callable[[], None]) -> None:
         self._on_first = on_first
         self._first: int | None = None
+        self._last: int | None = None       # came while nothing could be interrupted
+        self._is_held = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "Gently":
@@ -64,11 +69,25 @@ class Gently(contextlib.AbstractContextManager["Gently"]):
         self._stack.close()
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self._first is not None:
+        if self._first is None:
+            self._first = number
+            os.write(self._ring, b"x")
+            self._on_first()
+        elif self._is_held:
+            self._last = number
+        else:
             raise Stopped(number)
-        self._first = number
-        os.write(self._ring, b"x")
-        self._on_first()
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What is done within is done whole; it waits for nothing but `wait_for_input`."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._last is not None:
+            raise Stopped(self._last)
 
     def wait_for_input(self, descriptor: int) -> None:
         """Until there is something to read, or the end of it. Raises `Stopped`."""

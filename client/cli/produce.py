@@ -36,6 +36,7 @@ class Outcome:
     bytes: int = 0
     acknowledged: int = 0
     seconds: float = 0.0
+    incomplete_bytes: int = 0       # read of a message whose end never came: not published
     last_position: int | None = None
 
 
@@ -68,7 +69,7 @@ def produce(topic: str, file: str, target: Target, **options: Any) -> None:
     Lines end at "\\n", which is not part of the message; an empty line is an empty message; any bytes are allowed.
     It succeeds only when every message is acknowledged; else it says how many are, and exits with 1. Ctrl-C, SIGTERM
     and SIGHUP end the input: what was read is published, and when all of it is acknowledged the exit code is that of
-    the signal (130, 143, 129); a second one gives up.
+    the signal (130, 143, 129); a second one gives up. Half a message is not published, and said.
 
     \b
     Examples:
@@ -88,7 +89,7 @@ def produce(topic: str, file: str, target: Target, **options: Any) -> None:
     with _opened(file) as descriptor, Gently(_tell_of_stopping) as signals:
         if wanted is not None:
             _create_if_missing(target, wanted)
-        outcome, error = _publish_all(topic, target, _chunks(descriptor, signals), descriptor, options)
+        outcome, error = _publish_all(topic, target, _Input(descriptor, signals, options), options)
     _report(outcome, error)
 
 
@@ -153,15 +154,36 @@ def _create_if_missing(target: Target, wanted: dict[str, Any]) -> None:
                 common.say(f"note: topic {wanted['name']!r} is created")
 
 
-def _messages(chunks: Iterator[bytes], options: dict[str, Any]) -> Iterator[list[bytes]]:
-    if options["whole"]:
-        return split.whole(chunks)
-    if options["length_prefixed"]:
-        return split.split_prefixed(chunks, int(options["prefix_bytes"]), "big" if options["big_endian"] else "little")
-    return split.split_lines(chunks, options["keep_newline"])
+class _Input:
+    """The messages of a descriptor. Everything that was read is counted in `outcome`, whatever ends it."""
+
+    def __init__(self, descriptor: int, signals: Gently, options: dict[str, Any]) -> None:
+        self.descriptor = descriptor
+        self._signals = signals
+        self._pending = bytearray()
+        self._groups = self._split(_chunks(descriptor, signals), options)
+
+    def _split(self, chunks: Iterator[bytes], options: dict[str, Any]) -> Iterator[list[bytes]]:
+        if options["whole"]:
+            return split.whole(chunks, self._pending)
+        if options["length_prefixed"]:
+            return split.split_prefixed(chunks, self._pending, int(options["prefix_bytes"]),
+                                        "big" if options["big_endian"] else "little")
+        return split.split_lines(chunks, self._pending, options["keep_newline"])
+
+    def next_messages(self, outcome: Outcome) -> list[bytes]:
+        """The next ones as they came; none at the end. Raises `Stopped`, `InputFailed`, `BadBatch`, `MessageTooBig`."""
+        with self._signals.held():
+            try:
+                messages = next(self._groups, [])
+                outcome.messages += len(messages)
+                outcome.bytes += sum(map(len, messages))
+            finally:
+                outcome.incomplete_bytes = len(self._pending)
+        return messages
 
 
-def _publish_all(topic: str, target: Target, chunks: Iterator[bytes], descriptor: int,
+def _publish_all(topic: str, target: Target, read: _Input,
                  options: dict[str, Any]) -> tuple[Outcome, BaseException | None]:
     """Publish everything; what stopped it, if anything did, beside what came of it."""
     from client.publisher import Publisher
@@ -174,9 +196,9 @@ def _publish_all(topic: str, target: Target, chunks: Iterator[bytes], descriptor
         ack=None if options["ack"] is None else int(options["ack"]), batch_bytes=options["batch_size"],
         delivery_timeout=options["timeout"])
     try:
-        with publisher, _progress(descriptor) as progress:
+        with publisher, _progress(read.descriptor) as progress:
             try:
-                _pump(publisher, _messages(chunks, options), outcome, progress)
+                _pump(publisher, read, outcome, progress)
             except (CxlmqError, KeyboardInterrupt) as error:
                 failed = error
     except (CxlmqError, KeyboardInterrupt) as error:    # closing found messages without an ack, or was stopped
@@ -188,13 +210,11 @@ def _publish_all(topic: str, target: Target, chunks: Iterator[bytes], descriptor
     return outcome, failed
 
 
-def _pump(publisher: Any, groups: Iterator[list[bytes]], outcome: Outcome, progress: Any) -> None:
+def _pump(publisher: Any, read: _Input, outcome: Outcome, progress: Any) -> None:
     """Publish group after group; stop at the first that has failed."""
     outstanding: deque[Any] = deque()       # the delivery of each group's last message
-    for messages in groups:
+    while messages := read.next_messages(outcome):
         outstanding.append(publisher.publish_many(messages))
-        outcome.messages += len(messages)
-        outcome.bytes += sum(map(len, messages))
         while outstanding and outstanding[0].done():
             outcome.last_position = outstanding.popleft().result().position
         progress.show(outcome)
@@ -208,7 +228,9 @@ def _report(outcome: Outcome, error: BaseException | None) -> None:
     seconds = max(outcome.seconds, 1e-9)
     values = {**asdict(outcome), "seconds": round(outcome.seconds, 6),
               "megabytes_per_second": round(outcome.bytes / seconds / 1e6, 3)}
-    counts = f"{outcome.acknowledged} of {outcome.messages} messages are acknowledged"
+    half = "" if not outcome.incomplete_bytes else (
+        f"; {outcome.incomplete_bytes} bytes of a message without its end are not published")
+    counts = f"{outcome.acknowledged} of {outcome.messages} messages are acknowledged{half}"
     if isinstance(error, CxlmqError):
         print_error(error.code, f"{error.message}; {counts}", error.details, settings().as_json, **values)
         raise CommandExit(common.exit_code_of(error))
@@ -223,7 +245,8 @@ def _report(outcome: Outcome, error: BaseException | None) -> None:
     if settings().as_json:
         common.report(values, text)
     else:
-        common.say(text if error is None else f"stopped, and all that was read is acknowledged: {text}")
+        common.say(text if error is None else
+                   f"stopped, and all messages that were read are acknowledged: {text}{half}")
     if error is not None:
         raise CommandExit(error.exit_code if isinstance(error, Stopped) else EXIT_INTERRUPTED)
 

@@ -117,16 +117,16 @@ def pieces(data: bytes, size: int) -> list[bytes]:
 ])
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_lines(data: bytes, messages: list[bytes], size: int) -> None:
-    assert [line for group in split_lines(pieces(data, size)) for line in group] == messages
+    assert [line for group in split_lines(pieces(data, size), bytearray()) for line in group] == messages
 
 
 def test_kept_newlines_give_back_the_file() -> None:
-    assert [line for group in split_lines([b"a\nb", b"\nc"], keep_newline=True) for line in group] == [
+    assert [line for group in split_lines([b"a\nb", b"\nc"], bytearray(), keep_newline=True) for line in group] == [
         b"a\n", b"b\n", b"c"]
 
 
 def test_each_line_comes_as_soon_as_it_is_complete() -> None:
-    groups = split_lines(iter([b"a\nb", b"c\n"]))
+    groups = split_lines(iter([b"a\nb", b"c\n"]), bytearray())
     assert next(groups) == [b"a"]
     assert next(groups) == [b"bc"]
 
@@ -135,27 +135,27 @@ def test_each_line_comes_as_soon_as_it_is_complete() -> None:
        st.sampled_from(["little", "big"]))
 def test_length_prefixed(messages: list[bytes], size: int, prefix_bytes: int, order: str) -> None:
     data = b"".join(len(each).to_bytes(prefix_bytes, order) + each for each in messages)
-    found = [each for group in split_prefixed(pieces(data, size), prefix_bytes, order) for each in group]
+    found = [each for group in split_prefixed(pieces(data, size), bytearray(), prefix_bytes, order) for each in group]
     assert found == messages
 
 
 @given(st.lists(st.binary(max_size=20), max_size=5))
 def test_what_format_writes_split_reads(payloads: list[bytes]) -> None:
     data = rendered("%R%s", FakeBatch(payloads))
-    assert [each for group in split_prefixed([data], 4, "big") for each in group] == payloads
+    assert [each for group in split_prefixed([data], bytearray(), 4, "big") for each in group] == payloads
 
 
 @pytest.mark.parametrize("data", [b"\x05\0\0\0abc", b"\x01\0"])
 def test_truncated_input_is_refused(data: bytes) -> None:
     with pytest.raises(BadBatch, match="ends inside message 0"):
-        list(split_prefixed([data]))
+        list(split_prefixed([data], bytearray()))
 
 
 def test_absurd_length_is_refused_at_once() -> None:
     with pytest.raises(MessageTooBig, match="length-prefixed"):
-        list(split_prefixed([b"this is text, not frames"]))
+        list(split_prefixed([b"this is text, not frames"], bytearray()))
 
 
 def test_whole_input_is_one_message() -> None:
-    assert list(whole([b"a\n", b"b"])) == [[b"a\nb"]]
-    assert list(whole([])) == [[b""]]
+    assert list(whole([b"a\n", b"b"], bytearray())) == [[b"a\nb"]]
+    assert list(whole([], bytearray())) == [[b""]]
