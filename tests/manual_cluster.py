@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from broker.assembly import Assembly, HeadStages, Settings, TopicOf
 from broker.config import TopicConfig
 from broker.head import epoch_of
-from broker.layout import ControlBits, Layout, ResultStatus
+from broker.layout import BrokerState, ControlBits, Layout, ResultStatus
 from broker.payload_places import limits_of
 from broker.placement import live_brokers, replica_brokers
 from broker.proto import cxlmq_pb2 as pb
@@ -134,6 +134,7 @@ class ManualBroker(Assembly):
         super().__init__(cluster.layout, number, door, cluster.clock, cluster.settings,
                          disk=self._folder if cluster.folder else None, lives=lambda presence: presence in cluster.alive,
                          announced=cluster.step)
+        self.line.say(BrokerState.BROKER_READY)     # attached clients leave who is not
 
     def _folder(self, topic_of: TopicOf) -> ReplicaFolder:
         assert self.cluster.folder

@@ -275,6 +275,7 @@ class Reading:
         self.buffer.clear()
         self.buffer.handed = handed
         self.next_position = position
+        self._return = None                         # who is on the way back asked for what came behind that
 
     # ---- taking -----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from client.attached_publisher import AttachedEngine
 from client.batch import Delivery, Packer
 from client.brokers import BrokerAddress
 from client.publishing.attached_flights import Slot
-from client.publishing.commands import AskBrokers, Connect, Leave, LookUp, OpenSession
+from client.publishing.commands import AskBrokers, AskWhetherThere, Connect, Leave, LookUp, OpenSession
 from client.turn import Safeguard, leave_out
 from sim.cxl.memory import Role
 from tests.logical_threads import Baton, SharedLock
@@ -92,6 +92,8 @@ class Engine(AttachedEngine):
                 self.attach(broker, opened.session_epoch)
             case Leave(slot):
                 self.stages[slot.doorbell].close_slot(slot.number, slot.generation)
+            case AskWhetherThere(broker):
+                self.session.broker_there(broker, self.now())
             case LookUp():
                 self.session.topic_known(pb.Topic(end_position=1 << 60))
             case _:

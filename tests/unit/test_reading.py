@@ -60,6 +60,25 @@ def positions(reading: Reading) -> list[int]:
     return [each.position for each in reading.take(lambda buffer: buffer.take_messages(99))]
 
 
+def test_what_is_to_be_read_again_is_asked_for_also_when_a_search_for_what_follows_is_under_way() -> None:
+    reading, found = opened()
+    reading.received(found, batch(0, 5))
+    reading.lost(found)
+    search = reading.come_back()
+    assert search is not None
+    assert asked(search).request.position == 5
+    reading.rewind(2)
+    assert not search.granted(place(5)), "nobody wants it any more"
+    assert reading.state is State.RETURNING
+    again = reading.come_back()
+    assert again is not None
+    assert asked(again).request.position == 2
+    back = place(2)
+    assert again.granted(back)
+    reading.received(back, batch(2, 3))
+    assert positions(reading) == [2, 3, 4]
+
+
 def test_it_asks_one_broker_after_the_other_and_a_chosen_one_alone_at_first() -> None:
     reading = Reading("t", 5, 1, 2, BatchBuffer())
     search = reading.open()
