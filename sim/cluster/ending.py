@@ -4,9 +4,9 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from broker.proto import cxlmq_pb2 as pb
-from broker.reader import OrderReader, ReadError
-from broker.replica_files import Damage, find_files, read_records
-from sim.cluster.history import Read, Violation, check, check_a2
+from broker.reader import OrderReader, ReadError, ReadStatus
+from broker.replica_files import Damage, ReplicaFile, find_files, read_records
+from sim.cluster.history import NOBODY, Read, Violation, check, check_a2
 from sim.cluster.scenario import LEASE_TICKS
 from sim.cluster.witness import payload_sender
 
@@ -24,11 +24,11 @@ def drain(world: "World") -> None:
     world.unreliable = False
     until = world.step + DRAIN_STEPS
     epochs = [publisher.epoch for publisher in world.publishers]
-    if not any(host.powered for host in world.hosts):
+    if not any(host.powered for host in world.hosts) and world.arrive is None:
         return
     while world.step < until:
         world.advance(world.step + 500)
-        if all(publisher.finished for publisher in world.publishers) and not any(
+        if world.arrive is None and all(publisher.finished for publisher in world.publishers) and not any(
                 reader.behind for reader in world.subscribers):
             break
     world.advance(world.step + QUIET_STEPS)
@@ -54,6 +54,7 @@ def judge(world: "World") -> None:
         raise Violation(*world.witness.describe())
     history.log = world.log()
     live = [host for host in world.hosts if host.powered]
+    history.replicated = replicated(world)
     if not world.witness.has_head():
         history.reclaimed_index = len(history.log)      # nobody to say what counts: the next head would
         check(history)
@@ -66,7 +67,6 @@ def judge(world: "World") -> None:
                                           ).frontiers()["reclaimed_index"]
     if not live:
         history.final = world_reads(world)
-    history.replicated = replicated(world)
     check(history)
 
 
@@ -79,12 +79,29 @@ def world_reads(world: "World") -> list[Read]:
 
 
 def _frames(world: "World", reader: OrderReader) -> list[Read]:
-    found = []
+    found = list[Read]()
     index = reader.index
-    while frame := reader.read_frame(64 << 10):
+    while True:
+        try:
+            if not (frame := reader.read_frame(64 << 10)):
+                return found
+        except ReadError as error:
+            if not pass_lost(world, error):
+                raise
+            reader.move_to(index := reader.index + 1)
+            continue
         found += world.reads_of(index, pb.SubscribeResponse.FromString(frame).batches, payload_sender)
         index = reader.index
-    return found
+
+
+def pass_lost(world: "World", error: ReadError) -> bool:
+    """Whether a reader was told of a range that a recovery has named as lost."""
+    if error.status != ReadStatus.READ_GONE:
+        return False
+    entry = world.witness.entry(world.topic.number, error.index)
+    if (error.first, error.end) != (entry["position"], entry["position"] + entry["count"]):
+        raise Violation("I", f"{error}, and lost are {entry['position']} to {entry['position'] + entry['count'] - 1}")
+    return entry["client"] == NOBODY
 
 
 def _read_all(world: "World", host: "Host") -> None:
@@ -128,16 +145,28 @@ def check_disks(world: "World") -> None:
 def replicated(world: "World") -> dict[tuple[int, int], int]:
     """How many disks have each batch (client, number of its first message), by the replica files themselves."""
     disks: dict[tuple[int, int], set[int]] = defaultdict(set)
-    for host in world.hosts if world.folder is not None else ():
+    if world.scenario.loses:                # what is reclaimed need not be on a disk any more
+        for entry in (*world.history.before, *world.log()[:world.witness.frontiers(world.topic.number)["reclaimed"]]):
+            disks[entry.client, entry.first].update(range(world.scenario.hosts))
+    for host in world.hosts if world.disks is not None else ():
         for file in find_files(world.replica_folder(host.number)):
             data = file.path.read_bytes()
             for record in read_records(file):
                 if isinstance(record, Damage):
-                    world.history.errors.append((f"{file.path.name}: {record.what}", not host.powered))
+                    world.history.errors.append((f"{file.path.name}: {record.what}",
+                                                 not host.powered or not _is_sound(world, file)))
                 elif record.fields["message_count"]:
                     payload = data[record.payload_offset:record.payload_offset + record.fields["payload_bytes"]]
                     sender = payload_sender(payload, record.fields["message_count"])
                     if sender is None:
                         raise Violation("N", f"{file.path.name} holds at position {record.position} what nobody sent")
+                    if file.run_id != world.settings.run_id and (record.position, sender) not in world.restored:
+                        continue            # a recovery gave it up
                     disks[sender].add(host.number)
     return {sender: len(hosts) for sender, hosts in disks.items()}
+
+
+def _is_sound(world: "World", file: ReplicaFile) -> bool:
+    """Whether there is no reason for damage in a file: it is of this run, and no disk has failed."""
+    assert world.disks is not None
+    return file.run_id == world.settings.run_id and not world.disks.failed

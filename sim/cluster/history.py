@@ -6,6 +6,8 @@ An operation has one of three outcomes: ok, failed, unknown. What is unknown may
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+NOBODY = 0                                  # the client of a range that a recovery has named as lost
+
 
 class Violation(Exception):
     """An invariant of reference/faults.md does not hold. `invariant` is its letter."""
@@ -68,10 +70,17 @@ class History:
     errors: list[tuple[str, bool]] = field(default_factory=list)            # (what a reader was told, was it due)
     leftovers: list[str] = field(default_factory=list)          # what did not return to its base line
     replicated: dict[tuple[int, int], int] = field(default_factory=dict)    # (client, number): disks that have it
+    before: list[Entry] = field(default_factory=list)           # reclaimed before the region was lost and filled anew
+    lost: set[tuple[int, int]] = field(default_factory=set)     # (client, number): named as lost by a recovery
+
+    @property
+    def everything(self) -> list[Entry]:
+        """What is, or was, in the log over all regions; without ranges that a recovery has named as lost."""
+        return [entry for entry in (*self.before, *self.log) if entry.client != NOBODY]
 
 
 def _where(history: History) -> dict[tuple[int, int], Entry]:
-    return {(entry.client, number): entry for entry in history.log
+    return {(entry.client, number): entry for entry in history.everything
             for number in range(entry.first, entry.first + entry.count)}
 
 
@@ -79,11 +88,13 @@ def check_a1(history: History) -> None:
     """What was acknowledged is in the log where the ack said, and readable unless it was reclaimed."""
     where = _where(history)
     readable = {read.position for read in history.final}
-    kept = {entry.position for entry in history.log[history.reclaimed_index:]}
+    kept = {entry.position for entry in history.log[history.reclaimed_index:] if entry.client != NOBODY}
     for operation in history.operations:
         if operation.outcome != "ok" or operation.level == 0:
             continue
         entry = where.get((operation.client, operation.first))
+        if entry is None and (operation.client, operation.first) in history.lost:
+            continue
         if entry is None:
             raise Violation("A1", f"message {operation.first} of client {operation.client} was acknowledged at step "
                                   f"{operation.settled} and is not in the log")
@@ -97,7 +108,8 @@ def check_a1(history: History) -> None:
 def check_a2(history: History) -> None:
     """What was acknowledged at level 2 is on the disks of all replicas."""
     for operation in history.operations:
-        if operation.outcome == "ok" and operation.level == 2 and operation.replicas:
+        if operation.outcome == "ok" and operation.level == 2 and operation.replicas and (
+                operation.client, operation.first) not in history.lost:
             have = history.replicated.get((operation.client, operation.first), 0)
             if have < operation.replicas:
                 raise Violation("A2", f"message {operation.first} of client {operation.client} was acknowledged at "
@@ -107,7 +119,7 @@ def check_a2(history: History) -> None:
 def check_u(history: History) -> None:
     """Each message is in the log at most once."""
     seen: dict[tuple[int, int], int] = {}
-    for entry in history.log:
+    for entry in history.everything:
         for number in range(entry.first, entry.first + entry.count):
             if (entry.client, number) in seen:
                 raise Violation("U", f"message {number} of client {entry.client} is in the log at positions "
@@ -121,24 +133,34 @@ def check_p(history: History) -> None:
     due: dict[int, int] = {}
     given_up = {(each.client, each.first): each.first + each.count for each in history.operations
                 if each.outcome != "ok" and each.settled >= 0}
-    for entry in history.log if history.order == 5 else ():
-        while (entry.client, due.get(entry.client, 0)) in given_up and due.get(entry.client, 0) < entry.first:
-            due[entry.client] = given_up[entry.client, due.get(entry.client, 0)]
+    for entry in history.everything if history.order == 5 else ():
+        while (number := due.get(entry.client, 0)) < entry.first:
+            if (entry.client, number) in given_up:
+                due[entry.client] = given_up[entry.client, number]
+            elif (entry.client, number) in history.lost:
+                due[entry.client] = number + 1
+            else:
+                break
         if entry.first != due.get(entry.client, 0):
             raise Violation("P", f"position {entry.position} holds message {entry.first} of client {entry.client}, "
                                  f"{due.get(entry.client, 0)} was due")
         due[entry.client] = entry.first + entry.count
 
 
+def _follows(log: list[Entry], previous: int, index: int) -> bool:
+    """Whether nothing lies between two order entries but what a recovery has named as lost."""
+    return previous < index and all(each.client == NOBODY for each in log[previous + 1:index])
+
+
 def check_t(history: History) -> None:
     """All readers see the same sequence of bytes, without holes."""
-    position = 0
+    position = history.log[0].position if history.before and history.log else 0
     for index, entry in enumerate(history.log):
         if entry.position != position:
             raise Violation("T", f"order entry {index} is at position {entry.position}, {position} was due")
         position += entry.count
     for reader, reads in (*history.reads.items(), ("the last reader", history.final)):
-        previous = None
+        previous: int | None = None
         for read in reads:
             if read.index >= len(history.log):
                 raise Violation("T", f"{reader} read order entry {read.index} before it was committed")
@@ -146,7 +168,7 @@ def check_t(history: History) -> None:
             if (read.position, read.count) != (entry.position, entry.count) or (
                     read.sender is not None and read.sender != (entry.client, entry.first)):
                 raise Violation("T", f"{reader} read {read} where others read {entry}")
-            if previous is not None and read.index != previous + 1:
+            if previous is not None and not _follows(history.log, previous, read.index):
                 raise Violation("T", f"{reader} went from order entry {previous} to {read.index}")
             previous = read.index
 

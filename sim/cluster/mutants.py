@@ -5,12 +5,14 @@ A bug of logic is a switch in the stage (broker/planted.pxd), or another method 
 themselves are the product's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from broker import recovery
 from broker.layout import Layout
 from broker.planted import Planted, plant
+from broker.replica_folder import ReplicaFolder
 from client.buffer import BatchBuffer
 from client.subscribing.reading import Reading, State
 from sim.cluster.door import Mutation, Operation, SimDoor
@@ -92,6 +94,15 @@ class Patch:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """A function or method that another one takes the place of, given the one that was there."""
+
+    owner: Any
+    name: str
+    by: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
 class Mutant:
     """One planted bug: `number` is its class in reference/bug-classes.md."""
 
@@ -106,6 +117,13 @@ class Mutant:
     checker: bool = False                   # whether the coherence checker names it, too
     shape: tuple[tuple[str, int], ...] = ()         # numbers of the run under which it shows soonest
     twice: bool = False                     # it takes two crashes in one run: sim/cluster/crashes.py shows it
+    unsynced: str = ""                      # what disks are not asked for: "sync" of replicas, or "names" of folders
+    instead: "Replaced | None" = None       # something of the disk's code
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether only a recovery can show it."""
+        return bool(self.unsynced or self.instead)
 
 
 DROP, MOVE, SOMETIMES, FENCE_AFTER, HALF = (
@@ -119,6 +137,17 @@ CALM = frozenset({"net"})                   # nothing that would write a forgott
 STREAMS = (("subscribers", 3), ("attached_readers", 0), ("attached", 0))
 STALLS = frozenset({"stall"})
 CRASHES = frozenset({"crash"})
+LOSSES = frozenset({"loss", "crash"})
+DAMAGE = frozenset({"loss", "disk"})
+
+
+def _everything_found(topic: Any, reading: Any, given_up: Any) -> Iterator[Any]:
+    """In place of `recovery._provable`."""
+    position = topic.first_position
+    for at in sorted(reading.batches):
+        if at >= position:
+            position = reading.batches[at].record.end
+            yield reading.batches[at]
 
 
 def _to_reclaim_line(layout: Layout, host: int) -> int:
@@ -260,6 +289,17 @@ MUTANTS: tuple[Mutant, ...] = (
            switch=Planted.PLANT_ZOMBIE_FOLLOWED, needs=STALLS, tests=("tests/unit/test_takeover.py",)),
     Mutant("half-bank", 29, "what a takeover that fell had filled is taken for what the last head left",
            switch=Planted.PLANT_HALF_BANK, twice=True),
+    Mutant("replica-unsynced", 31, "what a replica has written counts without a sync", unsynced="sync", needs=LOSSES),
+    Mutant("names-unsynced", 31, "the folder of a new file is not synced", unsynced="names", needs=LOSSES),
+    Mutant("trimmed-early", 31, "a replica's file is removed before what it holds is reclaimed", needs=LOSSES,
+           instead=Replaced(ReplicaFolder, "_trim", lambda real: lambda self, identity, reclaimed: real(
+               self, identity, WHOLE)), shape=(("batches", 150),)),
+    Mutant("payload-unchecked", 31, "recovery does not look at the checksums of payloads", needs=DAMAGE,
+           instead=Replaced(recovery, "read_records", lambda real: lambda file: real(file, False))),
+    Mutant("hole-ignored", 31, "recovery keeps what a session sent behind a batch that is lost", needs=LOSSES,
+           instead=Replaced(recovery, "_provable", lambda real: _everything_found)),
+    Mutant("loss-forgotten", 31, "what an earlier recovery gave up comes back", needs=LOSSES,
+           instead=Replaced(recovery.Runs, "lost", lambda real: lambda self, identity: [])),
 )
 
 # Classes that have no mutant here: why.
@@ -273,13 +313,17 @@ RULED_OUT: dict[int, str] = {
 
 # Mistakes that neither the simulation nor a test has shown: what was tried, and what speaks for the right way.
 NOT_SHOWN: dict[str, str] = {
+    "small files are believed whose checksum is wrong":
+        "a flipped bit makes JSON unreadable more often than it makes it lie: 200 seeds; "
+        "tests/unit/test_durable_files.py flips every bit",
+    "files of a run count to their end, whatever the manifests of later recoveries say":
+        "what an earlier run has behind the end of a recovery was named as lost then, and does not come back for that "
+        "reason: 200 seeds; tests/unit/test_recovery_plan.py",
     "no full fence between two scanners that open sessions of one client at the same moment":
         "the words that they look at are the head's own, and here one thread steps all stages; half a million pairs of "
         "openings by two real threads, without the fence and with unclaimed reads, went well. That two who store, "
         "fence and look never both miss the other is in tests/stress/test_native_litmus.py",
 }
-
-_replaced: list[tuple[type, str, Any]] = []
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 
@@ -298,16 +342,21 @@ def planter(mutant: Mutant) -> Callable[[SimDoor, Layout, int, int], None] | Non
     return put
 
 
+_replaced: list[tuple[Any, str, Any]] = []
+
+
 def switch_on(mutant: Mutant | None) -> None:
     """Turn a mutant's switch on, and replace its method; None turns all off."""
     plant(mutant.switch if mutant is not None else Planted.PLANT_NOTHING)
     while _replaced:
-        owner, name, before = _replaced.pop()
-        setattr(owner, name, before)
+        setattr(*_replaced.pop())
     if mutant is not None and mutant.patch is not None:
         patch, before = mutant.patch, getattr(mutant.patch.owner, mutant.patch.name)
         _replaced.append((patch.owner, patch.name, before))
         setattr(patch.owner, patch.name, lambda *args, **named: patch.instead(before, *args, **named))
+    if mutant is not None and (found := mutant.instead) is not None:
+        _replaced.append((found.owner, found.name, getattr(found.owner, found.name)))
+        setattr(found.owner, found.name, found.by(getattr(found.owner, found.name)))
 
 
 def planted_bugs_markdown() -> str:
@@ -317,13 +366,14 @@ def planted_bugs_markdown() -> str:
              "them all and says which invariant sees each, and within how many seeds; tests/simulation/test_mutants.py",
              "fails when one is not seen. The classes are those of bugs that systems of this kind really had. A bug of",
              "the door leaves out or misdirects one operation of one role; a switch makes one mistake in a stage",
-             "(broker/planted.pxd). The tests of the last column fail with `pytest --plant NAME`.",
+             "(broker/planted.pxd); one of the disk leaves a sync out, or replaces a function of its code.",
+             "The tests of the last column fail with `pytest --plant NAME`.",
              "What takes two crashes in one run is seen where pairs of crashes are tried (sim/cluster/crashes.py).",
              "The checker's column says whether `memory=checked` names it within a dozen seeds without crashes.", "",
              "| class | planted bug | what is wrong | where | simulation | checker | tests that see it too |",
              "|---|---|---|---|---|---|---|"]
     for mutant in MUTANTS:
-        where = "library" if mutant.patch else "switch"
+        where = "library" if mutant.patch else "disk" if mutant.on_disk else "switch"
         if mutant.door is not None:
             where = f"door of {mutant.door.role.name[5:].lower()}"
         tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, CxlmqError, DeliveryTimeout, PoolFull
+from broker.errors import BrokerUnavailable, CxlmqError, DeliveryTimeout, MessageLost, PoolFull, ReplicaFailed
 from broker.proto import cxlmq_pb2 as pb
 from broker.stages import receiver as receiving
 from client.batch import Batch, Packer
@@ -403,10 +403,26 @@ class Publisher:
         if error is None:
             operation.outcome, operation.position = "ok", position
             self.world.settled(operation)
-        elif not isinstance(error, DeliveryTimeout | PoolFull) or batch.deadline > self.now():
-            raise Violation("A2", f"message {operation.first} of client {self.client}: {error}, and no fault was such")
         else:
+            self._not_placed(operation, error, batch.deadline <= self.now())
+
+    def _not_placed(self, operation: Operation, error: object, late: bool) -> None:
+        """Its client was told an error: one that a fault of this run, or the end of its patience, is the reason of."""
+        world, disks = self.world, self.world.disks
+        if isinstance(error, MessageLost) and (self.client, operation.first) in world.named:
+            operation.outcome = "failed"
+            for number in range(operation.first, operation.first + operation.count):
+                world.witness.give_up(self.client, number)
+                world.history.lost.add((self.client, number))
+        elif isinstance(error, DeliveryTimeout | PoolFull) and late:
             # What is said not to be in the log must never be read; of the rest nobody knows.
             surely = isinstance(error, PoolFull) or "not in the log" in str(error)
             operation.outcome = "failed" if surely else "unknown"
-            self.world.note(self.name, f"gives up message {operation.first}: {operation.outcome}")
+        elif not (isinstance(error, DeliveryTimeout) and world.losses) and not (
+                isinstance(error, ReplicaFailed) and disks is not None and disks.failed):
+            raise Violation("A2", f"message {operation.first} of client {self.client}: {error}, and no fault was such")
+        world.note(self.name, f"gives up message {operation.first}: {type(error).__name__}, {operation.outcome}")
+
+    def meet(self, topic: Any) -> None:
+        """The region is another one, and the topic has another place there."""
+        self.topic = topic

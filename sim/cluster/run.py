@@ -50,7 +50,8 @@ def run_world(scenario: Scenario, tracing: bool = False) -> tuple[Verdict, World
     begun = perf_counter()
     mutant = BY_NAME[scenario.mutant] if scenario.mutant else None
     switch_on(mutant)
-    world = World(scenario, planter(mutant) if mutant is not None else None, tracing=tracing)
+    world = World(scenario, planter(mutant) if mutant is not None else None, tracing=tracing,
+                  unsynced=mutant.unsynced if mutant is not None else "")
     verdict, invariant, text = "ok", "", ""
     try:
         world.run()
@@ -129,6 +130,8 @@ def hunt(mutant: Mutant, seeds: int = HUNT_SEEDS, steps: int = HUNT_STEPS) -> Ve
     kinds = frozenset(FAULT_KINDS) if mutant.needs is None else mutant.needs
     for seed in range(seeds):
         scenario = draw(seed, steps=steps, kinds=kinds, mutant=mutant.name)
+        if mutant.on_disk and not scenario.loses:
+            continue
         verdict = run_scenario(scenario.smaller(**dict(mutant.shape)))
         if verdict.failed:
             return verdict

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
-FAULT_KINDS = ("crash", "evict", "stall", "torn", "net")
+FAULT_KINDS = ("crash", "evict", "stall", "torn", "net", "loss", "disk")
 KIB, MIB = 1 << 10, 1 << 20
 STEPS = 20_000
 STAGES = 8                                  # of a host that may stall alone; the head has more
@@ -17,10 +17,11 @@ class Fault:
     """One fault of a run: what happens, at which step, to which host or client, and how long."""
 
     step: int
-    kind: str                               # crash, client, stall, pause, cut
+    kind: str                               # crash, client, stall, pause, cut, loss, disk
     where: int
-    argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host
-    policy: str = "lost"                    # crash: what becomes of lines that were not fenced
+    argument: int = 0                       # crash: operations, below 0 fences, until then; stall: steps; cut: host;
+    #                                         disk: calls that fail; loss: 1 files are damaged as well
+    policy: str = "lost"                    # crash: what becomes of lines that were not fenced; disk: what fails
     again: int = 0                          # crash: steps until the broker is started again; 0 never
     stage: int = -1                         # stall: only this stage of the host, a thread that gets no processor
 
@@ -33,6 +34,8 @@ class Fault:
                 "pause": f"client {self.where + 1} stands still for {self.argument} steps",
                 "stall": f"{'' if self.stage < 0 else f'stage {self.stage} of '}host {self.where} stands still for "
                          f"{self.argument} steps",
+                "loss": f"all hosts lose power, and the region is lost{'; files are damaged' if self.argument else ''}",
+                "disk": f"host {self.where}: the next {self.argument} calls of its disk meet: {self.policy}",
                 "cut": f"client {self.where + 1} loses its connection to host {self.argument}"}[self.kind]
         return f"step {self.step}: {what}"
 
@@ -90,6 +93,11 @@ class Scenario:
         """What may become of lines that were not fenced when the power goes."""
         return ("random", "inversion", "kept", "lost") if "torn" in self.kinds else ("kept", "lost")
 
+    @property
+    def loses(self) -> bool:
+        """Whether the region is lost, and recovered from the disks."""
+        return self.replication_factor > 1 and any(fault.kind == "loss" for fault in self.faults)
+
     def smaller(self, **changes: Any) -> "Scenario":
         """The same run with something changed."""
         return replace(self, **changes)
@@ -122,7 +130,24 @@ def draw(seed: int, hosts: int = 4, steps: int = STEPS, kinds: frozenset[str] = 
                             region_bytes=base.region_bytes + 2 * MIB)
     if kinds:
         base = base.smaller(delivery_steps=base.random("delivery").choice((0, 0, 500, 2_000, 8_000)))
-    return base.smaller(faults=draw_faults(base))
+    losses = _draw_losses(base)
+    if any(fault.kind == "loss" for fault in losses):
+        base = base.smaller(attached=0, attached_readers=0)
+    return base.smaller(faults=tuple(sorted((*draw_faults(base), *losses), key=lambda fault: (
+        fault.step, fault.kind, fault.where))))
+
+
+def _draw_losses(scenario: Scenario) -> tuple[Fault, ...]:
+    """Faults of disks, of runs that have some. Draws of their own: without these kinds all else stays as it is."""
+    random, found = scenario.random("losses"), list[Fault]()
+    count, damage = random.choice((0, 1, 1, 2, 3)), "disk" in scenario.kinds and random.random() < 0.5
+    for _ in range(count if "loss" in scenario.kinds and scenario.replication_factor > 1 else 0):
+        found.append(Fault(random.randrange(scenario.steps // 10, scenario.steps), "loss", 0,
+                           int(damage and random.random() < 0.7)))
+    for _ in range(random.choice((0, 0, 1, 2)) if "disk" in scenario.kinds and scenario.replication_factor > 1 else 0):
+        found.append(Fault(random.randrange(scenario.steps), "disk", random.randrange(scenario.hosts),
+                           random.choice((1, 1, 3, 8)), random.choice(("write", "sync", "full"))))
+    return tuple(found)
 
 
 def draw_faults(scenario: Scenario) -> tuple[Fault, ...]:

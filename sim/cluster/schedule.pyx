@@ -67,6 +67,10 @@ cdef class Schedule:
                 at += 1
         self.chance_count = at
 
+    def look_at(self, Witness witness) -> None:
+        """From now on this one looks at memory: there is another region."""
+        self.witness = witness
+
     cdef uint64_t next(self) noexcept nogil:
         # xorshift64*, from Marsaglia and Vigna
         self.random ^= self.random >> 12

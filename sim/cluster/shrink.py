@@ -41,7 +41,7 @@ def _with_less(scenario: Scenario) -> Iterator[Scenario]:
 def _is_sound(scenario: Scenario) -> bool:
     """Whether a changed run can be made: its faults strike who is there."""
     who = {"crash": scenario.hosts, "stall": scenario.hosts, "client": scenario.publishers, "cut": scenario.publishers,
-           "pause": scenario.attached}
+           "pause": scenario.attached, "disk": scenario.hosts, "loss": 1}
     return (scenario.scanners <= scenario.hosts and scenario.replication_factor <= scenario.hosts
             and scenario.attached <= scenario.publishers and scenario.attached_readers <= scenario.subscribers
             and (scenario.attached > 0 or scenario.attached_readers == 0)

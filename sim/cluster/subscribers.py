@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from broker.errors import BrokerUnavailable, CxlmqError, DamagedData, PositionLost, UnknownTopic
+from broker.errors import BrokerUnavailable, CxlmqError, DamagedData, PositionLost, RangeLost, UnknownTopic
 from broker.proto import cxlmq_pb2 as pb
 from broker.reader import OrderReader, ReadError
 from client.brokers import BrokerAddress
@@ -22,7 +22,7 @@ from client.received import parse_response
 from client.subscribing.commands import AskBrokers, AskPlace, Follow, GoOn, Leave, Place, Renew
 from client.subscribing.reading import Reading, State
 from client.subscribing.search import ELSEWHERE, Search
-from sim.cluster.history import Read, Violation
+from sim.cluster.history import NOBODY, Read, Violation
 from sim.cluster.publishers import ANSWER_STEPS
 from sim.cluster.witness import build_payload
 
@@ -142,6 +142,7 @@ class Subscriber:
         self.claimed: list[tuple[int, int, list[Any]]] = []     # turn, position before, batches
         self.late: list[tuple[Place, bytes]] = []   # from streams that were left
         self.expected = 0                       # position of the message that has to be given out next
+        self.former: CxlmqError | None = None   # why nothing came any more, in a region that is lost
         self.runs = self.streams = 0            # how often reading began elsewhere, and was asked for
 
     def _new_reading(self, turn: int) -> Reading:
@@ -149,6 +150,19 @@ class Subscriber:
 
     def end(self) -> None:
         """The run is over."""
+
+    def empty(self) -> None:
+        """Give out all that has come: from now on another log is there to hold it against."""
+        self.late, self.former = [], self.reading.failure
+        for claim in list(self.claimed):
+            self._end_claim(*claim)
+        if self.reading.buffer.batches:
+            self._take_apart(self._event(lambda: self.reading.take(lambda buffer: buffer.take_messages(1 << 30))))
+
+    def meet(self, topic: Any) -> None:
+        """The region is another one, and the topic has another place there."""
+        self.topic = topic
+        self._begin_history()
 
     def _hear_late(self) -> None:
         late, self.late = self.late, []
@@ -296,7 +310,8 @@ class Subscriber:
         if error is None and self.world.strikes("search given up", self.random, REFUSE):
             self._give_up(search)           # just when its answer comes
             return
-        lost = error is None and self.world.strikes("answer lost", self.random, REFUSE)
+        gone = asked.host is not self.world.hosts[asked.host.number]       # with its region
+        lost = error is None and (gone or self.world.strikes("answer lost", self.random, REFUSE))
         self.asked = None
         if isinstance(error, UnknownTopic):
             raise Violation("T", f"host {asked.host.number} does not know the topic {self.topic.name!r}")
@@ -321,6 +336,7 @@ class Subscriber:
         if error is not None and not isinstance(error, ELSEWHERE):
             position = error.details.get("position")
             due = isinstance(error, PositionLost) and isinstance(position, int) and position < self._first_kept()
+            due = due or self._lost_range(error) is not None
             self.world.history.errors.append((f"{self.name} on its way: {error}", due))
 
     def _arrived(self, search: Search, way: Any, told: pb.Attachment) -> None:
@@ -369,11 +385,13 @@ class Subscriber:
         way = self.random.choice(("messages", "message", "ahead", "batches", "claim", "nothing"))
         if self.world.draining and way in ("claim", "nothing"):
             way = "messages"
+        if way == "nothing":
+            return
         count = self.random.choice((1, 3, 50))
         takes: dict[str, Callable[[BatchBuffer], list[Any]]] = {
             "messages": lambda buffer: buffer.take_messages(count), "message": BatchBuffer.take_message,
             "ahead": lambda buffer: [ahead] if (ahead := buffer.next_ahead()) is not None else buffer.take_message(),
-            "batches": BatchBuffer.take_batches, "claim": BatchBuffer.claim, "nothing": lambda _: []}
+            "batches": BatchBuffer.take_batches, "claim": BatchBuffer.claim}
         before = self.reading.position()
         try:
             found = self._event(lambda: self.reading.take(takes[way]))
@@ -463,7 +481,7 @@ class Subscriber:
 
     def _end_of_log(self) -> int:
         committed = self.world.witness.frontiers(self.topic.number)["committed"]
-        last = self._entry(committed - 1) if committed else {"position": 0, "count": 0}
+        last = self._entry(committed - 1) if committed else {"position": self.world.first_position, "count": 0}
         return last["position"] + last["count"]
 
     @property
@@ -475,7 +493,27 @@ class Subscriber:
         """Nothing comes any more, and why: that may only be so when what comes next is reclaimed."""
         if self.search is not None:
             return
-        due = isinstance(error, PositionLost) and self.reading.position() < self._first_kept()
-        self.world.history.errors.append((f"{self.name} at {self.reading.position()}: {error}", due))
+        if error is self.former:            # that log is not there any more
+            self._begin(self._event(lambda: self.reading.seek("beginning")))
+            return
+        at, lost = self.reading.position(), self._lost_range(error)
+        due = (isinstance(error, PositionLost) and at < self._first_kept()) if lost is None else (
+            lost[0] <= at <= lost[1])
+        self.world.history.errors.append((f"{self.name} at {at}: {error}", due))
         self.world.injected["reader passed over"] += due
-        self._begin(self._event(lambda: self.reading.seek("beginning")))
+        start = "beginning" if lost is None or lost[2] < self._first_kept() else lost[2]
+        self._begin(self._event(lambda: self.reading.seek(start)))
+
+    def _lost_range(self, error: CxlmqError) -> tuple[int, int, int] | None:
+        """The first and the end of what a recovery has named as lost, or what is left of the log falls short of what a
+        reader had come to, and where it goes on; None: nothing was lost."""
+        first, end = error.details.get("first"), error.details.get("end")
+        if not isinstance(error, RangeLost) or not isinstance(first, int) or not isinstance(end, int):
+            return None
+        if first >= self.world.restored_end:
+            return (first, end, first) if self.world.losses and first <= self._end_of_log() else None
+        if (index := self._index_of(first)) < 0:
+            return None
+        entry = self._entry(index)
+        known = (entry["client"], entry["position"], entry["position"] + entry["count"])
+        return (first, end, end) if known == (NOBODY, first, end) else None

@@ -1,6 +1,6 @@
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
-from broker.layout cimport Layout
+from broker.layout cimport Layout, OrderEntry
 from broker.log cimport BrokerLog
 from sim.cxl.memory cimport Memory
 
@@ -40,6 +40,7 @@ cdef struct TopicTruth:
     uint64_t position
     uint64_t reclaimed
     uint64_t epoch
+    uint64_t restored           # order entries below were made by a recovery
     uint64_t capacity
     Seen* seen
 
@@ -54,7 +55,7 @@ cdef class Witness:
     cdef uint64_t* by_broker            # messages in the order
     cdef uint64_t* sessions             # state and expected, by session
     cdef uint64_t* cursors              # state and index, by cursor
-    cdef int32_t** where                # by client: order entry of each message number, -1 none
+    cdef int32_t** where                # by client: order entry of each message number, -1 none, -2 lost
     cdef uint64_t* next_number          # by client: what has to come next at order 5
     cdef uint64_t topic_count
     cdef uint64_t client_count
@@ -71,6 +72,7 @@ cdef class Witness:
     cdef bint served(self) noexcept nogil
     cdef int check_topic(self, uint64_t topic) noexcept nogil
     cdef int check_entry(self, uint64_t topic, uint64_t index) noexcept nogil
+    cdef void see(self, uint64_t topic, uint64_t index, OrderEntry* entry, uint64_t client, uint64_t first) noexcept nogil
     cdef int check_brokers(self, uint64_t topic) noexcept nogil
     cdef int check_headers(self, uint64_t topic, uint64_t broker, uint64_t delegated) noexcept nogil
     cdef int check_tables(self) noexcept nogil

@@ -12,7 +12,8 @@ from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcpy, memset
 
 from broker.layout cimport (
-    CONTROL_BANK_SHIFT, CONTROL_SERVING, CURSOR_FREE, CURSOR_WANTED, CursorLine, Layout, OrderEntry, TOPIC_ACTIVE, TopicLine, make_tag,
+    CONTROL_BANK_SHIFT, CONTROL_SERVING, CURSOR_FREE, CURSOR_WANTED, CursorLine, LOST_BROKER, Layout, OrderEntry,
+    TOPIC_ACTIVE, TopicLine, make_tag,
 )
 from broker.log cimport BrokerLog, TopicLog
 from sim.cxl.memory cimport Memory
@@ -25,6 +26,10 @@ cdef enum:
     BACK_DELEGATED = 2
     BACK_SCANNED = 3
     BACK_EXPECTED = 4
+
+cdef enum:
+    NOWHERE = -1
+    LOST = -2                       # a recovery has named it: it need not come any more
 
 _FRONTIERS = ("committed", "reclaimed", "delegated", "scanned", "expected")
 _INVARIANTS = {
@@ -179,6 +184,23 @@ cdef class Witness:
             assert isinstance(log, BrokerLog)
             self.log_pointers[host] = <void*>log
 
+    def recovered(self, uint64_t topic, uint64_t position, uint64_t entries, dict numbers, lost, uint64_t hash) -> None:
+        """A recovery filled the region, and nobody runs yet: `entries` from `position` on. `numbers` says what is due of
+        each client, and `lost` the (client, number) that need not come any more. `hash` is of what was before."""
+        cdef TopicTruth* known = &self.topics[topic]
+        self.hash = hash
+        self.reset(topic, self.truth.load(self.layout.topic(topic)) >> 8)
+        known.position, known.restored = position, entries
+        for client, number in numbers.items():
+            self.next_number[client] = number
+        for client, number in lost:
+            self.where[client][number] = LOST
+
+    def give_up(self, uint64_t client, uint64_t number) -> None:
+        """A client was told that this message is lost."""
+        if self.where[client][number] == NOWHERE:
+            self.where[client][number] = LOST
+
     # ---- what must hold at every moment ----------------------------------------------------------------------------
 
     cdef int fail(self, int breach, uint64_t a, uint64_t b, uint64_t c, uint64_t d, uint64_t e) noexcept nogil:
@@ -225,7 +247,7 @@ cdef class Witness:
         self.truth.read_line(self.layout.topic(topic), &line)
         known.generation = generation
         known.order = line.order
-        known.committed = known.position = known.reclaimed = known.epoch = 0
+        known.committed = known.position = known.reclaimed = known.epoch = known.restored = 0
         memset(&self.delegated[topic * brokers], 0, brokers * 8)
         memset(&self.scanned[topic * brokers], 0, brokers * 8)
         memset(&self.by_broker[topic * brokers], 0, brokers * 8)
@@ -259,17 +281,20 @@ cdef class Witness:
         """An entry that the frontier has just passed."""
         cdef TopicTruth* known = &self.topics[topic]
         cdef OrderEntry entry
-        cdef Seen* seen
-        cdef uint64_t client = 0, first = 0, i
+        cdef uint64_t client = 0, first = 0, i, due
         cdef int32_t* where
         self.truth.read_line(self.layout.order_entry(topic, index), &entry)
         if entry.commit != make_tag(known.generation, index):
             return self.fail(BREACH_ENTRY_MISSING, topic, index, entry.commit, 0, 0)
         if entry.position != known.position or entry.message_count == 0:
             return self.fail(BREACH_POSITION, topic, index, known.position, entry.position, 0)
-        if entry.epoch < known.epoch:
-            return self.fail(BREACH_EPOCH, topic, index, known.epoch, entry.epoch, 0)
-        known.epoch = entry.epoch
+        if index < known.restored and entry.broker == LOST_BROKER and entry.payload_bytes == 0:
+            self.see(topic, index, &entry, 0, entry.position)
+            return BREACH_NONE
+        if index >= known.restored:         # terms of the region that is lost are over, in whatever order
+            if entry.epoch < known.epoch:
+                return self.fail(BREACH_EPOCH, topic, index, known.epoch, entry.epoch, 0)
+            known.epoch = entry.epoch
         if (entry.payload_offset < self.layout.g.segments or entry.payload_offset % 64
                 or entry.payload_bytes > self.layout.g.batch_bytes_max or entry.broker >= self.layout.g.broker_count
                 or entry.payload_offset > self.layout.g.region_bytes - entry.payload_bytes
@@ -283,11 +308,21 @@ cdef class Witness:
             if where[i] >= 0:
                 return self.fail(BREACH_TWICE, topic, index, client, i, where[i])
             where[i] = <int32_t>index
-        if known.order == 5 and (first < self.next_number[client] if self.gives_up else first != self.next_number[client]):
+        due = self.next_number[client]
+        while due < first and where[due] == LOST:
+            due += 1
+        if known.order == 5 and (first < due if self.gives_up else first != due):
             return self.fail(BREACH_GAP, topic, index, client, self.next_number[client], first)
         self.next_number[client] = first + entry.message_count
-        known.position += entry.message_count
         self.by_broker[topic * self.layout.g.broker_count + entry.broker] += entry.message_count
+        self.see(topic, index, &entry, client, first)
+        return BREACH_NONE
+
+    cdef void see(self, uint64_t topic, uint64_t index, OrderEntry* entry, uint64_t client, uint64_t first) noexcept nogil:
+        """Note an entry that is sound."""
+        cdef TopicTruth* known = &self.topics[topic]
+        cdef Seen* seen
+        known.position += entry.message_count
         if index >= known.capacity:
             known.capacity = max(<uint64_t>256, 2 * known.capacity)
             known.seen = <Seen*>realloc(known.seen, known.capacity * sizeof(Seen))
@@ -305,7 +340,6 @@ cdef class Witness:
         seen.step = self.step
         self.hash = (self.hash ^ (client << 40 ^ first << 8 ^ entry.broker)) * MIX
         self.hash ^= self.hash >> 31
-        return BREACH_NONE
 
     cdef int check_brokers(self, uint64_t topic) noexcept nogil:
         """reclaimed <= scanned <= delegated <= published, for every broker."""
@@ -396,9 +430,9 @@ cdef class Witness:
                 if (entry.commit != make_tag(known.generation, index) or entry.position != seen.position
                         or entry.payload_offset != seen.payload_offset or entry.payload_bytes != seen.payload_bytes
                         or entry.message_count != seen.count or entry.client_id != seen.client
-                        or not sender_of(self.truth.payload(seen.payload_offset, seen.payload_bytes),
+                        or (seen.client and (not sender_of(self.truth.payload(seen.payload_offset, seen.payload_bytes),
                                          seen.payload_bytes, seen.count, &client, &first)
-                        or client != seen.client or first != seen.first):
+                        or client != seen.client or first != seen.first))):
                     return self.fail(BREACH_CHANGED, topic, index, seen.client, seen.first, seen.broker)
         return BREACH_NONE
 
@@ -445,7 +479,7 @@ cdef class Witness:
         return _INVARIANTS[self.breach], text
 
     def entry_of(self, uint64_t client, uint64_t number) -> int:
-        """Order entry of a message, -1 when it is not in the log."""
+        """Order entry of a message, below 0 when it is not in the log."""
         return self.where[client][number] if client < self.client_count and number < self.number_count else -1
 
     def log_of(self, uint64_t topic) -> "list[dict[str, int]]":

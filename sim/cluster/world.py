@@ -7,12 +7,13 @@
 Stages step natively in drawn order; Python runs when a client, an event loop or a fault is due.
 """
 
+import contextlib
 import heapq
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -20,19 +21,23 @@ from zlib import crc32
 
 from broker.assembly import Assembly, Settings, TopicOf
 from broker.config import TopicConfig
+from broker.disk import watch
 from broker.head import epoch_of
 from broker.layout import BrokerState, Layout
+from broker.payload_places import limits_of
 from broker.replica_folder import ReplicaFolder
 from broker.stages.stage import Stage
 from broker.topics import TopicEntry
 from sim.cluster.attached import READERS, AttachedPublisher, AttachedSubscriber
 from sim.cluster.devices import costs_of
+from sim.cluster.disks import Disks
 from sim.cluster.door import HostControl, SimDoor
 from sim.cluster.ending import check_disks, drain, judge
 from sim.cluster.hardware import HARDWARE
 from sim.cluster.history import Entry, History, Operation, Read, Violation
 from sim.cluster.loop import SimLoop
 from sim.cluster.publishers import ANSWER_STEPS, Connection, Publisher
+from sim.cluster.recovering import cut_power
 from sim.cluster.scenario import LEASE_TICKS, Fault, Scenario
 from sim.cluster.schedule import Schedule, Stop
 from sim.cluster.subscribers import Stream, Subscriber
@@ -44,7 +49,9 @@ from sim.cxl.region import SHARED_MEMORY_FOLDER
 
 SECOND = 1_000_000_000
 LEARN_STEPS = 50                            # how often a broker that was started again looks
+FILE_BYTES = (8 << 10, 32 << 10, 64 << 20)  # of a file of replicas, until the next one is begun
 GRACE_TICKS = 2_000                         # a broker that is silent for so long loses its replicas
+RETRY_TICKS = 200                           # a disk that failed is tried again after so many
 CALL_TICKS = 20_000                         # a call that takes longer has failed
 EARLIER_BATCHES, EARLIER_TRIES = 10, 400
 SERVE_STEPS, CLIENT_STEPS = 60, 120         # how often a host's event loop and a client come to run, at most
@@ -70,39 +77,46 @@ class Host:
         self.world, self.number = world, number
         self.incarnation = 0
         self.powered = self.stalled = self.booting = False
+        self.gone = False                   # with its region, for good
         self.connections: list[Connection | Stream] = []
         self.units: list[int] = []
         self.waiting: set[int | None] = set()   # stages whose thread gets no processor
 
     def begin_again(self) -> None:
         """The broker that lost power is started anew: first it learns what the last one left."""
-        if self.powered or self.booting:
+        if self.powered or self.booting or self.gone:
             return
         self.world.note(f"host {self.number}", "is started again")
         self.world.injected["broker started again"] += 1
         self.world.hardware.restart(self.number)
+        if self.world.disks is not None:
+            self.world.disks.switch_on(self.number)
         self.assembly.close()
         self.connections.clear()
         self.start()
         self.powered, self.booting = False, True
-        self._learn()
+        self.learn()
 
-    def _learn(self) -> None:
+    def learn(self) -> None:
         """One look at what is there; when all is known the stages run."""
         world = self.world
+        if self.gone:
+            return
         known = self.assembly.learn()
         if self.control.dead:
             self.booting = False            # its power went once more
             world.hardware.crash(self.number, "lost")
             self.loop.end()
         elif known:
+            if world.arrive is not None:
+                world.arrive(self)
             self.powered, self.booting = True, False
             self.assembly.line.say(BrokerState.BROKER_READY)
             world.note(f"host {self.number}", "goes on")
             world.witness.follow(self.number, self.log)
             world.allow()
         else:
-            world.at(world.step + LEARN_STEPS, self._learn)
+            world.at(world.step + LEARN_STEPS, self.learn)
 
     def start(self) -> None:
         """Put the broker together."""
@@ -113,15 +127,16 @@ class Host:
         self.control = world.new_control(number)
         self.loop = SimLoop(world.clock)
         broker = self.assembly = Assembly(world.layout, number, self.door, world.clock, world.settings,
-                                          disk=self._folder if world.folder is not None else None, lives=world.lives)
+                                          disk=self._folder if world.disks is not None else None, lives=world.lives)
         self.log, self.acks, self.receiver, self.attach = broker.log, broker.acks, broker.receiver, broker.attach
         self.sessions, self.cursors, self.topics = broker.sessions, broker.cursors, broker.topics
         self.session_service = broker.session_service
         self.memory, self.delivery_door = broker.memory, broker.delivery_door
         self.units = self.add(broker.stages())
         broker.line.say(BrokerState.BROKER_STARTING)
-        self.headship = world.new_headship(self, number == 0 and self.incarnation == 1)
-        if self.incarnation == 1:
+        founds = self.incarnation == 1 and not world.losses
+        self.headship = world.new_headship(self, number == 0 and founds)
+        if founds:
             world.witness.follow(number, self.log)
             broker.line.say(BrokerState.BROKER_READY)
         else:
@@ -133,8 +148,11 @@ class Host:
                 for name, stage in stages.items()]
 
     def _folder(self, topic_of: TopicOf) -> ReplicaFolder:
-        return KeptFiles(self.world.replica_folder(self.number), self.number, 1, "simulated", self.world.scenario.hosts,
-                         topic_of)
+        world = self.world
+        kind = ReplicaFolder if world.scenario.loses else KeptFiles
+        return kind(world.replica_folder(self.number), self.number, world.settings.run_id, "simulated",
+                    world.scenario.hosts, topic_of, catalogue=world.scenario.loses,
+                    limits=limits_of(world.layout.numbers))
 
     @property
     def is_there(self) -> bool:
@@ -200,7 +218,7 @@ class World:
     """One run of one scenario. `run` raises `Violation`; `steps` and `trace_hash` say what happened."""
 
     def __init__(self, scenario: Scenario, plant: Callable[[SimDoor, Layout, int, int], None] | None = None,
-                 tracing: bool = False, bare: bool = False) -> None:
+                 tracing: bool = False, bare: bool = False, unsynced: str = "") -> None:
         self.scenario, self._plant = scenario, plant
         self.bare = bare                    # doors that nothing stands before, for measuring
         self.tracing = tracing
@@ -221,8 +239,15 @@ class World:
         self.witness.gives_up = scenario.delivery_steps > 0
         self.schedule = Schedule(scenario.random(f"schedule {scenario.schedule}").getrandbits(62), self.clock,
                                  self.witness, scenario.tick_ns)
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=SHARED_MEMORY_FOLDER)) if (
-            scenario.replication_factor > 1) else None
+        self.losses = 0                     # of the region, so far
+        self.lost_at = 0                    # the step of the last one
+        self.arrive: Callable[[Host], None] | None = None           # the first host that goes on after one calls it
+        self.first_position = self.restored_end = 0                 # of the log that the region began with
+        self.restored: set[tuple[int, tuple[int, int]]] = set()     # position and sender, by the last recovery
+        self.damaged = False                # whether files were, or disks failed or were away
+        self.restored_entries = 0           # in the order index, with those that say what is lost
+        self.named: set[tuple[int, int]] = set()                    # (client, number): named as lost, by any
+        self.disks = self._new_disks(unsynced) if scenario.replication_factor > 1 else None
         self.unreliable = "net" in scenario.kinds
         self.probe_period = PROBE_PERIOD if "evict" in scenario.kinds else 0
         self.injected = Counter[str]()      # faults by kind: those that met somebody
@@ -233,14 +258,30 @@ class World:
         self.subscribers: list[Subscriber] = []
         self.settings = Settings(
             session_lease_ns=LEASE_TICKS * scenario.tick_ns, replica_grace_ns=GRACE_TICKS * scenario.tick_ns,
-            scanners=scenario.scanners, lock=scenario.lock)
+            replica_retry_ns=RETRY_TICKS * scenario.tick_ns,
+            scanners=scenario.scanners, lock=scenario.lock, replica_file_bytes=scenario.random("files").choice(
+                FILE_BYTES) if scenario.loses else FILE_BYTES[-1])
         self.succession = scenario.random("succession")
         self.drawn_heads = self.succession.random() < 0.5
-        self.hosts = [Host(self, number) for number in range(scenario.hosts)]
+        self.hosts = self.new_hosts()
         for host in self.hosts:
             host.start()
         self.hosts[0].tick()
         self.allow()
+
+    def _new_disks(self, unsynced: str) -> Disks:
+        """Disks, which see from now on what is written."""
+        root = Path(tempfile.mkdtemp(prefix=f"{FOLDER_PREFIX}{os.getpid()}-", dir=SHARED_MEMORY_FOLDER))
+        disks = Disks(root, lambda host: self.hosts[host].control.dead, self._cut_off, unsynced)
+        watch(disks)
+        return disks
+
+    def new_hosts(self) -> list[Host]:
+        """All hosts, which are not started yet."""
+        return [Host(self, number) for number in range(self.scenario.hosts)]
+
+    def _cut_off(self, host: int) -> None:
+        self.hosts[host].control.crash_at = self.hosts[host].control.operations + 1
 
     # ---- for hosts and clients --------------------------------------------------------------------------------------
 
@@ -291,10 +332,16 @@ class World:
         index = self.witness.entry_of(operation.client, operation.first)
         if operation.level == 0:
             operation.outcome = "unknown"
+        elif self._is_before(operation):
+            return
         elif index < 0 and self.witness.check_now(False) == 0 and self.witness.entry_of(
                 operation.client, operation.first) < 0:
             raise Violation("A1", f"message {operation.first} of client {operation.client} was acknowledged and is "
                                   "not in the committed order")
+
+    def _is_before(self, operation: Operation) -> bool:
+        """Whether it is in a part of the log that was reclaimed before the region was lost."""
+        return any((entry.client, entry.first) == (operation.client, operation.first) for entry in self.history.before)
 
     def check_read(self, reader: str, read: Read) -> None:
         """What a reader got is what the log has there."""
@@ -379,7 +426,7 @@ class World:
 
     def strike(self, fault: Fault) -> None:
         """Let a fault happen."""
-        whom = f"host {fault.where}" if fault.kind in ("crash", "stall") else f"client {fault.where + 1}"
+        whom = f"client {fault.where + 1}" if fault.kind in ("client", "pause", "cut") else f"host {fault.where}"
         self.note(whom, str(fault))
         if fault.kind == "crash" and self.hosts[fault.where].powered:
             control = self.hosts[fault.where].control
@@ -395,6 +442,12 @@ class World:
         elif fault.kind == "pause" and isinstance(client := self.publishers[fault.where], AttachedPublisher):
             self.injected["client stood still"] += 1
             client.pause(fault.argument)
+        elif fault.kind == "loss" and self.disks is not None:
+            self.injected["region lost"] += 1
+            cut_power(self, fault)
+        elif fault.kind == "disk" and self.disks is not None:
+            self.injected[f"disk: {fault.policy}"] += 1
+            self.disks.fail(fault.where, fault.policy, fault.argument)
         elif fault.kind == "cut":
             self.injected["connection cut"] += self.publishers[fault.where].cut(fault.argument)
 
@@ -434,8 +487,15 @@ class World:
                                 replication_factor=scenario.replication_factor).validate(scenario.hosts)
         live = [host.number for host in self.hosts]
         entry: TopicEntry = self.finish_at_head("creating a topic", head.topics.create(
-            config, LEASE_TICKS * scenario.tick_ns, lambda: live))
+            config, LEASE_TICKS * scenario.tick_ns, lambda: live, self._written))
         return entry
+
+    @contextlib.asynccontextmanager
+    async def _written(self, entry: TopicEntry) -> AsyncIterator[None]:
+        """As `AdminService` has it: the head's disk knows of a topic before it is made."""
+        if self.disks is not None:
+            self.hosts[0].assembly.replica_folder.announce(entry)
+        yield
 
     def live_before(self) -> None:
         """Another topic has the place first: some traffic, and it is deleted."""
@@ -450,13 +510,15 @@ class World:
         self.advance(self.step + 200)
         self.history.operations.clear()
         self.finish_at_head("deleting a topic", self.hosts[0].topics.delete("earlier", lambda: live))
+        if self.disks is not None:
+            self.hosts[0].assembly.replica_folder.say_deleted(topic.name, topic.created_ns)
 
     def run(self) -> None:
         """The whole run: traffic, faults, draining, and what must hold at the end. Raises `Violation`."""
         scenario = self.scenario
-        for host in self.hosts:
-            self._often(host.serve, SERVE_STEPS)
-            self._often(host.tick, LOOK_STEPS)
+        for number in range(scenario.hosts):        # by number: when the region is lost there are other hosts
+            self._often(lambda number=number: self.hosts[number].serve(), SERVE_STEPS)    # type: ignore[misc]
+            self._often(lambda number=number: self.hosts[number].tick(), LOOK_STEPS)      # type: ignore[misc]
         if scenario.earlier_life:
             self.live_before()
         self.topic = self.create_topic(TOPIC)
@@ -468,7 +530,7 @@ class World:
             self, number, self.topic) for number in range(scenario.subscribers)]
         for act in (*(each.act for each in self.publishers), *(each.act for each in self.subscribers)):
             self._often(act, CLIENT_STEPS)
-        if self.folder is not None and scenario.ack == 2:
+        if self.disks is not None and scenario.ack == 2:
             self._often(lambda: check_disks(self), DISK_STEPS)
         for fault in scenario.faults:
             self.at(self.step + fault.step, lambda fault=fault: self.strike(fault))     # type: ignore[misc]
@@ -478,8 +540,10 @@ class World:
 
     def log(self) -> list[Entry]:
         """What the frontier has passed."""
-        return [Entry(each["position"], each["client"], each["first"], each["count"], each["broker"], each["epoch"])
-                for each in self.witness.log_of(self.topic.number)]
+        # The terms of a region that is lost say nothing of those that come later.
+        return [Entry(each["position"], each["client"], each["first"], each["count"], each["broker"],
+                      each["epoch"] if index >= self.restored_entries else 0)
+                for index, each in enumerate(self.witness.log_of(self.topic.number))]
 
     def reads_of(self, index: int, batches: Any, sender: Callable[[bytes, int], tuple[int, int] | None]) -> list[Read]:
         """A frame's batches, from order entry `index` on."""
@@ -488,8 +552,8 @@ class World:
 
     def replica_folder(self, host: int) -> Path:
         """Where a host keeps its replica files."""
-        assert self.folder is not None
-        return self.folder / f"host-{host}"
+        assert self.disks is not None
+        return self.disks.folder / f"broker-{host}"
 
     @property
     def reliable(self) -> bool:
@@ -521,8 +585,9 @@ class World:
         everybody: list[Publisher | Subscriber | Host] = [*self.publishers, *self.subscribers, *self.hosts]
         for each in everybody:
             each.end()
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        watch(None)
+        if self.disks is not None:
+            shutil.rmtree(self.disks.folder.parent, ignore_errors=True)
 
 
 def remove_leftovers() -> None:
