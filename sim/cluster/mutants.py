@@ -297,7 +297,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("payload-unchecked", 31, "recovery does not look at the checksums of payloads", needs=DAMAGE,
            instead=Replaced(recovery, "read_records", lambda real: lambda file: real(file, False))),
     Mutant("hole-ignored", 31, "recovery keeps what a session sent behind a batch that is lost", needs=LOSSES,
-           instead=Replaced(recovery, "_provable", lambda real: _everything_found)),
+           instead=Replaced(recovery, "_provable", lambda real: _everything_found),
+           shape=(("publishers", 4), ("batches", 100))),
     Mutant("loss-forgotten", 31, "what an earlier recovery gave up comes back", needs=LOSSES,
            instead=Replaced(recovery.Runs, "lost", lambda real: lambda self, identity: [])),
 )
