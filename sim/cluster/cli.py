@@ -60,7 +60,9 @@ def _faults(text: str) -> frozenset[str]:
 @click.option("--steps", type=click.IntRange(100), default=STEPS, show_default=True,
               help="Steps of stages with traffic and faults; draining comes after them.")
 @click.option("--faults", default="all", show_default=True, metavar="KIND,...",
-              help="What may go wrong: crash, evict, stall, torn, net; or all, none.")
+              help="What may go wrong: hosts crash, lines are evicted early, hosts stall, lines reach memory torn, the "
+                   "net delays and loses, the region is lost with all hosts (loss), disks fail or hold damage (disk): "
+                   f"{', '.join(FAULT_KINDS)}; or all, none.")
 @click.option("--memory", type=click.Choice(list(HARDWARE)), default="noncoherent", show_default=True,
               help="Coherent, hosts with caches that are not coherent, or these under the coherence checker, whose "
                    "findings count as failures.")
