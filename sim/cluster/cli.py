@@ -225,6 +225,14 @@ def _show_coverage(verdicts: list[Verdict]) -> None:
             line(f"  {each.promise.file}: {ranges_text(each.missing) if each.ran else 'all'}")
 
 
+def _command(seed: int) -> str:
+    """What runs this seed as it ran here."""
+    context = click.get_current_context()
+    given = [f" --{each} {context.params[each]}" for each in ("hosts", "steps", "faults", "memory", "mutant")
+             if context.get_parameter_source(each) is not click.core.ParameterSource.DEFAULT]
+    return f"cxlmq sim --seed {seed}{''.join(given)}"
+
+
 def _many(seeds: range, jobs: int, options: dict[str, Any], coverage: bool) -> None:
     from rich.progress import Progress
 
@@ -253,6 +261,6 @@ def _many(seeds: range, jobs: int, options: dict[str, Any], coverage: bool) -> N
         if coverage:
             _show_coverage(verdicts)
         if failed:
-            line("replay one: cxlmq sim --seed " + str(failed[0].seed))
+            line(f"replay one: {_command(failed[0].seed)}")
     if failed:
         raise CommandExit(EXIT_FAILED)

@@ -52,7 +52,7 @@ class Stream:
 
     def __init__(self, subscriber: "Subscriber", host: "Host", request: pb.SubscribeRequest) -> None:
         self.subscriber, self.host, self.world = subscriber, host, subscriber.world
-        self.request, self.incarnation = request, host.incarnation
+        self.request, self.incarnation, self.losses = request, host.incarnation, self.world.losses
         subscriber.streams += 1
         self.name = f"{subscriber.name} stream {subscriber.streams}"
         self.down: deque[tuple[int, Any]] = deque()         # due, frame or error
@@ -353,6 +353,8 @@ class Subscriber:
         if place is None or self.reading.state is not State.READING:
             return
         stream: Stream = place.way
+        if stream.losses != self.world.losses:      # its handler had ended before: what was under way is lost as well
+            stream.cut()
         if not stream.broken and self.world.strikes("stream cut", self.random, CUT):
             stream.cut()
         if stream.broken:

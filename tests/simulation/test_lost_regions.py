@@ -25,6 +25,11 @@ def test_what_was_promised_outlives_the_region(seed: int) -> None:
     assert verdict.faults["region lost"]
 
 
+def test_what_was_under_way_when_the_region_was_lost_does_not_come_in_the_next_one() -> None:
+    verdict = run_scenario(draw(60_020, hosts=7))
+    assert not verdict.failed, verdict
+
+
 def test_a_run_with_losses_replays_to_the_byte() -> None:
     for seed in LOSING[:4]:
         first, second = (run_scenario(draw(seed, steps=STEPS)) for _ in range(2))

@@ -100,3 +100,11 @@ def test_without_the_library_it_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "coverage", None)
     assert run(["sim", "--seed", "1", "--coverage"]) != 0
     assert "pip install 'cxlmq[dev]'" in capsys.readouterr().err
+
+
+def test_the_command_that_replays_a_seed_has_the_options_that_it_ran_with(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sim", "--seeds", "0..3", "--hosts", "3", "--steps", "2000", "--mutant", "entry-not-flushed"]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("replay one: cxlmq sim ")
+    assert last.endswith(" --hosts 3 --steps 2000 --mutant entry-not-flushed")
+    assert run(last.removeprefix("replay one: cxlmq ").split()) == 1
