@@ -86,20 +86,11 @@ class Astray:
 
 @dataclass(frozen=True)
 class Patch:
-    """A method of the library that is replaced: `instead` gets the one that it replaces, and then its arguments."""
+    """A function or method that is replaced: `instead` gets the one that it replaces, and then its arguments."""
 
-    owner: type
+    owner: Any                              # a class or module
     name: str
     instead: Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A function or method that another one takes the place of, given the one that was there."""
-
-    owner: Any
-    name: str
-    by: Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -118,12 +109,11 @@ class Mutant:
     shape: tuple[tuple[str, int], ...] = ()         # numbers of the run under which it shows soonest
     twice: bool = False                     # it takes two crashes in one run: sim/cluster/crashes.py shows it
     unsynced: str = ""                      # what disks are not asked for: "sync" of replicas, or "names" of folders
-    instead: "Replaced | None" = None       # something of the disk's code
 
     @property
     def on_disk(self) -> bool:
         """Whether only a recovery can show it."""
-        return bool(self.unsynced or self.instead)
+        return self.needs is not None and "loss" in self.needs
 
 
 DROP, MOVE, SOMETIMES, FENCE_AFTER, HALF = (
@@ -292,15 +282,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("replica-unsynced", 31, "what a replica has written counts without a sync", unsynced="sync", needs=LOSSES),
     Mutant("names-unsynced", 31, "the folder of a new file is not synced", unsynced="names", needs=LOSSES),
     Mutant("trimmed-early", 31, "a replica's file is removed before what it holds is reclaimed", needs=LOSSES,
-           instead=Replaced(ReplicaFolder, "_trim", lambda real: lambda self, identity, reclaimed: real(
-               self, identity, WHOLE)), shape=(("batches", 150),)),
+           patch=Patch(ReplicaFolder, "_trim", lambda real, self, identity, reclaimed: real(self, identity, WHOLE)),
+           shape=(("batches", 150),)),
     Mutant("payload-unchecked", 31, "recovery does not look at the checksums of payloads", needs=DAMAGE,
-           instead=Replaced(recovery, "read_records", lambda real: lambda file: real(file, False))),
+           patch=Patch(recovery, "read_records", lambda real, file: real(file, False))),
     Mutant("hole-ignored", 31, "recovery keeps what a session sent behind a batch that is lost", needs=LOSSES,
-           instead=Replaced(recovery, "_provable", lambda real: _everything_found),
+           patch=Patch(recovery, "_provable", lambda real, *found: _everything_found(*found)),
            shape=(("publishers", 4), ("batches", 100))),
     Mutant("loss-forgotten", 31, "what an earlier recovery gave up comes back", needs=LOSSES,
-           instead=Replaced(recovery.Runs, "lost", lambda real: lambda self, identity: [])),
+           patch=Patch(recovery.Runs, "lost", lambda real, self, identity: [])),
 )
 
 # Classes that have no mutant here: why.
@@ -355,9 +345,6 @@ def switch_on(mutant: Mutant | None) -> None:
         patch, before = mutant.patch, getattr(mutant.patch.owner, mutant.patch.name)
         _replaced.append((patch.owner, patch.name, before))
         setattr(patch.owner, patch.name, lambda *args, **named: patch.instead(before, *args, **named))
-    if mutant is not None and (found := mutant.instead) is not None:
-        _replaced.append((found.owner, found.name, getattr(found.owner, found.name)))
-        setattr(found.owner, found.name, found.by(getattr(found.owner, found.name)))
 
 
 def planted_bugs_markdown() -> str:
@@ -374,7 +361,7 @@ def planted_bugs_markdown() -> str:
              "| class | planted bug | what is wrong | where | simulation | checker | tests that see it too |",
              "|---|---|---|---|---|---|---|"]
     for mutant in MUTANTS:
-        where = "library" if mutant.patch else "disk" if mutant.on_disk else "switch"
+        where = "disk" if mutant.on_disk else "library" if mutant.patch else "switch"
         if mutant.door is not None:
             where = f"door of {mutant.door.role.name[5:].lower()}"
         tests = ", ".join(each.rpartition("/")[2] for each in mutant.tests) or "-"
